@@ -1,0 +1,1 @@
+"""Saint Iberis: a whole small LLM, from raw text to a chat page, around a hybrid convolution-attention GPT."""

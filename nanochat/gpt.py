@@ -1,0 +1,334 @@
+"""The Saint Iberis GPT: one residual stream, two kinds of mixer.
+
+    r = rms_norm(wte[idx])
+    block:  r += mixer(rms_norm(r));  r += Wproj( relu(Wfc rms_norm(r))^2 )
+    logits = 15 * tanh(lm_head(rms_norm(r)) / 15)        in float32; untied, no biases, no norm weights
+
+Layer i is attention iff i % slc_rate == 1 or it is the last, every other one is SLC2 (nanochat/slc2.py); slc_rate=0
+makes every layer attention. Attention: rotary positions (RoPE, Su et al. 2021), then rms_norm on q and k, grouped
+key-value heads allowed. ReLU^2 is from Primer (So et al. 2021), the logit soft-cap from Gemma 2 (2024).
+
+Precision is explicit: parameters are float32, activations bfloat16 on CUDA and float32 elsewhere, logits and loss
+float32. The state dict keys are the published ones. `__init__` gives shapes (and torch's default values),
+`init_weights()` gives the values to train from.
+
+Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kernel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.cache import ConvState, HybridCache, KVState
+from nanochat.linear import Linear
+from nanochat.sampling import check_sampling, penalize_repetition, sample
+from nanochat.slc2 import SLC2
+
+HEAD_DIM = 128
+SOFTCAP = 15.0
+NORM_EPS = 2.0**-23  # float32's epsilon, for activations of every dtype
+# the last 9 ids are the special tokens; these two end a document and an answer (nanochat/tokenizer.py)
+BOS_FROM_END, ASSISTANT_END_FROM_END = 9, 5
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of the model; the names are those of the published meta_*.json files."""
+
+    sequence_len: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 16
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    n_kernel: int = 3  # taps of the convolution in SLC2 layers
+    slc_rate: int = 3  # every slc_rate-th layer is attention; 0: all are
+
+    def __post_init__(self):
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.slc_rate < 0:
+            raise ValueError(f"slc_rate={self.slc_rate} must be 0 (all attention) or more")
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise ValueError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+
+    @classmethod
+    def from_depth(cls, depth: int, **changes: int) -> "GPTConfig":
+        """The one dial: width 64 * depth, rounded up to whole heads of 128."""
+        n_head = -(-64 * depth // HEAD_DIM)
+        shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * HEAD_DIM}
+        return cls(**{"sequence_len": 2048, **shape, **changes})
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head, of queries and of SLC2's shared A alike."""
+        return self.n_embd // self.n_head
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The layer plan: "attention" or "slc2" for each layer."""
+
+        def is_attention(i: int) -> bool:
+            return self.slc_rate == 0 or i % self.slc_rate == 1 or i == self.n_layer - 1
+
+        return tuple("attention" if is_attention(i) else "slc2" for i in range(self.n_layer))
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm (Zhang & Sennrich 2019) over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (length, D/2) of RoPE angles with base 10000, rounded to bfloat16 as published."""
+    with torch.inference_mode(False):  # the cached tables must serve training too
+        frequencies = 10000.0 ** (
+            -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+        )
+        angles = torch.arange(length, device=device, dtype=torch.float32).outer(frequencies)
+        return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B,T,H,D) by the angles of cos, sin (T,D/2): its halves are the two coordinates."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention with rotary positions and normalised queries and keys."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.is_grouped = config.n_kv_head != config.n_head
+        self.c_q = Linear(config.n_embd, config.n_head * self.head_dim)
+        self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
+        self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, state: KVState | None, pos: int) -> Tensor:
+        """Map h (B,T,E) to (B,T,E); with a state, attend also to the pos tokens that it holds."""
+        B, T, _ = h.shape
+        q, k, v = (proj(h).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        mask = None
+        if state is not None:
+            k, v = state.append(k, v, pos)
+            if pos > 0 and T > 1:  # a chunk: each token sees the past and the chunk up to itself
+                mask = torch.ones(T, pos + T, dtype=torch.bool, device=h.device).tril(pos)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=pos == 0, enable_gqa=self.is_grouped
+        )
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """Two linear layers with relu^2 between."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map h (B,T,E) to (B,T,E)."""
+        return self.c_proj(F.relu(self.c_fc(h)).square())
+
+
+class Block(nn.Module):
+    """One layer: a mixer (attention or SLC2, both under the key `attn`) and an MLP on the residual stream."""
+
+    def __init__(self, config: GPTConfig, kind: str):
+        super().__init__()
+        self.is_attention = kind == "attention"
+        self.attn = CausalSelfAttention(config) if self.is_attention else SLC2(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, state: KVState | ConvState | None = None, pos: int = 0
+    ) -> Tensor:
+        """Map the residual stream x (B,T,E) to the next; the layer's decode state is updated in place."""
+        if self.is_attention:
+            x = x + self.attn(norm(x), cos, sin, state, pos)
+        else:
+            x = x + self.attn(norm(x), None if state is None else state.window)
+        return x + self.mlp(norm(x))
+
+
+def head_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Soft-capped logits (..., V) of the final hidden state x (..., E), float32 at least."""
+    logits = F.linear(x, weight.to(x.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of the logits of x (B,T,E) against targets (B,T), in nats; target -1 does not count.
+
+    reduction "none" gives (B*T,) with 0 at ignored targets; "sum"; "mean" over the counted targets, 0 if none.
+    """
+    logits = head_logits(x, weight)
+    count_all = "none" if reduction == "none" else "sum"
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=count_all)
+    return loss / (targets != -1).sum().clamp(min=1) if reduction == "mean" else loss
+
+
+class GPT(nn.Module):
+    """The model. Activations are computed in compute_dtype (None: bfloat16 on CUDA, float32 elsewhere)."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, kind) for kind in config.layer_kinds),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self._head_loss = head_loss
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Give every parameter its value to train from (DESIGN: wte normal 1; lm_head and each c_proj zero)."""
+        for name, parameter in self.named_parameters():
+            if name == "transformer.wte.weight":
+                nn.init.normal_(parameter)
+            elif name == "lm_head.weight" or name.endswith("c_proj.weight"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 3:  # conv1d.weight (E,1,K): never leave it at what the memory held
+                bound = self.config.n_kernel**-0.5
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                fan_out, fan_in = parameter.shape
+                nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
+
+    def compile_blocks(self) -> None:
+        """Compile each block, and head with loss, for one fixed batch shape: two small graphs, whatever the depth."""
+        for block in self.transformer.h:
+            block.compile(dynamic=False)
+        self._head_loss = torch.compile(head_loss, dynamic=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.lm_head.weight.device
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: HybridCache | None = None,
+        loss_reduction: str = "mean",
+    ) -> Tensor:
+        """Logits (B,T,V) float32 of token ids idx (B,T) int64, or the loss against targets (B,T), see head_loss.
+
+        With a cache, idx continues the sequences that it holds: prefill, a chunk of it, or one token.
+        Raises ValueError when the cache is too small or of another batch size.
+        """
+        x, _ = self._hidden(idx, cache)
+        if targets is None:
+            return head_logits(x, self.lm_head.weight)
+        return self._head_loss(x, self.lm_head.weight, targets, loss_reduction)
+
+    def _hidden(self, idx: Tensor, cache: HybridCache | None) -> tuple[Tensor, int]:
+        """Final normalised hidden state (B,T,E) and the number of tokens seen so far."""
+        B, T = idx.shape
+        pos = 0 if cache is None else cache.pos
+        if cache is not None and (cache.batch_size != B or pos + T > cache.max_len):
+            raise ValueError(
+                f"{B} rows of {T} tokens after {pos} do not fit a cache of {cache.batch_size} rows of {cache.max_len}"
+            )
+        length = -(-(pos + T) // self.config.sequence_len) * self.config.sequence_len
+        cos, sin = (t[pos : pos + T] for t in rotary_tables(length, self.config.head_dim, idx.device))
+        x = norm(self.transformer.wte(idx).to(self._activation_dtype()))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cos, sin, None if cache is None else cache.layers[i], pos)
+        if cache is not None:
+            cache.pos += T
+        return norm(x), pos + T
+
+    def _activation_dtype(self) -> torch.dtype:
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.bfloat16 if self.device.type == "cuda" else self.lm_head.weight.dtype
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Continue one sequence input_ids (1,T): a stream of token ids, one forward of one token each.
+
+        Ends after max_new_tokens, or before a token that ends a document (<|bos|>) or an answer
+        (<|assistant_end|>). The same seed gives the same stream; None draws a fresh one.
+        """
+        if input_ids.ndim != 2 or input_ids.size(0) != 1 or input_ids.size(1) < 1:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (1, T) with T >= 1")
+        check_sampling(temperature, top_k, top_p, repetition_penalty)
+        V = self.config.vocab_size
+        stop_tokens = {V - BOS_FROM_END, V - ASSISTANT_END_FROM_END}
+        generator = torch.Generator(self.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seen = input_ids.to(self.device)
+        cache = HybridCache(
+            self.config, 1, seen.size(1) + max_new_tokens, self.device, self._activation_dtype()
+        )
+        idx = seen
+        for _ in range(max_new_tokens):
+            logits = self(idx, cache=cache)[:, -1]
+            if repetition_penalty != 1:
+                logits = penalize_repetition(logits, seen, repetition_penalty)
+            idx = sample(logits, temperature, top_k, top_p, generator)
+            token = int(idx)
+            if token in stop_tokens:
+                return
+            yield token
+            seen = torch.cat([seen, idx], dim=1)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Accounting, by layer kind
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by part: wte, lm_head, attention, slc2, mlp and their total."""
+        counts = dict.fromkeys(("wte", "lm_head", "attention", "slc2", "mlp"), 0)
+        counts["wte"] = self.transformer.wte.weight.numel()
+        counts["lm_head"] = self.lm_head.weight.numel()
+        for block, kind in zip(self.transformer.h, self.config.layer_kinds, strict=True):
+            counts[kind] += sum(p.numel() for p in block.attn.parameters())
+            counts["mlp"] += sum(p.numel() for p in block.mlp.parameters())
+        return {**counts, "total": sum(counts.values())}
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs a token: 6 a weight of every matrix and tap, plus 12*E*T in each attention layer only.
+
+        The attention term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
+        return 6 * weights + 12 * c.n_embd * c.sequence_len * c.layer_kinds.count("attention")
+
+    def state_bytes(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+        """Decode state: bytes a token (keys and values) and bytes a sequence (convolution windows)."""
+        c = self.config
+        kv = 2 * c.n_kv_head * c.head_dim * c.layer_kinds.count("attention") * dtype.itemsize
+        conv = (c.n_kernel - 1) * c.n_embd * c.layer_kinds.count("slc2") * dtype.itemsize
+        return {"per_token": kv, "per_sequence": conv}

@@ -1,0 +1,62 @@
+"""SLC2, the gated short causal convolution that stands where two thirds of the attention layers were.
+
+With h the normalised residual stream, E channels c = n*D + d in H heads of size D, and K taps:
+
+    x, al, a, b = h Wx^T, h Wal^T, h Wa^T, h Wb^T          (B,T,E) (B,T,H) (B,T,D) (B,T,E)
+    A[b,t,n*D+d] = silu(al[b,t,n]) * a[b,t,d]              a is shared by all heads
+    u = silu(A) * x
+    z[b,t,c] = sum_{w<K} conv[c,0,w] * u[b, t-(K-1)+w, c]  zeros on the left, w = K-1 is the current token
+    y = (b * silu(z)) Wc^T
+
+(Rikka Botan, "Saint Iberis", 2025; the order of the nonlinearities is that of the published weights.)
+All that decoding must remember is the last K-1 values of u, so one code path serves training, prefill, chunked
+prefill and single tokens: it takes a window of K-1 past values and leaves the next window behind.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.linear import Linear
+
+
+def gate(x: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
+    """Return u = silu(silu(alpha) outer A) * x; x (B,T,E), alpha (B,T,H), A (B,T,D) with E = H*D."""
+    outer = F.silu(alpha).unsqueeze(-1) * A.unsqueeze(-2)  # (B, T, H, D)
+    return F.silu(outer).flatten(-2) * x
+
+
+def short_conv(u: Tensor, weight: Tensor, window: Tensor | None = None) -> Tensor:
+    """Depthwise causal convolution as K shifted multiply-adds, summed in float32 (float64 stays float64).
+
+    u (B,T,E); weight (E,1,K); window (B,K-1,E) holds the values before u, oldest first (None: zeros), and is
+    overwritten with the last K-1 values of [window, u]. Returns z (B,T,E) in u's dtype.
+    """
+    T, K = u.size(1), weight.size(-1)
+    past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)  # (B, K-1+T, E)
+    # bf16 u times a float32 weight is float32: the sum of the taps is rounded once, at the end
+    z = sum(past[:, w : w + T] * weight[:, 0, w] for w in range(K))
+    if window is not None:
+        window.copy_(past[:, T:])
+    return z.to(u.dtype)
+
+
+class SLC2(nn.Module):
+    """The SLC2 mixer of one layer. Holds parameters only; decode state is passed in."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, H, K = config.n_embd, config.n_head, config.n_kernel
+        self.x_proj = Linear(E, E)
+        self.alpha_proj = Linear(E, H)
+        self.A_proj = Linear(E, E // H)
+        self.B_proj = Linear(E, E)
+        # holds the (E,1,K) weight under its published key; short_conv computes with it
+        self.conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
+        self.c_proj = Linear(E, E)
+
+    def forward(self, h: Tensor, window: Tensor | None = None) -> Tensor:
+        """Map h (B,T,E) to y (B,T,E); window (B,K-1,E), if given, is the conv state, updated in place."""
+        u = gate(self.x_proj(h), self.alpha_proj(h), self.A_proj(h))
+        z = short_conv(u, self.conv1d.weight, window)
+        return self.c_proj(self.B_proj(h) * F.silu(z))

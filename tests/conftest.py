@@ -1,0 +1,11 @@
+"""Every test gets a base directory of its own; none may touch the home directory or the network."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    path = tmp_path / "base"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return path
