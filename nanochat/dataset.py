@@ -1,0 +1,362 @@
+"""Where the text comes from: folders of parquet shards with one string column, `text`.
+
+A setting called `data` says which folder:
+
+    hub        $NANOCHAT_BASE_DIR/base_data, downloaded from karpathy/fineweb-edu-100b-shuffle by this module
+    embedded   the documentation of the Python that runs this (nanochat/embedded.py), made on first use
+    a path     your own text: a file, a folder or a glob of .parquet (column text), .jsonl (key text) or .txt
+    auto       hub if it has been downloaded, else embedded; never downloads
+
+The last shard in the order of names is the validation set, all others are for training. On the hub that is
+shard_01822, whatever the number of training shards, so that losses compare between runs and while a download
+goes on. Your own folder of two parquet files or more is used where it lies, in the same way; anything else is
+converted once, with every twentieth document held out.
+
+A download resumes where it was cut, also after a kill: bytes go to a hidden .partial file, which takes the
+shard's name when its length and SHA-256 are those that the hub states. So a shard that has its name is whole.
+HF_ENDPOINT is honoured. The first 240 shards, four at a time, and the validation shard:
+
+    python -m nanochat.dataset -n 240 -w 4
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import tyro
+
+from nanochat.common import atomic_write, base_dir, parse, run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+REPO_ID = "karpathy/fineweb-edu-100b-shuffle"
+SHARD_NAME = "shard_{:05d}.parquet"
+N_TRAIN_SHARDS = 1822
+VAL_SHARD = SHARD_NAME.format(N_TRAIN_SHARDS)
+VAL_EVERY = 20  # in text of the user's own, one document of this many is held out
+ROWS_PER_GROUP = 1024
+SUFFIXES = (".jsonl", ".parquet", ".txt")
+BLOCK_BYTES = 1 << 20
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sources and splits
+
+
+def resolve(data: str) -> Path:
+    """Return the folder of shards that `data` (see above) means; makes it if that takes no network."""
+    hub, embedded = base_dir() / "base_data", base_dir() / "embedded_data"
+    if data == "auto":
+        data = "hub" if (hub / VAL_SHARD).exists() and len(list(hub.glob("*.parquet"))) > 1 else "embedded"
+    if data == "hub":
+        if not (hub / VAL_SHARD).exists():
+            raise FileNotFoundError(f"{hub / VAL_SHARD} is missing; run `python -m nanochat.dataset -n 8`")
+        return hub
+    if data == "embedded":
+        from nanochat.embedded import write_shards
+
+        return _build_once(embedded, write_shards)
+    return _own_shards(data)
+
+
+def shard_paths(data: str, split: str) -> list[Path]:
+    """Return the shards of a split ("train" or "val") in their fixed order, each checked to be usable."""
+    if split not in ("train", "val"):
+        raise ValueError(f"split={split!r} must be 'train' or 'val'")
+    directory = resolve(data)
+    paths = sorted(directory.glob("*.parquet"))
+    if len(paths) < 2:
+        raise FileNotFoundError(
+            f"{directory} holds {len(paths)} parquet shard(s), but needs two: the last is for validation, the "
+            "others for training; `python -m nanochat.dataset -n 8` downloads some"
+        )
+    paths = paths[:-1] if split == "train" else paths[-1:]
+    for path in paths:
+        open_shard(path).close()  # a broken shard is told now, not hours into training
+    return paths
+
+
+def parquets_iter_batched(
+    split: str, start: int = 0, step: int = 1, data: str = "auto"
+) -> Iterator[list[str]]:
+    """Yield the documents of a split once, a list of texts a row group: row groups start, start + step, ...
+
+    Row groups are counted through all shards of the split, so `start=rank, step=world_size` deals them out.
+    """
+    if step < 1 or not 0 <= start < step:
+        raise ValueError(f"start={start}, step={step}: needs 0 <= start < step")
+    paths = shard_paths(data, split)
+    row_groups = ((path, index) for path in paths for index in range(open_shard(path).num_row_groups))
+    for path, index in islice(row_groups, start, None, step):
+        yield read_row_group(path, index).to_pylist()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a shard; ValueError if it is corrupt or truncated, has no string column `text` or no rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        shard = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no readable parquet file ({error}); delete it and try again") from error
+    columns = {field.name: field.type for field in shard.schema_arrow}
+    if not any(check(columns.get("text")) for check in (pa.types.is_string, pa.types.is_large_string)):
+        raise ValueError(f"{path} needs a string column 'text', but its columns are {columns}")
+    if shard.metadata.num_rows == 0:
+        raise ValueError(f"{path} holds no documents; delete it")
+    return shard
+
+
+def read_row_group(path: Path, index: int) -> pa.ChunkedArray:
+    """Read the texts of one row group, nulls as empty texts. ValueError if the bytes are corrupt."""
+    import pyarrow as pa
+
+    with open_shard(path) as shard:
+        try:
+            return shard.read_row_group(index, columns=["text"])["text"].fill_null("")
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}, row group {index}, is corrupt ({error}); delete the file") from error
+
+
+def write_parquet(path: Path, texts: Iterable[str], rows_per_group: int = ROWS_PER_GROUP) -> None:
+    """Write a shard atomically; holds one row group in memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema, texts = pa.schema([("text", pa.string())]), iter(texts)
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while rows := list(islice(texts, rows_per_group)):
+            writer.write_table(pa.table({"text": rows}, schema=schema))
+
+
+def _build_once(directory: Path, fill: Callable[[Path], None]) -> Path:
+    """Fill a new folder, which gets its name when it is whole; if two processes do, the first one's stays."""
+    if not directory.exists():
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as workplace:
+            unfinished = Path(workplace) / directory.name
+            unfinished.mkdir()
+            fill(unfinished)
+            try:
+                unfinished.rename(directory)
+            except OSError:
+                if not directory.exists():
+                    raise
+    return directory
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Text of the user's own
+
+
+def _own_shards(data: str) -> Path:
+    path = Path(data).expanduser()
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
+    files = sorted(file.resolve() for file in found if file.suffix in SUFFIXES and file.is_file())
+    if not files:
+        raise FileNotFoundError(
+            f"data={data!r} is none of auto, hub, embedded, nor a file, folder or glob with {', '.join(SUFFIXES)}"
+        )
+    if path.is_dir() and len(files) >= 2 and all(file.suffix == ".parquet" for file in files):
+        return path
+    if len(list(islice(_own_documents(files), 2))) < 2:
+        raise ValueError(f"data={data!r} holds fewer than two documents; one is needed for validation")
+
+    def fill(directory: Path) -> None:
+        is_val = [index == 1 for index in range(VAL_EVERY)]  # the second, so that two documents are enough
+        for number, wanted in enumerate((False, True)):
+            chosen = (t for i, t in enumerate(_own_documents(files)) if is_val[i % VAL_EVERY] is wanted)
+            write_parquet(directory / SHARD_NAME.format(number), chosen)
+
+    versions = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]
+    return _build_once(base_dir() / f"own_data_{name}", fill)
+
+
+def _own_documents(files: Sequence[Path]) -> Iterator[str]:
+    """Yield every text that is not blank: a row of parquet, a line of jsonl, some paragraphs of txt."""
+    readers = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents, ".txt": _txt_documents}
+    for path in files:
+        try:
+            yield from filter(str.strip, readers[path.suffix](path))
+        except UnicodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    for index in range(open_shard(path).num_row_groups):
+        yield from read_row_group(path, index).to_pylist()
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # JSON can spell half a surrogate pair, which is no text
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeError) as error:
+                raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error!r})') from error
+            yield text
+
+
+def _txt_documents(path: Path) -> Iterator[str]:
+    """Cut at a blank line after 2,000 characters or more, at any line end after 8,000."""
+    lines: list[str] = []
+    size = 0
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            lines.append(line)
+            size += len(line)
+            if size >= 8000 or (size >= 2000 and not line.strip()):
+                yield "".join(lines).strip()
+                lines, size = [], 0
+    yield "".join(lines).strip()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Download
+
+
+def download_shard(
+    name: str,
+    directory: Path,
+    on_progress: Callable[[float], object] = lambda fraction: None,
+    *,
+    attempts: int = 6,
+    timeout_s: float = 10.0,
+    backoff_s: float = 1.0,
+) -> None:
+    """Download a shard of the hub unless it is there; OSError naming the shard if that fails.
+
+    on_progress is called with the fraction of the shard that was gained (negative when bytes prove bad).
+    Each attempt goes on from the bytes that the last one left; one that sends nothing for timeout_s is given
+    up. Waits of backoff_s, doubled each time, come between. A refusal (404, 401, ...) is not tried again.
+    huggingface_hub finds, authorises and redirects; its own hf_hub_download forgets partial files and does
+    not compare hashes, hence this loop.
+    """
+    import fcntl
+
+    from huggingface_hub.utils import httpx
+
+    path = directory / name
+    with open(directory / f".{name}.partial", "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be fetching this very shard: let it
+        if path.exists():
+            Path(file.name).unlink(missing_ok=True)
+            on_progress(1.0)
+            return
+        for attempt in range(attempts):
+            try:
+                _transfer(name, file, on_progress, timeout_s)
+                os.replace(file.name, path)
+                return
+            except (httpx.HTTPError, EOFError) as error:
+                status = error.response.status_code if hasattr(error, "response") else None
+                is_final = status is not None and 400 <= status < 500 and status not in (408, 429)
+                if is_final or attempt == attempts - 1:
+                    raise OSError(f"{name}: {error or type(error).__name__}") from error
+            time.sleep(backoff_s * 2**attempt)
+
+
+def _transfer(name: str, file: IO[bytes], on_progress: Callable[[float], object], timeout_s: float) -> None:
+    """Append to the partial file what it lacks and check it; EOFError if it is not what the hub states."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(REPO_ID, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
+    stated = get_hf_file_metadata(url, timeout=timeout_s)
+    n_bytes = file.seek(0, os.SEEK_END)
+    if n_bytes < stated.size:
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={n_bytes}-"}
+        with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206:  # a server without ranges starts again from the first byte
+                file.truncate(0)
+            for block in response.iter_bytes(BLOCK_BYTES):
+                file.write(block)
+                on_progress(len(block) / stated.size)
+        file.flush()
+        os.fsync(file.fileno())
+        n_bytes = file.seek(0, os.SEEK_END)
+    if n_bytes < stated.size:
+        raise EOFError(f"{n_bytes} of {stated.size} bytes came")
+    file.seek(0)
+    digest = hashlib.sha256()
+    for block in iter(partial(file.read, BLOCK_BYTES), b""):
+        digest.update(block)
+    is_sha256 = re.fullmatch("[0-9a-f]{64}", stated.etag or "")  # a mirror may state something else
+    if n_bytes != stated.size or (is_sha256 and digest.hexdigest() != stated.etag):
+        file.truncate(0)
+        raise EOFError("its bytes do not have the SHA-256 that the hub states")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Which shards to download, and how."""
+
+    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])]
+    """training shards, about 100 MB each: the first n of 1822 (the validation shard always comes along)"""
+    num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4
+    """downloads at a time"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_shards <= N_TRAIN_SHARDS:
+            raise ValueError(f"num_shards={self.num_shards} must be from 1 to {N_TRAIN_SHARDS}")
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers={self.num_workers} must be 1 or more")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Download; 1 if a shard could not be had, after a line for each of those."""
+    from tqdm import tqdm
+
+    config = parse(DatasetConfig, argv)
+    directory = base_dir() / "base_data"
+    directory.mkdir(exist_ok=True)
+    names = [SHARD_NAME.format(index) for index in range(config.num_shards)]
+    failures = []
+    with (
+        ThreadPoolExecutor(config.num_workers) as pool,
+        tqdm(
+            total=len(names) + 1, bar_format="{l_bar}{bar}| {n:.1f}/{total} shards, {remaining} left"
+        ) as bar,
+    ):
+        # First and alone: nothing works without the validation shard, and no network is told at once.
+        download_shard(VAL_SHARD, directory, bar.update)
+        transfers = [pool.submit(download_shard, name, directory, bar.update) for name in names]
+        try:
+            for transfer in as_completed(transfers):
+                if error := transfer.exception():
+                    failures.append(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    for error in failures:
+        logger.error("failed: %s", error)
+    logger.info("%d of %d shards are in %s", len(names) + 1 - len(failures), len(names) + 1, directory)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""The embedded corpus: the documentation that every Python installation carries, as parquet shards.
+
+Two or three megabytes of real English that need no network: the language reference behind `help("topic")`,
+every docstring of the standard library, and the docstrings of the modules written in C. The library's sources
+are parsed, never imported; only compiled modules, which have no source to parse, are imported.
+
+An entry is a heading (`json.dumps(obj, *, skipkeys=False, ...)`) and its docstring. A docstring that says
+word for word what an earlier one said is dropped (`bytes` and `bytearray` share most of theirs), so that what
+is held out for validation is not also trained on. The rest is gathered, module by module, into documents of
+a few hundred to three thousand characters, which are shuffled; every twentieth is for validation.
+
+    python -c "from pathlib import Path; from nanochat.embedded import write_shards; write_shards(Path('.'))"
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import platform
+import random
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+
+from nanochat.common import write_json
+
+MIN_CHARS, MAX_CHARS = 300, 3000  # of a document; what is left over of a module is dropped
+MIN_WORDS = 3  # of a docstring worth keeping
+RULE = re.compile(r"(?m)^[=*~^+-][=*~^+ -]{3,}\n")  # under titles and in tables
+VAL_EVERY = 20
+ROWS_PER_GROUP = 64
+
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
+# Importing readline changes the terminal; the others are CPython's own test fixtures.
+SKIPPED_COMPILED = re.compile(r"readline$|_?xx|_test|_ctypes_test")
+
+
+def write_shards(directory: Path) -> None:
+    """Write shard_00000.parquet (training), shard_00001.parquet (validation) and about.json into a folder.
+
+    The same Python installation always gives the same bytes of text in the same order.
+    """
+    from nanochat.dataset import write_parquet
+
+    texts = documents()
+    splits = {"train": [], "val": []}
+    for index, text in enumerate(texts):
+        splits["val" if index % VAL_EVERY == 0 else "train"].append(text)
+    for index, split in enumerate(splits.values()):
+        write_parquet(directory / f"shard_{index:05d}.parquet", split, ROWS_PER_GROUP)
+    counts = {name: {"documents": len(t), "characters": sum(map(len, t))} for name, t in splits.items()}
+    write_json(directory / "about.json", {"python": platform.python_version(), **counts})
+
+
+def documents() -> list[str]:
+    """All documents of this installation, shuffled with a fixed seed."""
+    seen: set[str] = set()
+    texts: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in the sources, deprecated compiled modules
+        for entries in chain(_topics(), _source_modules(), _compiled_modules()):
+            texts.extend(_gather(_new_entries(entries, seen)))
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Entries: (heading, docstring) pairs, one iterable a module
+
+
+def _topics() -> Iterator[Iterable[tuple[str, str]]]:
+    """The language reference of pydoc; Debian's minimal Python has none."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    # The topics quote one another. Longest first, paragraph by paragraph: the long one keeps what they share.
+    for _, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
+        yield [("", paragraph) for paragraph in text.split("\n\n")]
+
+
+def _source_modules() -> Iterator[Iterable[tuple[str, str]]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).with_suffix("").parts
+        if SKIPPED_FOLDERS.intersection(parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # the library holds broken files on purpose, as examples
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield _source_entries(tree, name)
+
+
+def _source_entries(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """The docstrings of a module or class and of what it defines, in the order of the source."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        yield f"{name}({ast.unparse(node.args)})", ast.get_docstring(node) or ""
+        return  # what is local to a function is no one's documentation
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(map(ast.unparse, node.bases))
+        yield f"class {name}({bases})", ast.get_docstring(node) or ""
+    elif isinstance(node, ast.Module):
+        yield name, ast.get_docstring(node) or ""
+    for child in ast.iter_child_nodes(node):
+        is_definition = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        yield from _source_entries(child, f"{name}.{child.name}" if is_definition else name)
+
+
+def _compiled_modules() -> Iterator[Iterable[tuple[str, str]]]:
+    for name in sorted(sys.stdlib_module_names):
+        if SKIPPED_COMPILED.match(name):
+            continue
+        spec = find_spec(name)
+        if spec and str(spec.origin).endswith(("built-in", *EXTENSION_SUFFIXES)):
+            try:
+                yield _compiled_entries(importlib.import_module(name))
+            except ImportError:  # built, but a shared library that it needs is not installed
+                continue
+
+
+def _compiled_entries(module: ModuleType) -> Iterator[tuple[str, str]]:
+    """The docstrings of a C module, of its functions and classes and of their methods and attributes."""
+    yield module.__name__, _docstring(module)
+    for name, member in vars(module).items():
+        if inspect.isclass(member):
+            owner = f"{member.__module__}.{member.__qualname__}"
+            yield f"class {owner}", _docstring(member)
+            for attribute, method in vars(member).items():
+                if inspect.isroutine(method) or inspect.isdatadescriptor(method):
+                    yield f"{owner}.{attribute}{_signature(method)}", _docstring(method)
+        elif inspect.isroutine(member):
+            yield f"{module.__name__}.{name}{_signature(member)}", _docstring(member)
+
+
+def _docstring(member: object) -> str:
+    text = member.__doc__
+    return text if isinstance(text, str) else ""  # a class may describe its instances' __doc__
+
+
+def _signature(member: object) -> str:
+    # As it is written: inspect.signature would evaluate the defaults.
+    return (getattr(member, "__text_signature__", None) or "").replace("$", "")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def _new_entries(entries: Iterable[tuple[str, str]], seen: set[str]) -> Iterator[str]:
+    """Clean the entries; drop the trivial ones and those whose words were all seen in the same order."""
+    for heading, docstring in entries:
+        body = RULE.sub("", inspect.cleandoc(docstring) + "\n").strip()
+        words = re.findall(r"\w+", body.lower())
+        if len(words) >= MIN_WORDS and (key := " ".join(words)) not in seen:
+            seen.add(key)
+            yield f"{heading}\n\n{body}".strip()
+
+
+def _gather(entries: Iterable[str]) -> Iterator[str]:
+    """Join short entries and cut long ones, between paragraphs, into documents of MIN_CHARS to MAX_CHARS."""
+    document = ""
+    for entry in entries:
+        for paragraph in entry.split("\n\n") if len(entry) > MAX_CHARS else [entry]:
+            if len(document) >= MIN_CHARS and len(document) + len(paragraph) > MAX_CHARS:
+                yield document
+                document = ""
+            document = f"{document}\n\n{paragraph}".strip()
+    if len(document) >= MIN_CHARS:
+        yield document
