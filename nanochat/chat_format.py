@@ -1,0 +1,142 @@
+"""Conversations as tokens: what stands where, what is learned, and what goes when there is too much.
+
+    <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> text <|assistant_end|> <|user_start|> ...
+
+A conversation is {"messages": [{"role": ..., "content": ...}, ...]}: user and assistant take turns, the user
+first. A system message may come before them; its text goes in front of the first user text. Content is a
+string; an assistant's may also be a list of parts {"type": ..., "text": ...}, where "text" is what it says,
+"python" a call of the calculator and "python_output" the result of the call. The mask is 1 on every token
+that the assistant has to produce (text, calls, <|assistant_end|>) and 0 on all else, results included.
+
+What goes when there are more than max_tokens, so that the sequence stays well formed:
+
+- To learn from, whole exchanges (a user message and its reply) are kept from the start, and each reply is
+  learned with all that it answers to in view. To complete, they are kept from the end, the most recent.
+- If one exchange alone is too long, the user text loses its start until the reply fits, but keeps half of
+  the room; then the reply loses its end with <|assistant_end|>, which would be learned too early there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanochat.tokenizer import RustBPETokenizer
+
+_PART_TOKENS = {
+    "text": (None, None),
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+
+
+@dataclass
+class _Exchange:
+    user: list[int]  # the text alone
+    reply: list[int]  # from <|assistant_start|> on; empty where nobody replies
+    reply_mask: list[int]
+
+
+def render_conversation(
+    tokenizer: RustBPETokenizer, conversation: dict[str, Any], max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Return (ids, mask) of a conversation to learn from; ValueError if malformed or max_tokens < 6."""
+    first, *others = _exchanges(tokenizer, conversation)
+    ids, mask = [tokenizer.get_bos_token_id()], [0]
+    for exchange in (_fit(first, max_tokens), *others):
+        more_ids, more_mask = _render(tokenizer, exchange)
+        if len(ids) + len(more_ids) > max_tokens:
+            break
+        ids += more_ids
+        mask += more_mask
+    return ids, mask
+
+
+def render_for_completion(
+    tokenizer: RustBPETokenizer, conversation: dict[str, Any], max_tokens: int
+) -> list[int]:
+    """Return the ids from <|bos|> to the <|assistant_start|> after the last user message.
+
+    A reply to that message, as data sets have it, is left out: it is what is to be completed. max_tokens is
+    the context length less the new tokens that it has to hold. ValueError as in render_conversation.
+    """
+    *others, last = _exchanges(tokenizer, conversation)
+    last.reply, last.reply_mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
+    ids: list[int] = []
+    for exchange in (_fit(last, max_tokens), *reversed(others)):
+        more_ids, _ = _render(tokenizer, exchange)
+        if 1 + len(more_ids) + len(ids) > max_tokens:
+            break
+        ids = more_ids + ids
+    return [tokenizer.get_bos_token_id(), *ids]
+
+
+def _exchanges(tokenizer: RustBPETokenizer, conversation: dict[str, Any]) -> list[_Exchange]:
+    messages = conversation["messages"]
+    for index, message in enumerate(messages):
+        if not message.get("content"):
+            raise ValueError(f"message {index} is empty")
+    turns_from = 0
+    preface = ""
+    if messages and messages[0].get("role") == "system":
+        turns_from = 1
+        preface = _string(messages[0]["content"], 0) + "\n\n"
+    exchanges: list[_Exchange] = []
+    for index, message in enumerate(messages[turns_from:], start=turns_from):
+        content = message["content"]
+        expected = ("user", "assistant")[(index - turns_from) % 2]
+        if message.get("role") != expected:
+            raise ValueError(
+                f"message {index} has role {message.get('role')!r} where {expected!r} is due: user and "
+                "assistant take turns, after a system message if there is one"
+            )
+        if expected == "user":
+            exchanges.append(_Exchange(tokenizer.encode(preface + _string(content, index)), [], []))
+            preface = ""
+        else:
+            exchanges[-1].reply, exchanges[-1].reply_mask = _reply(tokenizer, content, index)
+    if not exchanges:
+        raise ValueError(f"none of the {len(messages)} messages is the user's")
+    return exchanges
+
+
+def _reply(tokenizer: RustBPETokenizer, content: Any, index: int) -> tuple[list[int], list[int]]:
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    ids, mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
+    for part in parts:
+        kind = part.get("type")
+        if kind not in _PART_TOKENS:
+            raise ValueError(
+                f"message {index} has a part of type {kind!r}; there are {', '.join(_PART_TOKENS)}"
+            )
+        start, end = _PART_TOKENS[kind]
+        part_ids = tokenizer.encode(_string(part.get("text"), index), prepend=start, append=end)
+        ids += part_ids
+        mask += [int(kind != "python_output")] * len(part_ids)
+    return [*ids, tokenizer.encode_special("<|assistant_end|>")], [*mask, 1]
+
+
+def _string(value: Any, index: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"message {index} has {value!r} where text is due")
+    return value
+
+
+def _fit(exchange: _Exchange, max_tokens: int) -> _Exchange:
+    """Cut an exchange down to what fits after <|bos|>."""
+    room = max_tokens - 3  # <|bos|>, <|user_start|>, <|user_end|>
+    if room < 3:
+        raise ValueError(f"max_tokens={max_tokens} must be 6 at least: 4 special tokens, 1 of text each")
+    kept = min(len(exchange.user), max(room - len(exchange.reply), room // 2))
+    return _Exchange(
+        user=exchange.user[len(exchange.user) - kept :],
+        reply=exchange.reply[: room - kept],
+        reply_mask=exchange.reply_mask[: room - kept],
+    )
+
+
+def _render(tokenizer: RustBPETokenizer, exchange: _Exchange) -> tuple[list[int], list[int]]:
+    start, end = tokenizer.encode_special("<|user_start|>"), tokenizer.encode_special("<|user_end|>")
+    ids = [start, *exchange.user, end, *exchange.reply]
+    return ids, [0] * (len(exchange.user) + 2) + exchange.reply_mask

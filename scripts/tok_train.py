@@ -1,0 +1,107 @@
+"""Learn the tokenizer's vocabulary from the training text.
+
+It reads documents, each cut at doc_cap characters, until max_chars are together, and leaves the tokenizer in
+$NANOCHAT_BASE_DIR/tokenizer and what it measured in report/tok_train.json.
+
+    python -m scripts.tok_train                          # the published recipe: 65,536 tokens
+    python -m scripts.tok_train --data=embedded --vocab_size=4096
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from nanochat.common import base_dir, parse, run, write_json
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# What tokenizers trip over: contractions, numbers, code, both line ends, CJK, Cyrillic, emoji of several code
+# points, a no-break space, what looks like a special token, a combining mark alone, spaces at the end.
+HARD_TEXT = (
+    "I've said: don't!! 1234567 3.14e-10\r\n\tdef f(x):\n        return x**2  # \n\n\n"
+    "\ud55c\uad6d\uc5b4 \u65e5\u672c\u8a9e \u4e2d\u6587 \u0440\u0443\u0441 \U0001f469\u200d\U0001f680\u00a0"
+    "\U0001f1eb\U0001f1f7 <|bos|><|assistant_end|> \u0301   "
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokTrainConfig:
+    data: str = "auto"
+    """Where the text comes from: auto, hub, embedded, or a path of your own."""
+    max_chars: int = 2_000_000_000
+    """Read no more characters than this."""
+    doc_cap: int = 10_000
+    """Read no more than this many characters of one document."""
+    vocab_size: int = 65_536
+    """Number of tokens, the 256 bytes and 9 special tokens included."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_chars", "doc_cap"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def capped(
+    texts: Iterable[str], config: TokTrainConfig, progress: tqdm, counts: dict[str, int]
+) -> Iterator[str]:
+    """Yield documents cut to doc_cap until max_chars are spent, and keep `counts` of what was yielded."""
+    for text in texts:
+        text = text[: min(config.doc_cap, config.max_chars - counts["characters"])]
+        counts["characters"] += len(text)
+        counts["documents"] += 1
+        progress.update(len(text))
+        yield text
+        if counts["characters"] == config.max_chars:
+            break
+    progress.total = progress.n
+    progress.set_description("learning merges")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(TokTrainConfig, argv)
+    from tqdm import tqdm
+
+    from nanochat.dataset import parquets_iter_batched
+    from nanochat.tokenizer import RustBPETokenizer
+
+    start = time.perf_counter()
+    counts = {"characters": 0, "documents": 0}
+    texts = chain.from_iterable(parquets_iter_batched("train", data=config.data))
+    with tqdm(total=config.max_chars, unit="char", unit_scale=True, desc="reading", disable=None) as progress:
+        tokenizer = RustBPETokenizer.train_from_iterator(
+            capped(texts, config, progress, counts), config.vocab_size
+        )
+    seconds = time.perf_counter() - start
+
+    assert tokenizer.decode(tokenizer.encode(HARD_TEXT)) == HARD_TEXT
+    tokenizer.save(base_dir() / "tokenizer")
+
+    lengths = tokenizer.token_bytes()
+    lengths = lengths[lengths > 0]
+    results = {
+        "config": asdict(config),
+        "seconds": seconds,
+        **counts,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "token_bytes": {
+            "mean": float(lengths.mean()),
+            "std": float(lengths.std()),
+            "min": int(lengths.min()),
+            "max": int(lengths.max()),
+        },
+    }
+    write_json(base_dir() / "report" / "tok_train.json", results)
+    print(
+        f"tokenizer: {results['vocab_size']:,} tokens of {lengths.mean():.1f} bytes on average, learned from "
+        f"{counts['characters']:,} characters of {counts['documents']:,} documents in {seconds:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,135 @@
+"""scripts.tok_train and scripts.tok_eval, run through their main on a small corpus of our own."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from scripts import tok_eval, tok_train
+
+TRAIN = [
+    f"Chapter {i}. The river rises in the hills, and runs {i} miles to the sea. \u00c9t\u00e9!\n"
+    * (i % 7 + 1)
+    for i in range(200)
+]
+VAL = ["The sea is cold in the winter, and the river is not.\n" * 5] * 10
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of two training shards and a validation shard."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number, texts in enumerate([TRAIN[:120], TRAIN[120:], VAL]):
+        pq.write_table(pa.table({"text": texts}), folder / f"shard_{number:05d}.parquet", row_group_size=50)
+    return folder
+
+
+def report(base_dir, name):
+    return json.loads((base_dir / "report" / name).read_text())
+
+
+def test_tok_train(corpus, base_dir, capsys):
+    assert tok_train.main([f"--data={corpus}", "--vocab_size=300", "--doc-cap=200"]) == 0
+    tokenizer = get_tokenizer()
+    assert tokenizer.get_vocab_size() == 300
+    results = report(base_dir, "tok_train.json")
+    assert results["characters"] == sum(min(len(text), 200) for text in TRAIN)
+    assert results["documents"] == len(TRAIN)
+    assert results["vocab_size"] == 300
+    lengths = tokenizer.token_bytes()[:-9]
+    assert results["token_bytes"]["mean"] == pytest.approx(lengths.mean())
+    assert (results["token_bytes"]["min"], results["token_bytes"]["max"]) == (1, lengths.max())
+    assert results["config"] == {
+        "data": str(corpus),
+        "max_chars": 2_000_000_000,
+        "doc_cap": 200,
+        "vocab_size": 300,
+    }
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("tokenizer: 300 tokens of ")
+    assert f"learned from {results['characters']:,} characters of 200 documents" in last_line
+
+
+def test_tok_train_reads_the_training_split_up_to_max_chars(corpus, base_dir):
+    assert tok_train.main([f"--data={corpus}", "--vocab_size=300", "--max_chars=1000"]) == 0
+    results = report(base_dir, "tok_train.json")
+    assert results["characters"] == 1000
+    expected = RustBPETokenizer.train_from_iterator(["".join(TRAIN)[:1000]], 300)
+    assert get_tokenizer().get_vocab_size() == expected.get_vocab_size()
+    assert results["documents"] < len(TRAIN)
+
+
+@pytest.mark.parametrize("flag", ["--vocab_size=264", "--max_chars=0", "--doc_cap=-1"])
+def test_bad_settings_leave_the_old_tokenizer(corpus, capsys, flag):
+    tok_train.main([f"--data={corpus}", "--vocab_size=300"])
+    with pytest.raises((ValueError, SystemExit)) as error:
+        tok_train.main([f"--data={corpus}", flag])
+    assert f"{flag[2:]} must be at least" in str(error.value) + capsys.readouterr().err
+    assert get_tokenizer().get_vocab_size() == 300
+
+
+def test_tok_eval(corpus, base_dir, capsys, monkeypatch):
+    tok_train.main([f"--data={corpus}", "--vocab_size=300"])
+    pretrained = RustBPETokenizer.train_from_iterator(TRAIN, 265)  # one token a byte
+
+    def from_pretrained(name):
+        if name == "gpt2":
+            return pretrained
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(RustBPETokenizer, "from_pretrained", from_pretrained)
+    assert tok_eval.main([f"--data={corpus}", "--max_chars=1000"]) == 0
+
+    results = report(base_dir, "tok_eval.json")
+    assert results["vocab_size"] == {"ours": 300, "gpt2": 265}
+    assert list(results["texts"]) == [
+        "news",
+        "code",
+        "Korean",
+        "Japanese",
+        "maths",
+        "science",
+        "train",
+        "val",
+    ]
+    val = results["texts"]["val"]
+    assert val["bytes"] == 1000
+    n_tokens = sum(
+        len(ids) for ids in get_tokenizer().encode([*[VAL[0]] * 3, VAL[0][: 1000 - 3 * len(VAL[0])]])
+    )
+    assert val["bytes_per_token"] == {"ours": pytest.approx(1000 / n_tokens), "gpt2": 1.0}
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "cl100k_base is left out: ConnectionError, not in TIKTOKEN_CACHE_DIR and no download" in lines
+    row = next(line for line in lines if line.startswith("val"))
+    assert row.split() == ["val", "1,000", f"{1000 / n_tokens:.2f}", "1.00", f"({n_tokens / 1000 - 1:.1%})"]
+    assert lines[-1] == f"bytes per token on the validation text: ours {1000 / n_tokens:.2f}, gpt2 1.00"
+
+
+def test_tok_eval_does_not_wait_for_a_network_that_swallows_packets(monkeypatch):
+    """tiktoken downloads without a time limit."""
+    monkeypatch.setattr(RustBPETokenizer, "from_pretrained", lambda name: time.sleep(30))
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError, match=r"nothing within 0\.1 s"):
+        tok_eval.load_pretrained("gpt2", timeout=0.1)
+    assert time.perf_counter() - start < 5
+
+
+def test_tok_eval_without_tokenizer(corpus):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*python -m scripts\.tok_train"):
+        tok_eval.main([f"--data={corpus}"])
+
+
+@pytest.mark.parametrize("script", ["tok_train", "tok_eval"])
+def test_import_is_light_and_silent(script):
+    """`--help` has to answer at once."""
+    code = (
+        f"import sys, scripts.{script}; print({{'torch', 'tiktoken', 'pyarrow', 'numpy'}} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
