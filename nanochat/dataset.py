@@ -85,8 +85,8 @@ def shard_paths(data: str, split: str) -> list[Path]:
     paths = sorted(directory.glob("*.parquet"))
     if len(paths) < 2:
         raise FileNotFoundError(
-            f"{directory} holds {len(paths)} parquet shard(s), but needs two: the last is for validation, the "
-            "others for training; `python -m nanochat.dataset -n 8` downloads some"
+            f"{directory} holds {len(paths)} parquet shard(s), but needs two: the last is for validation, "
+            "the others for training; `python -m nanochat.dataset -n 8` downloads some"
         )
     paths = paths[:-1] if split == "train" else paths[-1:]
     for path in paths:
@@ -123,7 +123,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no readable parquet file ({error}); delete it and try again") from error
     columns = {field.name: field.type for field in shard.schema_arrow}
-    if not any(check(columns.get("text")) for check in (pa.types.is_string, pa.types.is_large_string)):
+    if columns.get("text") not in (pa.string(), pa.large_string()):
         raise ValueError(f"{path} needs a string column 'text', but its columns are {columns}")
     if shard.metadata.num_rows == 0:
         raise ValueError(f"{path} holds no documents; delete it")
@@ -177,7 +177,8 @@ def _own_shards(data: str) -> Path:
     files = sorted(file.resolve() for file in found if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise FileNotFoundError(
-            f"data={data!r} is none of auto, hub, embedded, nor a file, folder or glob with {', '.join(SUFFIXES)}"
+            f"data={data!r} is none of auto, hub and embedded, and no file, folder or glob of text files "
+            f"({', '.join(SUFFIXES)})"
         )
     if path.is_dir() and len(files) >= 2 and all(file.suffix == ".parquet" for file in files):
         return path
@@ -242,7 +243,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
 def download_shard(
     name: str,
     directory: Path,
-    on_progress: Callable[[float], object] = lambda fraction: None,
+    on_progress: Callable[[str, float], object] = lambda name, fraction: None,
     *,
     attempts: int = 6,
     timeout_s: float = 10.0,
@@ -250,11 +251,10 @@ def download_shard(
 ) -> None:
     """Download a shard of the hub unless it is there; OSError naming the shard if that fails.
 
-    on_progress is called with the fraction of the shard that was gained (negative when bytes prove bad).
-    Each attempt goes on from the bytes that the last one left; one that sends nothing for timeout_s is given
-    up. Waits of backoff_s, doubled each time, come between. A refusal (404, 401, ...) is not tried again.
-    huggingface_hub finds, authorises and redirects; its own hf_hub_download forgets partial files and does
-    not compare hashes, hence this loop.
+    on_progress is told the name and what fraction of the shard is there. Each attempt goes on from the bytes
+    that the last one left; one that sends nothing for timeout_s is given up. Waits of backoff_s, doubled each
+    time, come between. A refusal (404, 401, ...) is not tried again. huggingface_hub finds, authorises and
+    redirects; its own hf_hub_download forgets partial files and does not compare hashes, hence this loop.
     """
     import fcntl
 
@@ -265,12 +265,13 @@ def download_shard(
         fcntl.flock(file, fcntl.LOCK_EX)  # another process may be fetching this very shard: let it
         if path.exists():
             Path(file.name).unlink(missing_ok=True)
-            on_progress(1.0)
+            on_progress(name, 1.0)
             return
         for attempt in range(attempts):
             try:
                 _transfer(name, file, on_progress, timeout_s)
                 os.replace(file.name, path)
+                on_progress(name, 1.0)
                 return
             except (httpx.HTTPError, EOFError) as error:
                 status = error.response.status_code if hasattr(error, "response") else None
@@ -280,34 +281,38 @@ def download_shard(
             time.sleep(backoff_s * 2**attempt)
 
 
-def _transfer(name: str, file: IO[bytes], on_progress: Callable[[float], object], timeout_s: float) -> None:
+def _transfer(
+    name: str, file: IO[bytes], on_progress: Callable[[str, float], object], timeout_s: float
+) -> None:
     """Append to the partial file what it lacks and check it; EOFError if it is not what the hub states."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     url = hf_hub_url(REPO_ID, name, repo_type="dataset", endpoint=os.environ.get("HF_ENDPOINT") or None)
     stated = get_hf_file_metadata(url, timeout=timeout_s)
+    if not (stated.size and re.fullmatch("[0-9a-f]{64}", stated.etag or "")):
+        raise OSError(f"{url} does not state a size and SHA-256 as the hub does; check HF_ENDPOINT")
     n_bytes = file.seek(0, os.SEEK_END)
     if n_bytes < stated.size:
         headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={n_bytes}-"}
         with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
             hf_raise_for_status(response)
             if response.status_code != 206:  # a server without ranges starts again from the first byte
-                file.truncate(0)
-            for block in response.iter_bytes(BLOCK_BYTES):
+                file.seek(0)
+                file.truncate()
+            for block in response.iter_bytes():
                 file.write(block)
-                on_progress(len(block) / stated.size)
+                on_progress(name, file.tell() / stated.size)
         file.flush()
         os.fsync(file.fileno())
-        n_bytes = file.seek(0, os.SEEK_END)
+        n_bytes = file.tell()
     if n_bytes < stated.size:
         raise EOFError(f"{n_bytes} of {stated.size} bytes came")
     file.seek(0)
     digest = hashlib.sha256()
     for block in iter(partial(file.read, BLOCK_BYTES), b""):
         digest.update(block)
-    is_sha256 = re.fullmatch("[0-9a-f]{64}", stated.etag or "")  # a mirror may state something else
-    if n_bytes != stated.size or (is_sha256 and digest.hexdigest() != stated.etag):
+    if digest.hexdigest() != stated.etag:
         file.truncate(0)
         raise EOFError("its bytes do not have the SHA-256 that the hub states")
 
@@ -336,25 +341,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = base_dir() / "base_data"
     directory.mkdir(exist_ok=True)
     names = [SHARD_NAME.format(index) for index in range(config.num_shards)]
+    fractions = dict.fromkeys([*names, VAL_SHARD], 0.0)
     failures = []
+
+    def show(name: str, fraction: float) -> None:
+        fractions[name] = fraction
+        bar.update(sum(fractions.values()) - bar.n)
+
     with (
         ThreadPoolExecutor(config.num_workers) as pool,
-        tqdm(
-            total=len(names) + 1, bar_format="{l_bar}{bar}| {n:.1f}/{total} shards, {remaining} left"
-        ) as bar,
+        tqdm(total=len(fractions), bar_format="{l_bar}{bar}| {n:.1f}/{total}, {remaining} left") as bar,
     ):
         # First and alone: nothing works without the validation shard, and no network is told at once.
-        download_shard(VAL_SHARD, directory, bar.update)
-        transfers = [pool.submit(download_shard, name, directory, bar.update) for name in names]
+        download_shard(VAL_SHARD, directory, show)
+        transfers = [pool.submit(download_shard, name, directory, show) for name in names]
         try:
             for transfer in as_completed(transfers):
-                if error := transfer.exception():
+                try:
+                    transfer.result()
+                except OSError as error:
                     failures.append(error)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     for error in failures:
         logger.error("failed: %s", error)
-    logger.info("%d of %d shards are in %s", len(names) + 1 - len(failures), len(names) + 1, directory)
+    logger.info("%d of %d shards are in %s", len(fractions) - len(failures), len(fractions), directory)
     return 1 if failures else 0
 
 

@@ -131,15 +131,15 @@ def _compiled_modules() -> Iterator[Iterable[tuple[str, str]]]:
 def _compiled_entries(module: ModuleType) -> Iterator[tuple[str, str]]:
     """The docstrings of a C module, of its functions and classes and of their methods and attributes."""
     yield module.__name__, _docstring(module)
-    for name, member in vars(module).items():
+    for _, member in sorted(vars(module).items()):
         if inspect.isclass(member):
             owner = f"{member.__module__}.{member.__qualname__}"
             yield f"class {owner}", _docstring(member)
             for attribute, method in vars(member).items():
                 if inspect.isroutine(method) or inspect.isdatadescriptor(method):
                     yield f"{owner}.{attribute}{_signature(method)}", _docstring(method)
-        elif inspect.isroutine(member):
-            yield f"{module.__name__}.{name}{_signature(member)}", _docstring(member)
+        elif inspect.isbuiltin(member):  # what a running program put in its place, say a hook of sys, is not
+            yield f"{module.__name__}.{member.__name__}{_signature(member)}", _docstring(member)
 
 
 def _docstring(member: object) -> str:

@@ -1,0 +1,384 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import dataset
+from nanochat.common import base_dir
+from nanochat.dataset import (
+    VAL_SHARD,
+    download_shard,
+    main,
+    parquets_iter_batched,
+    resolve,
+    shard_paths,
+    write_parquet,
+)
+from tests.hub_server import HubServer
+
+SHARD = "shard_00000.parquet"
+
+
+def texts(paths):
+    return [text for path in paths for text in pq.read_table(path)["text"].to_pylist()]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Download
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with three training shards and the validation shard; clients of this process are sent there."""
+    from huggingface_hub import close_session
+
+    files = {}
+    for name in (SHARD, "shard_00001.parquet", "shard_00002.parquet", VAL_SHARD):
+        write_parquet(tmp_path / name, [f"{name} {os.urandom(50).hex()}" for _ in range(2000)])
+        files[name] = (tmp_path / name).read_bytes()
+    with HubServer(files) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setenv("NO_PROXY", "*")
+        close_session()
+        yield server
+        close_session()
+
+
+@pytest.fixture
+def shards(base_dir):
+    directory = base_dir / "base_data"
+    directory.mkdir(parents=True)
+    return directory
+
+
+def test_command_downloads_the_first_n_and_the_validation_shard(hub, base_dir):
+    assert main(["-n", "2", "-w", "3"]) == 0
+    files = {path.name: path.read_bytes() for path in (base_dir / "base_data").iterdir()}
+    assert files == {name: hub.files[name] for name in (SHARD, "shard_00001.parquet", VAL_SHARD)}
+    assert [path.name for path in shard_paths("hub", "train")] == [SHARD, "shard_00001.parquet"]
+
+    n_requests = len(hub.requests)
+    assert main(["--num-shards=2"]) == 0
+    assert len(hub.requests) == n_requests, "complete shards are fetched again"
+
+
+@pytest.mark.parametrize("fault", ["truncate", "stall", "reset", "short"])
+def test_a_cut_transfer_goes_on_where_it_was_cut(hub, shards, fault):
+    hub.faults[SHARD] = [fault]
+    progress = []
+    download_shard(SHARD, shards, lambda *told: progress.append(told), timeout_s=0.3, backoff_s=0)
+    assert (shards / SHARD).read_bytes() == hub.files[SHARD]
+    first, second = hub.starts(SHARD)
+    assert first == 0
+    assert second == len(hub.files[SHARD]) // 2
+    assert progress[-1] == (SHARD, 1)
+
+
+@pytest.mark.parametrize("fault", ["503", "corrupt"])
+def test_a_refused_or_corrupt_transfer_starts_again(hub, shards, fault):
+    """A flipped bit used to pass for ever: lengths were compared, hashes never."""
+    hub.faults[SHARD] = [fault]
+    progress = []
+    download_shard(SHARD, shards, lambda *told: progress.append(told), backoff_s=0)
+    assert (shards / SHARD).read_bytes() == hub.files[SHARD]
+    assert hub.starts(SHARD) == [0, 0]
+    assert progress[-1] == (SHARD, 1)
+
+
+def test_a_server_without_ranges(hub, shards):
+    hub.has_ranges = False
+    hub.faults[SHARD] = ["truncate", "stall"]
+    progress = []
+    download_shard(SHARD, shards, lambda *told: progress.append(told), timeout_s=0.3, backoff_s=0)
+    assert (shards / SHARD).read_bytes() == hub.files[SHARD]
+    assert progress[-1] == (SHARD, 1)
+
+
+def test_giving_up_is_bounded_and_leaves_no_shard(hub, shards, monkeypatch):
+    hub.faults[SHARD] = ["stall"] * 9
+    waits = []
+    monkeypatch.setattr(dataset.time, "sleep", waits.append)
+    started = time.monotonic()
+    with pytest.raises(OSError, match=SHARD):
+        download_shard(SHARD, shards, attempts=4, timeout_s=0.2)
+    assert time.monotonic() - started < 3
+    assert waits == [1, 2, 4]
+    assert not (shards / SHARD).exists()
+    hub.faults.clear()
+    download_shard(SHARD, shards)
+    assert hub.starts(SHARD)[-1] > 0.9 * len(hub.files[SHARD]), "the bytes of failed attempts are lost"
+
+
+def test_what_does_not_exist_is_not_asked_for_again(hub, shards):
+    with pytest.raises(OSError, match=r"shard_00077.parquet: .*404"):
+        download_shard("shard_00077.parquet", shards)
+    assert len(hub.requests) == 1
+
+
+def test_two_processes_do_not_write_into_one_another(hub, shards):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: download_shard(SHARD, shards), range(4)))
+    assert hub.starts(SHARD) == [0]
+    assert [path.name for path in shards.iterdir()] == [SHARD]
+
+
+def test_a_server_that_is_no_hub(hub, shards):
+    """A proxy's login page would pass for a shard."""
+    hub.states_hash = False
+    with pytest.raises(OSError, match="check HF_ENDPOINT"):
+        download_shard(SHARD, shards)
+
+
+def test_a_token_goes_to_the_hub_and_to_no_other_host(hub, shards):
+    download_shard(SHARD, shards)
+    assert {(host, has_token) for _, host, _, _, has_token in hub.requests} == {
+        ("127.0.0.1", True),
+        ("localhost", False),
+    }
+
+
+def test_a_killed_download_resumes(hub, shards):
+    """Written in place, half a file was trusted for ever; with a new hidden name each time, all was lost."""
+    hub.faults[VAL_SHARD] = ["stall"]
+    command = [sys.executable, "-m", "nanochat.dataset", "-n", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    half = len(hub.files[VAL_SHARD]) // 2
+    deadline = time.monotonic() + 30
+    while not any(path.stat().st_size for path in shards.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (shards / VAL_SHARD).exists()
+    with pytest.raises(FileNotFoundError):
+        shard_paths("hub", "val")
+
+    assert main(["-n", "1"]) == 0
+    first, second = hub.starts(VAL_SHARD)
+    assert first == 0
+    assert 0 < second <= half
+    assert (shards / VAL_SHARD).read_bytes() == hub.files[VAL_SHARD]
+    assert {path.name for path in shards.iterdir()} == {SHARD, VAL_SHARD}
+
+
+def test_command_fails_with_a_line_for_each_shard_that_failed(hub, base_dir, caplog):
+    """The old command exited 0 when shards had failed."""
+    caplog.set_level(logging.INFO)
+    assert main(["-n", "5"]) == 1
+    lines = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert [line.split(":")[1].strip() for line in sorted(lines)] == [
+        "shard_00003.parquet",
+        "shard_00004.parquet",
+    ]
+    assert len(shard_paths("hub", "train")) == 3
+
+
+def test_no_network_is_told_at_once(hub, base_dir, monkeypatch):
+    monkeypatch.setattr(dataset.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=VAL_SHARD):
+        main(["-n", "200"])
+    assert [path.name for path in (base_dir / "base_data").iterdir()] == [f".{VAL_SHARD}.partial"]
+
+
+@pytest.mark.parametrize("argv", [["-n", "0"], ["-n", "1823"], ["-n", "1", "-w", "0"]])
+def test_command_refuses_numbers_out_of_range(argv):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code != 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sources and splits
+
+
+def make_shards(directory, *names, n_documents=10):
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        write_parquet(directory / name, [f"{name} {i}" for i in range(n_documents)], rows_per_group=4)
+
+
+def test_the_validation_shard_of_the_hub_is_pinned(base_dir):
+    """It was "the last file on disk", so it moved with the number of shards and while a download ran."""
+    make_shards(base_dir / "base_data", SHARD, "shard_00001.parquet")
+    for split in ("train", "val"):
+        with pytest.raises(FileNotFoundError, match=VAL_SHARD):
+            shard_paths("hub", split)
+    make_shards(base_dir / "base_data", VAL_SHARD)
+    assert [path.name for path in shard_paths("hub", "val")] == [VAL_SHARD]
+    make_shards(base_dir / "base_data", "shard_00002.parquet")
+    assert [path.name for path in shard_paths("hub", "val")] == [VAL_SHARD]
+    assert VAL_SHARD not in [path.name for path in shard_paths("hub", "train")]
+
+
+def test_auto_takes_the_hub_only_when_it_is_there(base_dir, monkeypatch):
+    monkeypatch.setattr(
+        "nanochat.embedded.write_shards", lambda path: make_shards(path, SHARD, "shard_00001.parquet")
+    )
+    assert resolve("auto") == base_dir / "embedded_data"
+    make_shards(base_dir / "base_data", VAL_SHARD)
+    assert resolve("auto") == base_dir / "embedded_data"
+    make_shards(base_dir / "base_data", SHARD)
+    assert resolve("auto") == base_dir / "base_data"
+
+
+def test_one_shard_is_an_error_in_both_splits(base_dir):
+    """With one shard the training split was empty and the loader looped for ever."""
+    make_shards(base_dir / "base_data", VAL_SHARD)
+    for split in ("train", "val"):
+        with pytest.raises(FileNotFoundError, match=r"holds 1 parquet shard.*needs two"):
+            shard_paths("hub", split)
+
+
+def test_broken_shards_are_named(tmp_path):
+    make_shards(tmp_path, SHARD, "shard_00001.parquet")
+    path, good = tmp_path / SHARD, (tmp_path / SHARD).read_bytes()
+
+    def complaint():
+        with pytest.raises(ValueError, match=SHARD) as caught:
+            list(parquets_iter_batched("train", data=str(tmp_path)))
+        return str(caught.value)
+
+    path.write_bytes(good[: len(good) // 2])
+    assert "no readable parquet file" in complaint()
+    path.write_bytes(b"")
+    assert "no readable parquet file" in complaint()
+    path.write_bytes(good[:4] + bytes(30) + good[34:])  # the footer is whole, the data are not
+    assert "corrupt" in complaint()
+    write_parquet(path, [])
+    assert "no documents" in complaint()
+    pq.write_table(pa.table({"content": ["a"]}), path)
+    assert "column 'text'" in complaint()
+    pq.write_table(pa.table({"text": [1]}), path)
+    assert "column 'text'" in complaint()
+
+
+def test_iterate_by_row_group(tmp_path):
+    make_shards(tmp_path, SHARD, "shard_00001.parquet", "shard_00002.parquet")
+    everything = list(parquets_iter_batched("train", data=str(tmp_path)))
+    assert [len(batch) for batch in everything] == [4, 4, 2, 4, 4, 2]
+    assert list(chain(*everything)) == texts(shard_paths(str(tmp_path), "train"))
+    assert list(parquets_iter_batched("train", 1, 4, data=str(tmp_path))) == [everything[1], everything[5]]
+    assert len(list(parquets_iter_batched("val", data=str(tmp_path)))) == 3
+    for start, step in [(0, 0), (2, 2), (-1, 2)]:
+        with pytest.raises(ValueError, match="step"):
+            next(parquets_iter_batched("train", start, step, data=str(tmp_path)))
+    with pytest.raises(ValueError, match="'test'"):
+        next(parquets_iter_batched("test", data=str(tmp_path)))
+
+
+def test_nulls_are_empty_texts(tmp_path):
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["b"]}), tmp_path / "b.parquet")
+    assert list(parquets_iter_batched("train", data=str(tmp_path))) == [["a", ""]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Text of the user's own
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+def test_a_folder_of_parquet_files_is_used_where_it_lies(tmp_path):
+    make_shards(tmp_path, "b.parquet", "a.parquet", "c.parquet")
+    assert shard_paths(str(tmp_path), "train") == [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    assert shard_paths(str(tmp_path), "val") == [tmp_path / "c.parquet"]
+
+
+@pytest.mark.parametrize("n_documents", [2, 19, 20, 100])
+def test_one_jsonl_file_is_split_by_document(tmp_path, n_documents):
+    documents = [f"document {i}" for i in range(n_documents)]
+    write_jsonl(tmp_path / "mine.jsonl", documents)
+    data = str(tmp_path / "mine.jsonl")
+    train, val = texts(shard_paths(data, "train")), texts(shard_paths(data, "val"))
+    assert sorted(train + val) == sorted(documents)
+    assert len(val) == max(1, n_documents // 20)
+
+
+def test_conversion_happens_once_and_again_when_the_files_change(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "mine.jsonl", ["a", "b"])
+    first = resolve(str(tmp_path))
+    assert first.parent == base_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "write_parquet", None)
+        assert resolve(str(tmp_path / "*.jsonl")) == first
+    write_jsonl(tmp_path / "mine.jsonl", ["a", "b", "c"])
+    second = resolve(str(tmp_path))
+    assert second != first
+    assert texts(sorted(second.iterdir())) == ["a", "c", "b"]
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, base_dir, monkeypatch):
+    write_jsonl(tmp_path / "mine.jsonl", ["a", "b"])
+
+    def full_disk(path, *args):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "write_parquet", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            resolve(str(tmp_path))
+    assert list(base_dir.iterdir()) == []
+    assert texts(shard_paths(str(tmp_path), "val")) == ["b"]
+
+
+def test_txt_is_cut_between_paragraphs(tmp_path):
+    paragraphs = [f"Paragraph {i}. " + "Some words of it.\n" * 60 for i in range(40)]
+    (tmp_path / "book.txt").write_text("\n".join(paragraphs))
+    (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(4000)))
+    documents = texts(shard_paths(str(tmp_path), "train")) + texts(shard_paths(str(tmp_path), "val"))
+    assert all(2000 <= len(text) <= 8020 for text in documents if text[-9:] != "name 3999")
+    joined = "".join(sorted(documents, key=lambda text: (text[0] != "P", int(text.split()[1].strip(".")))))
+    original = "".join(paragraphs) + "".join(f"name {i}\n" for i in range(4000))
+    assert "".join(joined.split()) == "".join(original.split())
+    assert sum(text.startswith("Paragraph") for text in documents) == 20
+
+
+def test_all_kinds_in_one_folder(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["from parquet", " "])
+    write_jsonl(tmp_path / "b.jsonl", ["from jsonl", "", "more"])
+    (tmp_path / "c.txt").write_text("from txt\n")
+    (tmp_path / "d.csv").write_text("no text of ours")
+    both = texts(shard_paths(str(tmp_path), "train") + shard_paths(str(tmp_path), "val"))
+    assert sorted(both) == ["from jsonl", "from parquet", "from txt", "more"]
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ('{"text": "a"', "line 2"),
+        ('{"content": "a"}', "line 2"),
+        ('{"text": 3}', "line 2"),
+        ('["text"]', "line 2"),
+        ('{"text": "\\ud800"}', "line 2"),
+        (b"\xff", "not UTF-8"),
+    ],
+)
+def test_bad_jsonl_is_named(tmp_path, line, rule):
+    line = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "mine.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"mine\.jsonl.*{rule}"):
+        resolve(str(tmp_path))
+
+
+def test_paths_without_text_are_named(tmp_path):
+    (tmp_path / "d.csv").write_text("a,b")
+    for data in (str(tmp_path), str(tmp_path / "d.csv"), str(tmp_path / "*.txt"), "hubb"):
+        with pytest.raises(FileNotFoundError, match="none of auto, hub and embedded"):
+            resolve(data)
+    (tmp_path / "one.txt").write_text("a single document")
+    with pytest.raises(ValueError, match="fewer than two documents"):
+        resolve(str(tmp_path))
