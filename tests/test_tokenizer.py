@@ -22,6 +22,7 @@ from nanochat.tokenizer import (
 )
 
 VOCAB_SIZE = 350
+BYTES = {bytes([byte]): byte for byte in range(256)}
 WORDS = [
     *(
         "the",
@@ -226,7 +227,7 @@ def test_other_encodings_can_be_saved(tmp_path, monkeypatch):
     enc = tiktoken.Encoding(
         "other",
         pat_str=r"\w+|\W+",
-        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        mergeable_ranks=BYTES,
         special_tokens={"<|endoftext|>": 300},
     )
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "other", enc)
@@ -281,11 +282,10 @@ def pickled_encoding(fields):
 
 
 def fields(**changes):
-    ranks = {bytes([byte]): byte for byte in range(256)}
     good = {
         "name": "bytes",
         "pat_str": r"\w+|\W+",
-        "mergeable_ranks": ranks,
+        "mergeable_ranks": BYTES,
         "special_tokens": {"<|bos|>": 256},
     }
     return good | changes
@@ -331,7 +331,6 @@ def test_evil_pickles_run_nothing(tmp_path, kind):
     assert not marker.exists()
 
 
-BYTES_TWICE = {bytes([byte]): byte for byte in range(256)} | {b"ab": 97}
 GOOD_PICKLE = pickled_encoding(fields())
 
 
@@ -352,8 +351,8 @@ DAMAGED_PICKLES = {
     "no ranks": pickled_encoding({"name": "x"}),
     "an unknown field": pickled_encoding(fields(more=1)),
     "a bad pattern": pickled_encoding(fields(pat_str="(")),
-    "text for bytes": pickled_encoding(fields(mergeable_ranks={"a": 1})),
-    "an id twice": pickled_encoding(fields(mergeable_ranks=BYTES_TWICE)),
+    "text for bytes": pickled_encoding(fields(mergeable_ranks=BYTES | {"ab": 300})),
+    "an id twice": pickled_encoding(fields(mergeable_ranks=BYTES | {b"ab": 97})),
     "a special id twice": pickled_encoding(fields(special_tokens={"<|bos|>": 97})),
     "a byte without token": pickled_encoding(fields(mergeable_ranks={b"a": 97})),
 }
