@@ -1,1 +1,1 @@
-"""Saint Iberis: a whole small LLM, from raw text to a chat page, around a hybrid convolution-attention GPT."""
+"""Saint Iberis: a whole small LLM from raw text to a chat page, a hybrid of convolution and attention."""

@@ -14,6 +14,7 @@ Nothing here runs at import time and nothing imports torch before a Runtime is a
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 Config = TypeVar("Config")
@@ -62,7 +64,7 @@ def _description(config_class: type) -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a script's main and exit; what the user can mend is one line on stderr and status 1, no traceback."""
+    """Run a script's main and exit; an error that the user can mend is one line on stderr and status 1."""
     is_main_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.INFO if is_main_rank else logging.ERROR, format="%(message)s", stream=sys.stdout
@@ -71,7 +73,7 @@ def run(main: Callable[[], int]) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         status = main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("NANOCHAT_DEBUG"):
             raise
         sys.exit(f"error: {error}")
@@ -100,7 +102,8 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON atomically, indented for people."""
+    """Write JSON atomically, indented for people, into a folder that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
@@ -124,6 +127,24 @@ class Runtime:
         """Whether this process does the writing and the talking."""
         return self.rank == 0
 
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a small picklable value of every rank, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     @classmethod
     def cpu(cls) -> Runtime:
         """One float32 process on the CPU."""
@@ -133,9 +154,10 @@ class Runtime:
 
 
 def setup_runtime(device_type: str = "") -> Runtime:
-    """Find the device ("" picks cuda, then mps, then cpu) and the compute dtype of this process.
+    """Find the device ("" picks cuda, then mps, then cpu), the compute dtype and the rank of this process.
 
-    bfloat16 on CUDA cards that have it (compute capability 8.0 and up), float32 everywhere else.
+    bfloat16 on CUDA cards that have it (compute capability 8.0 and up), float32 everywhere else. Under
+    torchrun the ranks are joined in a process group: NCCL on CUDA, gloo on the CPU.
     """
     import torch
 
@@ -144,16 +166,21 @@ def setup_runtime(device_type: str = "") -> Runtime:
     if not available.get(device_type):
         found = ", ".join(name for name, is_there in available.items() if is_there)
         raise ValueError(f"device_type={device_type!r} is not available here; choose from: {found}")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != 1:
-        raise ValueError(
-            f"WORLD_SIZE={world_size}: training on several ranks is not built yet; start one process"
-        )
 
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    )
     torch.set_float32_matmul_precision("high")
-    if device_type != "cuda":
-        return Runtime(device=torch.device(device_type), compute_dtype=torch.float32)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    return Runtime(device=device, compute_dtype=torch.bfloat16 if has_bf16 else torch.float32)
+    device, compute_dtype = torch.device(device_type), torch.float32
+    if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            compute_dtype = torch.bfloat16
+    if world_size > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return Runtime(device=device, compute_dtype=compute_dtype, rank=rank, world_size=world_size)

@@ -4,13 +4,13 @@
     block:  r += mixer(rms_norm(r));  r += Wproj( relu(Wfc rms_norm(r))^2 )
     logits = 15 * tanh(lm_head(rms_norm(r)) / 15)        in float32; untied, no biases, no norm weights
 
-Layer i is attention iff i % slc_rate == 1 or it is the last, every other one is SLC2 (nanochat/slc2.py); slc_rate=0
-makes every layer attention. Attention: rotary positions (RoPE, Su et al. 2021), then rms_norm on q and k, grouped
-key-value heads allowed. ReLU^2 is from Primer (So et al. 2021), the logit soft-cap from Gemma 2 (2024).
+Layer i is attention iff i % slc_rate == 1 or it is the last, every other one is SLC2 (nanochat/slc2.py);
+slc_rate=0 makes every layer attention. Attention: rotary positions (RoPE, Su et al. 2021), then rms_norm on q
+and k, grouped key-value heads allowed. ReLU^2: Primer (So et al. 2021); logit soft-cap: Gemma 2 (2024).
 
-Precision is explicit: parameters are float32, activations bfloat16 on CUDA and float32 elsewhere, logits and loss
-float32. The state dict keys are the published ones. `__init__` gives shapes (and torch's default values),
-`init_weights()` gives the values to train from.
+Precision is explicit: parameters are float32, activations bfloat16 on CUDA and float32 elsewhere, logits and
+loss float32. State dict keys are the published ones. `__init__` gives shapes (and torch's default values),
+`init_weights()` the values to train from.
 
 Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kernel.
 """
@@ -90,10 +90,8 @@ def norm(x: Tensor) -> Tensor:
 def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cos and sin (length, D/2) of RoPE angles with base 10000, rounded to bfloat16 as published."""
     with torch.inference_mode(False):  # the cached tables must serve training too
-        frequencies = 10000.0 ** (
-            -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-        )
-        angles = torch.arange(length, device=device, dtype=torch.float32).outer(frequencies)
+        exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+        angles = torch.arange(length, device=device, dtype=torch.float32).outer(10000.0**-exponents)
         return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
@@ -176,7 +174,7 @@ def head_logits(x: Tensor, weight: Tensor) -> Tensor:
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """Cross-entropy of the logits of x (B,T,E) against targets (B,T), in nats; target -1 does not count.
 
-    reduction "none" gives (B*T,) with 0 at ignored targets; "sum"; "mean" over the counted targets, 0 if none.
+    reduction "none" gives (B*T,) with 0 at ignored targets; "sum"; "mean" over counted targets, 0 if none.
     """
     logits = head_logits(x, weight)
     count_all = "none" if reduction == "none" else "sum"
@@ -202,7 +200,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Give every parameter its value to train from (DESIGN: wte normal 1; lm_head and each c_proj zero)."""
+        """Give every parameter its value to train from; lm_head and each c_proj start at zero."""
         for name, parameter in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(parameter)
@@ -216,7 +214,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
 
     def compile_blocks(self) -> None:
-        """Compile each block, and head with loss, for one fixed batch shape: two small graphs, whatever the depth."""
+        """Compile each block, and head with loss, for fixed batch shapes: a few small graphs at any depth."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self._head_loss = torch.compile(head_loss, dynamic=False)
@@ -233,32 +231,36 @@ class GPT(nn.Module):
         cache: HybridCache | None = None,
         loss_reduction: str = "mean",
     ) -> Tensor:
-        """Logits (B,T,V) float32 of token ids idx (B,T) int64, or the loss against targets (B,T), see head_loss.
+        """Logits (B,T,V) float32 of token ids idx (B,T) int64, or the loss against targets (B,T): head_loss.
 
         With a cache, idx continues the sequences that it holds: prefill, a chunk of it, or one token.
         Raises ValueError when the cache is too small or of another batch size.
         """
-        x, _ = self._hidden(idx, cache)
+        x = self._hidden(idx, cache)
         if targets is None:
             return head_logits(x, self.lm_head.weight)
         return self._head_loss(x, self.lm_head.weight, targets, loss_reduction)
 
-    def _hidden(self, idx: Tensor, cache: HybridCache | None) -> tuple[Tensor, int]:
-        """Final normalised hidden state (B,T,E) and the number of tokens seen so far."""
+    def _hidden(self, idx: Tensor, cache: HybridCache | None) -> Tensor:
+        """Final normalised hidden state (B,T,E)."""
         B, T = idx.shape
         pos = 0 if cache is None else cache.pos
         if cache is not None and (cache.batch_size != B or pos + T > cache.max_len):
             raise ValueError(
-                f"{B} rows of {T} tokens after {pos} do not fit a cache of {cache.batch_size} rows of {cache.max_len}"
+                f"{B} rows of {T} tokens after {pos} do not fit a cache of {cache.batch_size} rows "
+                f"of {cache.max_len} tokens"
             )
         length = -(-(pos + T) // self.config.sequence_len) * self.config.sequence_len
         cos, sin = (t[pos : pos + T] for t in rotary_tables(length, self.config.head_dim, idx.device))
         x = norm(self.transformer.wte(idx).to(self._activation_dtype()))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cos, sin, None if cache is None else cache.layers[i], pos)
+            if cache is None:
+                x = block(x, cos, sin)
+            else:  # .forward: decoding changes pos with every call and must not recompile a compiled block
+                x = block.forward(x, cos, sin, cache.layers[i], pos)
         if cache is not None:
             cache.pos += T
-        return norm(x), pos + T
+        return norm(x)
 
     def _activation_dtype(self) -> torch.dtype:
         if self.compute_dtype is not None:
@@ -294,7 +296,7 @@ class GPT(nn.Module):
         )
         idx = seen
         for _ in range(max_new_tokens):
-            logits = self(idx, cache=cache)[:, -1]
+            logits = head_logits(self._hidden(idx, cache)[:, -1], self.lm_head.weight)
             if repetition_penalty != 1:
                 logits = penalize_repetition(logits, seen, repetition_penalty)
             idx = sample(logits, temperature, top_k, top_p, generator)
@@ -318,7 +320,7 @@ class GPT(nn.Module):
         return {**counts, "total": sum(counts.values())}
 
     def flops_per_token(self) -> int:
-        """Training FLOPs a token: 6 a weight of every matrix and tap, plus 12*E*T in each attention layer only.
+        """Training FLOPs a token: 6 a weight of each matrix and tap, and 12*E*T in attention layers only.
 
         The attention term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
         """

@@ -23,13 +23,13 @@ def check_sampling(
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make every token of seen (B,S) less likely in logits (B,V): positive logits / penalty, negative * penalty."""
+    """Divide the positive and multiply the negative logits (B,V) of the tokens in seen (B,S) by penalty."""
     scores = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
 def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Set to -inf all logits (B,V) outside the top_k, and outside the least set with mass top_p (at least one)."""
+    """Set logits (B,V) to -inf outside the top_k, then outside the least set with mass top_p."""
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -48,7 +48,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token id a row from logits (B,V): (B,1) int64. Temperature 0 is greedy; top_k 0 or None is off."""
+    """Draw a token id for each row of logits (B,V): (B,1) int64. Temperature 0 is greedy, top_k 0 is off."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     probs = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)

@@ -9,8 +9,8 @@ With h the normalised residual stream, E channels c = n*D + d in H heads of size
     y = (b * silu(z)) Wc^T
 
 (Rikka Botan, "Saint Iberis", 2025; the order of the nonlinearities is that of the published weights.)
-All that decoding must remember is the last K-1 values of u, so one code path serves training, prefill, chunked
-prefill and single tokens: it takes a window of K-1 past values and leaves the next window behind.
+All that decoding must remember is the last K-1 values of u, so one code path serves training, prefill,
+chunked prefill and single tokens: it takes a window of K-1 past values and leaves the next window behind.
 """
 
 import torch

@@ -1,0 +1,196 @@
+"""Checkpoints: written whole or not at all, found again, loaded with their architecture.
+
+A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
+
+    model_000700.pt          state dict under the published keys
+    optim_000700_rank0.pt    optimizer state
+    meta_000700.json         architecture, settings, loop and loader state
+
+Each is written atomically and the meta file last: it is what makes a checkpoint exist. Tensors are read with
+torch's weights_only loader, which runs no code from the file.
+"""
+
+import json
+import logging
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.common import atomic_write, base_dir, write_json
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+
+logger = logging.getLogger(__name__)
+STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+
+
+def checkpoint_dir(stage: str, model_tag: str) -> Path:
+    """Return base_dir()/<stage>_checkpoints/<model_tag>."""
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    return base_dir() / f"{STAGES[stage]}_checkpoints" / model_tag
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in directory, in order."""
+    metas = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in directory.glob("meta_*.json"))
+    steps = sorted(int(match[1]) for match in metas if match)
+    return [step for step in steps if model_path(directory, step).exists()]
+
+
+def model_path(directory: Path, step: int) -> Path:
+    """Return the path of a checkpoint's state dict."""
+    return directory / f"model_{step:06d}.pt"
+
+
+def _optim_path(directory: Path, step: int) -> Path:
+    return directory / f"optim_{step:06d}_rank0.pt"
+
+
+def _meta_path(directory: Path, step: int) -> Path:
+    return directory / f"meta_{step:06d}.json"
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    model: GPT,
+    optimizer_state: dict | None,
+    meta: dict[str, Any],
+    keep_last: int = 0,
+) -> None:
+    """Write a checkpoint, then drop all but the keep_last newest ones (0: keep all).
+
+    Raises OSError, with everything older untouched, when it cannot be written whole.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if optimizer_state is not None:
+        _save_tensors(_optim_path(directory, step), optimizer_state)
+    _save_tensors(model_path(directory, step), model.state_dict())
+    write_json(
+        _meta_path(directory, step),
+        {"format_version": 1, "step": step, "model_config": asdict(model.config), **meta},
+    )
+    for old in complete_steps(directory)[:-keep_last] if keep_last else []:
+        delete_checkpoint(directory, old)
+
+
+def delete_checkpoint(directory: Path, step: int) -> None:
+    """Delete a checkpoint; its meta file first, so that what a crash leaves does not count as one."""
+    for path in (_meta_path(directory, step), model_path(directory, step), _optim_path(directory, step)):
+        path.unlink(missing_ok=True)
+
+
+def _save_tensors(path: Path, value: Any) -> None:
+    try:
+        with atomic_write(path) as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(
+            f"cannot write {path}: {error}; free some space, older checkpoints are intact"
+        ) from error
+
+
+def load_tensors(path: Path, device: torch.device | str) -> Any:
+    """Read what torch.save wrote; FileNotFoundError or ValueError if it is not there or not whole."""
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({error}); delete it or copy it again"
+        ) from error
+
+
+def read_meta(directory: Path, step: int) -> dict[str, Any]:
+    """Read a checkpoint's meta file."""
+    path = _meta_path(directory, step)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        have = complete_steps(directory)
+        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; there are: {have}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it or copy it again") from error
+
+
+def load_optimizer_state(directory: Path, step: int, device: torch.device) -> dict:
+    """Read the optimizer state that was saved beside a checkpoint."""
+    return load_tensors(_optim_path(directory, step), device)
+
+
+def model_config(meta: dict[str, Any]) -> GPTConfig:
+    """Read the architecture; keys that old checkpoints lack (n_kernel, slc_rate) take their defaults."""
+    try:
+        return GPTConfig(**meta["model_config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the checkpoint's model_config does not describe a Saint Iberis GPT: {error}"
+        ) from error
+
+
+def load_weights(model: GPT, state: dict[str, Tensor]) -> None:
+    """Load a state dict, published ones included: an `_orig_mod.` prefix is stripped, bf16 becomes float32.
+
+    Raises ValueError when keys or shapes do not fit; warns when the convolutions are dead, as they are in
+    weights trained before the convolution was ever initialised.
+    """
+    state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit the architecture: {error}") from error
+    taps = [value for key, value in state.items() if key.endswith("conv1d.weight")]
+    if taps and not any(tap.any() for tap in taps):
+        logger.warning("warning: every convolution weight is zero: the SLC2 layers of this model add nothing")
+
+
+def load_model(
+    source: str, device: torch.device, phase: str, model_tag: str | None = None, step: int | None = None
+) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """Load the model of a stage ("base", "mid", "sft", "rl") for phase "train" or "eval", with its tokenizer.
+
+    model_tag defaults to the deepest dN there is, step to the newest complete checkpoint.
+    """
+    if phase not in ("train", "eval"):
+        raise ValueError(f'phase {phase!r} is not "train" or "eval"')
+    directory = checkpoint_dir(source, model_tag or _deepest_tag(checkpoint_dir(source, "")))
+    step = newest_step(directory) if step is None else step
+    meta = read_meta(directory, step)
+    model = GPT(model_config(meta))
+    load_weights(model, load_tensors(model_path(directory, step), "cpu"))
+    tokenizer = get_tokenizer()
+    check_vocabulary(model.config, tokenizer)
+    return model.to(device).train(phase == "train"), tokenizer, meta
+
+
+def check_vocabulary(config: GPTConfig, tokenizer: RustBPETokenizer) -> None:
+    """Raise ValueError unless model and tokenizer count the same tokens."""
+    if config.vocab_size != tokenizer.get_vocab_size():
+        raise ValueError(
+            f"the model has a vocabulary of {config.vocab_size}, the tokenizer one of "
+            f"{tokenizer.get_vocab_size()}: they are not from the same run"
+        )
+
+
+def newest_step(directory: Path) -> int:
+    """Return the newest complete checkpoint's step; FileNotFoundError if there is none."""
+    steps = complete_steps(directory)
+    if not steps:
+        raise FileNotFoundError(
+            f"no checkpoint in {directory}; train one first (python -m scripts.base_train)"
+        )
+    return steps[-1]
+
+
+def _deepest_tag(stage_dir: Path) -> str:
+    depths = (re.fullmatch(r"d(\d+)", path.name) for path in stage_dir.glob("d*"))
+    found = max((int(match[1]) for match in depths if match), default=None)
+    if found is None:
+        raise FileNotFoundError(f"no model dN in {stage_dir}; train one first or name it with --model-tag")
+    return f"d{found}"

@@ -1,0 +1,47 @@
+"""What the machine is: for MFU, and for the records that results are kept with."""
+
+import logging
+import os
+import platform
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# dense bf16 peak in FLOP/s by a part of the card's name, the first that fits (vendors' data sheets)
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of a card in FLOP/s; None, with a warning, if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if peak is None:
+        logger.warning(f"warning: no bf16 peak known for {name!r}, so no MFU is shown")
+    return peak
+
+
+def describe(device: torch.device) -> dict[str, str | int]:
+    """Return the hardware and versions that a measurement depends on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "device": f"{device.type} {name}".strip(),
+        "cpu_cores": os.cpu_count() or 0,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

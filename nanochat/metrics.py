@@ -1,0 +1,57 @@
+"""Where the numbers of a run go: metrics.jsonl, one object a line, and wandb if asked.
+
+The file is the record that plots and reports read. Every line carries `step`; a resumed run first drops the
+lines from the step on that it resumes at, so that no step is told twice.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import Runtime, atomic_write
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricsLog:
+    """Appends records to path, and to a wandb run unless that is called "dummy"; rank 0 alone writes."""
+
+    def __init__(
+        self, path: Path, runtime: Runtime, *, resume_step: int, wandb_run: str, config: dict[str, Any]
+    ):
+        self.file = self.wandb = None
+        if not runtime.is_main:
+            return
+        kept = [r for r in read_metrics(path) if r["step"] < resume_step] if path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        if wandb_run != "dummy":
+            import wandb
+
+            self.wandb = wandb.init(project="nanochat", name=wandb_run, config=config)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Write one record; it must have a `step`."""
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log(record)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self.file is not None:
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()

@@ -1,0 +1,80 @@
+"""Bits per byte of the base model on both splits, and samples.
+
+python -m scripts.base_loss
+torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from nanochat.common import base_dir, parse, run, setup_runtime, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseLossConfig:
+    """What to evaluate, and on how much."""
+
+    model_tag: str = ""
+    """name of the checkpoint folder; empty: the deepest there is"""
+    step: int = -1
+    """which checkpoint; -1: the newest"""
+    data: str = "auto"
+    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is"""
+    device_batch_size: int = 32
+    """sequences of one forward on one device"""
+    split_tokens: int = 20 * 524_288
+    """tokens of each split to evaluate, at most all"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; leaves report/base_loss.json."""
+    config = parse(BaseLossConfig, argv)
+
+    import torch
+
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.dataloader import packed_batches
+    from nanochat.dataset import shard_paths
+    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.samples import print_samples
+
+    runtime = setup_runtime(config.device_type)
+    model, tokenizer, meta = load_model(
+        "base",
+        runtime.device,
+        "eval",
+        model_tag=config.model_tag or None,
+        step=None if config.step == -1 else config.step,
+    )
+    model.compute_dtype = runtime.compute_dtype
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    seq_len = model.config.sequence_len
+    steps = -(-config.split_tokens // (config.device_batch_size * seq_len * runtime.world_size))
+    bpb = {}
+    for split in ("train", "val"):
+        batches = packed_batches(
+            tokenizer,
+            shard_paths(config.data, split),
+            batch_size=config.device_batch_size,
+            seq_len=seq_len,
+            streams=runtime.world_size,
+            device=runtime.device,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            epochs=1,
+        )
+        bpb[split] = evaluate_bpb(model, batches, steps, token_bytes)
+    samples = print_samples(model, tokenizer, runtime)
+    if runtime.is_main:
+        result = {"settings": asdict(config), "step": meta["step"], "bpb": bpb, "samples": samples}
+        write_json(base_dir() / "report" / "base_loss.json", result)
+        print(f"base_loss: step {meta['step']}, bpb train {bpb['train']:.4f}, validation {bpb['val']:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

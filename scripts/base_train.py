@@ -1,0 +1,251 @@
+"""Pretrain the base model on packed documents.
+
+    python -m scripts.base_train --depth=4 --device-batch-size=8 --max-seq-len=256 --total-batch-size=8192
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --run=d20
+
+--depth is the one dial: width, heads and, through the ratio of tokens to parameters, the length of training
+follow from it. Checkpoints and metrics.jsonl go to $NANOCHAT_BASE_DIR/base_checkpoints/<model tag>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from nanochat.common import Runtime, base_dir, parse, run, setup_runtime, write_json
+from nanochat.schedule import Cadence, LearningRates, lr_multiplier
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nanochat.gpt import GPT
+    from nanochat.train_loop import Plan
+    from nanochat.train_state import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTrainConfig:
+    """Settings of pretraining."""
+
+    run: str = "dummy"
+    """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
+    data: str = "auto"
+    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is"""
+    compile: bool | None = None
+    """compile the blocks with torch.compile; None: on CUDA only"""
+    seed: int = 42
+    """of the initial weights"""
+
+    depth: int = 20
+    """number of layers; the width is 64 times that"""
+    max_seq_len: int = 2048
+    """tokens of context"""
+    slc_rate: int = 3
+    """every slc_rate-th layer is attention, the others SLC2; 0 makes all layers attention"""
+
+    num_iterations: int = -1
+    """optimizer steps; -1 derives them from target_flops or target_param_data_ratio"""
+    target_flops: float = -1.0
+    """total training FLOPs; -1 derives the steps from target_param_data_ratio"""
+    target_param_data_ratio: float = 20.0
+    """training tokens a parameter"""
+    device_batch_size: int = 32
+    """sequences of one forward on one device; lower it when memory runs out"""
+    total_batch_size: int = 524_288
+    """tokens of one optimizer step, over all devices"""
+    warmdown_ratio: float = 0.2
+    """last share of training, over which the learning rates fall to 0"""
+    rates: LearningRates = field(default_factory=LearningRates)
+
+    eval_tokens: int = 20 * 524_288
+    """tokens of a validation, at most once through the validation shard"""
+    cadence: Cadence = field(default_factory=Cadence)
+    model_tag: str = ""
+    """name of the checkpoint folder; empty: d<depth>"""
+    resume: bool = False
+    """go on from the newest checkpoint, if there is one"""
+    overwrite: bool = False
+    """delete the checkpoints that this model tag has and start anew"""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.warmdown_ratio <= 1:
+            raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; leaves checkpoints, metrics.jsonl and report/base_train.json."""
+    config = parse(BaseTrainConfig, argv)
+
+    import torch
+
+    from nanochat.checkpoint_manager import checkpoint_dir
+    from nanochat.dataloader import packed_batches
+    from nanochat.dataset import shard_paths
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.metrics import MetricsLog
+    from nanochat.optim import build_optimizer
+    from nanochat.samples import print_samples
+    from nanochat.tokenizer import get_tokenizer
+    from nanochat.train_loop import train
+    from nanochat.train_state import save_progress, start_or_resume
+
+    runtime = setup_runtime(config.device_type)
+    tokenizer = get_tokenizer()
+    model_config = GPTConfig.from_depth(
+        config.depth,
+        vocab_size=tokenizer.get_vocab_size(),
+        sequence_len=config.max_seq_len,
+        slc_rate=config.slc_rate,
+    )
+    torch.manual_seed(config.seed)
+    with runtime.device:
+        model = GPT(model_config, runtime.compute_dtype)
+    model.init_weights()
+    plan = make_plan(config, model, runtime)
+    optimizer = build_optimizer(model, config.rates)
+    directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
+    progress = start_or_resume(
+        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+    )
+    if config.compile or (config.compile is None and runtime.device.type == "cuda"):
+        model.compile_blocks()
+
+    batches = partial(
+        packed_batches,
+        tokenizer,
+        batch_size=config.device_batch_size,
+        seq_len=config.max_seq_len,
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+    val_shards = shard_paths(config.data, "val")
+    val_steps = -(-config.eval_tokens // micro_batch_tokens(config, runtime))
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+
+    def evaluate() -> float:
+        return evaluate_bpb(
+            model, batches(val_shards, streams=runtime.world_size, epochs=1), val_steps, token_bytes
+        )
+
+    log = MetricsLog(
+        directory / "metrics.jsonl",
+        runtime,
+        resume_step=progress.step,
+        wandb_run=config.run,
+        config=asdict(config),
+    )
+    is_finished = train(
+        model,
+        optimizer,
+        batches(
+            shard_paths(config.data, "train"),
+            streams=plan.accumulation * runtime.world_size,
+            state=progress.loader_state,
+        ),
+        plan,
+        config.cadence,
+        runtime,
+        progress,
+        save=partial(
+            save_progress,
+            directory,
+            model,
+            optimizer,
+            runtime,
+            settings=asdict(config),
+            keep_last=config.cadence.keep_last,
+        ),
+        evaluate=evaluate,
+        sample=partial(print_samples, model, tokenizer, runtime),
+        log=log,
+    )
+    log.close()
+    if is_finished and runtime.is_main:
+        report(config, plan, model, progress, directory)
+    return 0
+
+
+def micro_batch_tokens(config: BaseTrainConfig, runtime: Runtime) -> int:
+    """Tokens of one forward on all ranks together."""
+    return config.device_batch_size * config.max_seq_len * runtime.world_size
+
+
+def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
+    """Derive accumulation and steps from the settings; ValueError when the batch does not divide."""
+    from nanochat.train_loop import Plan
+
+    micro_batch = micro_batch_tokens(config, runtime)
+    total = config.total_batch_size
+    if total % micro_batch:
+        raise ValueError(
+            f"total_batch_size={total} must be a multiple of device_batch_size x max_seq_len x ranks = "
+            f"{config.device_batch_size} x {config.max_seq_len} x {runtime.world_size} = {micro_batch}; "
+            f"try {max(1, total // micro_batch) * micro_batch}"
+        )
+    if config.num_iterations > 0:
+        num_steps = config.num_iterations
+    elif config.target_flops > 0:
+        num_steps = round(config.target_flops / (model.flops_per_token() * total))
+    else:
+        num_steps = round(config.target_param_data_ratio * model.num_parameters()["total"] / total)
+    if num_steps < 1:
+        raise ValueError(
+            "these settings make a run of 0 steps: raise num_iterations, target_flops or the ratio"
+        )
+    return Plan(
+        num_steps=num_steps,
+        accumulation=total // micro_batch,
+        tokens_per_step=total,
+        lr_multiplier=partial(lr_multiplier, warmdown=config.warmdown_ratio),
+    )
+
+
+def report(config: BaseTrainConfig, plan: Plan, model: GPT, progress: Progress, directory: Path) -> None:
+    """Write report/base_train.json and print the one-line result."""
+    import torch
+
+    from nanochat.hardware import describe
+    from nanochat.metrics import read_metrics
+
+    steps = [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
+    middle = sorted(steps, key=lambda record: record["seconds"])[len(steps) // 2]
+    parameters = model.num_parameters()
+    result = {
+        "settings": asdict(config),
+        "hardware": describe(model.device),
+        "model": asdict(model.config),
+        "parameters": parameters,
+        "flops_per_token": model.flops_per_token(),
+        "steps": plan.num_steps,
+        "tokens": plan.num_steps * plan.tokens_per_step,
+        "train_seconds": progress.train_seconds,
+        "median_tokens_per_second": middle["tokens_per_second"],
+        "median_mfu": middle["mfu"],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None,
+        "train_loss": progress.ema.value,
+        "first_val_bpb": progress.first_val_bpb,
+        "min_val_bpb": progress.min_val_bpb,
+        "val_bpb": progress.val_bpb,
+    }
+    write_json(base_dir() / "report" / "base_train.json", result)
+    print(
+        f"base_train: {directory.name}, {parameters['total'] / 1e6:.1f} M parameters, "
+        f"{result['tokens'] / 1e6:.1f} M tokens in {progress.train_seconds / 60:.1f} min; validation bpb "
+        f"{progress.first_val_bpb:.4f} -> {progress.val_bpb:.4f} "
+        f"({100 * progress.val_bpb / progress.first_val_bpb:.1f} % of step 0)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

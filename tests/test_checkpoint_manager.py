@@ -1,0 +1,155 @@
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager as cm
+from nanochat.gpt import GPT
+from tests.models import random_model, small_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_save_and_read_back(tmp_path):
+    model = random_model(small_config(n_kernel=4, slc_rate=2))
+    cm.save_checkpoint(tmp_path, 7, model, {"state": torch.ones(2)}, {"extra": [1, 2]})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "meta_000007.json",
+        "model_000007.pt",
+        "optim_000007_rank0.pt",
+    ]
+    meta = cm.read_meta(tmp_path, 7)
+    assert (meta["step"], meta["format_version"], meta["extra"]) == (7, 1, [1, 2])
+    assert cm.model_config(meta) == model.config  # n_kernel and slc_rate too
+    other = GPT(cm.model_config(meta))
+    cm.load_weights(other, cm.load_tensors(cm.model_path(tmp_path, 7), "cpu"))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert cm.load_optimizer_state(tmp_path, 7, torch.device("cpu"))["state"].tolist() == [1, 1]
+
+
+def test_steps_are_numbers_and_a_backup_is_no_checkpoint(tmp_path):
+    """Steps were compared as strings, and model_000200_backup.pt crashed the search."""
+    model = random_model(small_config())
+    for step in (9, 1_000_000, 200):
+        cm.save_checkpoint(tmp_path, step, model, None, {})
+    (tmp_path / "model_000200_backup.pt").touch()
+    (tmp_path / "meta_000300_old.json").touch()
+    (tmp_path / "model_000500.pt").touch()  # killed before its meta file was written
+    assert cm.complete_steps(tmp_path) == [9, 200, 1_000_000]
+    assert cm.newest_step(tmp_path) == 1_000_000
+
+
+def test_keep_last(tmp_path):
+    model = random_model(small_config())
+    for step in (1, 2, 3):
+        cm.save_checkpoint(tmp_path, step, model, {}, {}, keep_last=2)
+    assert cm.complete_steps(tmp_path) == [2, 3]
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_full_disk_leaves_the_older_checkpoint_good(tmp_path):
+    """The process may write files of 64 KiB at most: the second model does not fit, the first stays whole."""
+    code = f"""
+import resource
+from nanochat import checkpoint_manager as cm
+from nanochat.common import run
+from tests.models import random_model, small_config
+from pathlib import Path
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    large = random_model(small_config(n_embd=96))
+    cm.save_checkpoint(Path({str(tmp_path)!r}), 2, large, {{}}, {{}}, keep_last=1)
+run(main)
+"""
+    small = random_model(small_config(n_layer=1, n_embd=8, vocab_size=16))
+    cm.save_checkpoint(tmp_path, 1, small, {}, {}, keep_last=1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert cm.complete_steps(tmp_path) == [1]
+    assert not list(tmp_path.glob(".*"))
+    cm.load_weights(small, cm.load_tensors(cm.model_path(tmp_path, 1), "cpu"))
+
+
+@pytest.mark.parametrize("keep", [0, 10, 2000])
+def test_truncated_checkpoint(tmp_path, keep):
+    cm.save_checkpoint(tmp_path, 1, random_model(small_config()), None, {})
+    path = cm.model_path(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model_000001.pt is damaged"):
+        cm.load_tensors(path, "cpu")
+
+
+def test_checkpoint_with_code_in_it_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "pwned",))
+
+    torch.save({"x": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        cm.load_tensors(tmp_path / "model.pt", "cpu")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_weights_laid_out_like_the_published_ones(caplog):
+    """_orig_mod. prefixes, a bf16 embedding, no n_kernel and slc_rate in the config: all load strictly."""
+    model = random_model(small_config())
+    published = {f"_orig_mod.{key}": value for key, value in model.state_dict().items()}
+    published["_orig_mod.transformer.wte.weight"] = published["_orig_mod.transformer.wte.weight"].bfloat16()
+    shape = {k: v for k, v in vars(model.config).items() if k not in ("n_kernel", "slc_rate")}
+    other = GPT(cm.model_config({"model_config": shape}))
+    with caplog.at_level(logging.WARNING):
+        cm.load_weights(other, published)
+    assert not caplog.records
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+    torch.testing.assert_close(other.lm_head.weight, model.lm_head.weight)
+
+
+def test_dead_convolutions_are_told(caplog):
+    model = random_model(small_config())
+    state = {k: torch.zeros_like(v) if "conv1d" in k else v for k, v in model.state_dict().items()}
+    with caplog.at_level(logging.WARNING):
+        cm.load_weights(model, state)
+    assert [r.message for r in caplog.records] == [
+        "warning: every convolution weight is zero: the SLC2 layers of this model add nothing"
+    ]
+
+
+def test_weights_that_do_not_fit():
+    model = random_model(small_config())
+    state = model.state_dict()
+    state["lm_head.weight"] = state["lm_head.weight"][:-1]
+    with pytest.raises(ValueError, match="do not fit the architecture"):
+        cm.load_weights(model, state)
+    with pytest.raises(ValueError, match="does not describe"):
+        cm.model_config({"model_config": {"n_layers": 3}})
+
+
+def test_missing_things_are_named(tmp_path, base_dir):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        cm.newest_step(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):
+        cm.read_meta(tmp_path, 3)
+    (tmp_path / "meta_000003.json").write_text('{"step"')
+    with pytest.raises(ValueError, match="damaged"):
+        cm.read_meta(tmp_path, 3)
+    with pytest.raises(FileNotFoundError, match="no model dN"):
+        cm.load_model("base", torch.device("cpu"), "eval")
+    with pytest.raises(ValueError, match="stage 'bass' is not one of base"):
+        cm.load_model("bass", torch.device("cpu"), "eval")
+
+
+def test_the_deepest_model_is_found_by_number(base_dir):
+    stage = base_dir / "base_checkpoints"
+    for name in ("d9", "d12", "d100foo", "x20"):
+        (stage / name).mkdir(parents=True)
+    (stage / "d12" / "meta_000001.json").write_text(json.dumps({}))
+    with pytest.raises(FileNotFoundError, match="d12"):
+        cm.load_model("base", torch.device("cpu"), "eval")
