@@ -155,6 +155,7 @@ def write_parquet(path: Path, texts: Iterable[str], rows_per_group: int = ROWS_P
 def _build_once(directory: Path, fill: Callable[[Path], None]) -> Path:
     """Fill a new folder, which gets its name when it is whole; if two processes do, the first one's stays."""
     if not directory.exists():
+        logger.info("making %s, once", directory)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as workplace:
             unfinished = Path(workplace) / directory.name
             unfinished.mkdir()
@@ -186,10 +187,10 @@ def _own_shards(data: str) -> Path:
         raise ValueError(f"data={data!r} holds fewer than two documents; one is needed for validation")
 
     def fill(directory: Path) -> None:
-        is_val = [index == 1 for index in range(VAL_EVERY)]  # the second, so that two documents are enough
-        for number, wanted in enumerate((False, True)):
-            chosen = (t for i, t in enumerate(_own_documents(files)) if is_val[i % VAL_EVERY] is wanted)
-            write_parquet(directory / SHARD_NAME.format(number), chosen)
+        for number, is_val in enumerate((False, True)):
+            # The second of every twenty, so that two documents are enough.
+            texts = (t for i, t in enumerate(_own_documents(files)) if (i % VAL_EVERY == 1) is is_val)
+            write_parquet(directory / SHARD_NAME.format(number), texts)
 
     versions = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]
@@ -273,11 +274,9 @@ def download_shard(
                 os.replace(file.name, path)
                 on_progress(name, 1.0)
                 return
-            except (httpx.HTTPError, EOFError) as error:
-                status = error.response.status_code if hasattr(error, "response") else None
-                is_final = status is not None and 400 <= status < 500 and status not in (408, 429)
-                if is_final or attempt == attempts - 1:
-                    raise OSError(f"{name}: {error or type(error).__name__}") from error
+            except (httpx.HTTPError, OSError, EOFError) as error:
+                if attempt == attempts - 1 or not _is_transient(error):
+                    raise OSError(f"{name}: {str(error) or type(error).__name__}") from error
             time.sleep(backoff_s * 2**attempt)
 
 
@@ -315,6 +314,17 @@ def _transfer(
     if digest.hexdigest() != stated.etag:
         file.truncate(0)
         raise EOFError("its bytes do not have the SHA-256 that the hub states")
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether another attempt may help: not with a full disk or a missing file, but with a busy server."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, (httpx.HTTPError, EOFError))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ Two or three megabytes of real English that need no network: the language refere
 every docstring of the standard library, and the docstrings of the modules written in C. The library's sources
 are parsed, never imported; only compiled modules, which have no source to parse, are imported.
 
-An entry is a heading (`json.dumps(obj, *, skipkeys=False, ...)`) and its docstring. A docstring that says
-word for word what an earlier one said is dropped (`bytes` and `bytearray` share most of theirs), so that what
-is held out for validation is not also trained on. The rest is gathered, module by module, into documents of
-a few hundred to three thousand characters, which are shuffled; every twentieth is for validation.
+An entry is a heading (`json.dumps(obj, *, skipkeys=False, ...)`) and its docstring. Docstrings, and longer
+paragraphs of them, that repeat earlier ones word for word are dropped (`bytes` and `bytearray` share most of
+theirs), so that what is held out for validation is not also trained on. The rest is gathered, module by
+module, into documents of a few hundred to three thousand characters and shuffled; every twentieth is held out.
 
     python -c "from pathlib import Path; from nanochat.embedded import write_shards; write_shards(Path('.'))"
 """
@@ -33,7 +33,8 @@ from types import ModuleType
 from nanochat.common import write_json
 
 MIN_CHARS, MAX_CHARS = 300, 3000  # of a document; what is left over of a module is dropped
-MIN_WORDS = 3  # of a docstring worth keeping
+MIN_ENTRY_CHARS = 16  # of a docstring worth keeping
+MIN_PARAGRAPH_CHARS = 60  # of a paragraph whose repetition is no accident
 RULE = re.compile(r"(?m)^[=*~^+-][=*~^+ -]{3,}\n")  # under titles and in tables
 VAL_EVERY = 20
 ROWS_PER_GROUP = 64
@@ -51,7 +52,7 @@ def write_shards(directory: Path) -> None:
     from nanochat.dataset import write_parquet
 
     texts = documents()
-    splits = {"train": [], "val": []}
+    splits: dict[str, list[str]] = {"train": [], "val": []}
     for index, text in enumerate(texts):
         splits["val" if index % VAL_EVERY == 0 else "train"].append(text)
     for index, split in enumerate(splits.values()):
@@ -82,9 +83,9 @@ def _topics() -> Iterator[Iterable[tuple[str, str]]]:
         from pydoc_data.topics import topics
     except ImportError:
         return
-    # The topics quote one another. Longest first, paragraph by paragraph: the long one keeps what they share.
+    # They quote one another; longest first, so that the long one is left whole.
     for _, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
-        yield [("", paragraph) for paragraph in text.split("\n\n")]
+        yield [("", text)]
 
 
 def _source_modules() -> Iterator[Iterable[tuple[str, str]]]:
@@ -148,8 +149,9 @@ def _docstring(member: object) -> str:
 
 
 def _signature(member: object) -> str:
-    # As it is written: inspect.signature would evaluate the defaults.
-    return (getattr(member, "__text_signature__", None) or "").replace("$", "")
+    # As it is written, but for its module: inspect.signature would evaluate the defaults.
+    signature = getattr(member, "__text_signature__", None) or ""
+    return re.sub(r"\(\$module(, /)?(, )?", "(", signature).replace("$", "")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -157,13 +159,21 @@ def _signature(member: object) -> str:
 
 
 def _new_entries(entries: Iterable[tuple[str, str]], seen: set[str]) -> Iterator[str]:
-    """Clean the entries; drop the trivial ones and those whose words were all seen in the same order."""
+    """Clean the entries and drop what was seen before, whole docstrings and longer paragraphs of them."""
     for heading, docstring in entries:
         body = RULE.sub("", inspect.cleandoc(docstring) + "\n").strip()
-        words = re.findall(r"\w+", body.lower())
-        if len(words) >= MIN_WORDS and (key := " ".join(words)) not in seen:
-            seen.add(key)
-            yield f"{heading}\n\n{body}".strip()
+        if _words(body) in seen:
+            continue
+        paragraphs = body.split("\n\n")
+        new = [p for p in paragraphs if len(p) < MIN_PARAGRAPH_CHARS or _words(p) not in seen]
+        seen.update(map(_words, [body, *paragraphs]))
+        if len(_words("".join(new))) >= MIN_ENTRY_CHARS:
+            yield "\n\n".join([heading, *new]).strip()
+
+
+def _words(text: str) -> str:
+    """What two texts have in common that differ in case, punctuation and line breaks only."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _gather(entries: Iterable[str]) -> Iterator[str]:

@@ -98,11 +98,12 @@ def test_a_refused_or_corrupt_transfer_starts_again(hub, shards, fault):
 
 def test_a_server_without_ranges(hub, shards):
     hub.has_ranges = False
-    hub.faults[SHARD] = ["truncate", "stall"]
+    hub.faults[SHARD] = ["truncate"]
     progress = []
     download_shard(SHARD, shards, lambda *told: progress.append(told), timeout_s=0.3, backoff_s=0)
     assert (shards / SHARD).read_bytes() == hub.files[SHARD]
     assert progress[-1] == (SHARD, 1)
+    assert len(hub.starts(SHARD)) == 2, "the bytes of both transfers were joined"
 
 
 def test_giving_up_is_bounded_and_leaves_no_shard(hub, shards, monkeypatch):
@@ -124,6 +125,19 @@ def test_what_does_not_exist_is_not_asked_for_again(hub, shards):
     with pytest.raises(OSError, match=r"shard_00077.parquet: .*404"):
         download_shard("shard_00077.parquet", shards)
     assert len(hub.requests) == 1
+
+
+def test_a_full_disk_is_no_reason_to_try_again(shards, monkeypatch):
+    calls = []
+
+    def full_disk(*args):
+        calls.append(args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset, "_transfer", full_disk)
+    with pytest.raises(OSError, match=f"{SHARD}.*No space"):
+        download_shard(SHARD, shards)
+    assert len(calls) == 1
 
 
 def test_two_processes_do_not_write_into_one_another(hub, shards):
