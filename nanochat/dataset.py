@@ -275,9 +275,12 @@ def download_shard(
                 on_progress(name, 1.0)
                 return
             except (httpx.HTTPError, OSError, EOFError) as error:
+                reason = f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
                 if attempt == attempts - 1 or not _is_transient(error):
-                    raise OSError(f"{name}: {str(error) or type(error).__name__}") from error
-            time.sleep(backoff_s * 2**attempt)
+                    raise OSError(reason) from error
+            wait_s = backoff_s * 2**attempt
+            logger.warning("%s; trying again in %g s", reason, wait_s)
+            time.sleep(wait_s)
 
 
 def _transfer(
@@ -360,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with (
         ThreadPoolExecutor(config.num_workers) as pool,
-        tqdm(total=len(fractions), bar_format="{l_bar}{bar}| {n:.1f}/{total}, {remaining} left") as bar,
+        tqdm(total=len(fractions), bar_format="{l_bar}{bar}| {n:.1f}/{total} shards, {remaining}") as bar,
     ):
         # First and alone: nothing works without the validation shard, and no network is told at once.
         download_shard(VAL_SHARD, directory, show)

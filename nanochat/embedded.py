@@ -7,7 +7,7 @@ are parsed, never imported; only compiled modules, which have no source to parse
 An entry is a heading (`json.dumps(obj, *, skipkeys=False, ...)`) and its docstring. Docstrings, and longer
 paragraphs of them, that repeat earlier ones word for word are dropped (`bytes` and `bytearray` share most of
 theirs), so that what is held out for validation is not also trained on. The rest is gathered, module by
-module, into documents of a few hundred to three thousand characters and shuffled; every twentieth is held out.
+module, into documents of a few hundred to three thousand characters, and shuffled; one in twenty is held out.
 
     python -c "from pathlib import Path; from nanochat.embedded import write_shards; write_shards(Path('.'))"
 """
