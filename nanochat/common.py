@@ -15,12 +15,14 @@ Nothing here runs at import time and nothing imports torch before a Runtime is a
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -50,17 +52,25 @@ def base_dir() -> Path:
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None) -> Config:
-    """Make a config from command-line arguments: `--depth=4`, `--device_batch_size 8` or with dashes."""
+    """Make a config from command-line arguments: `--depth=4`, `--device_batch_size 8` or with dashes.
+
+    The help text is the docstring of the module that defines the config. Bad arguments raise ValueError.
+    """
     import tyro
 
-    return tyro.cli(
-        config_class, args=argv, description=_description(config_class), config=(tyro.conf.OmitArgPrefixes,)
-    )
-
-
-def _description(config_class: type) -> str:
-    """A command's help text is the docstring of the module that defines its config."""
-    return sys.modules[config_class.__module__].__doc__ or ""
+    description = sys.modules[config_class.__module__].__doc__
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(
+                config_class, args=argv, description=description, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
+    message = re.search("\u2502(.*?)\u2502 \u2500", box.getvalue(), re.DOTALL)  # in the box, above its rule
+    text = message[1] if message else box.getvalue()
+    raise ValueError(" ".join(text.replace("\u2502", " ").split()) + " (see --help)")
 
 
 def run(main: Callable[[], int]) -> None:
@@ -69,7 +79,7 @@ def run(main: Callable[[], int]) -> None:
     logging.basicConfig(
         level=logging.INFO if is_main_rank else logging.ERROR, format="%(message)s", stream=sys.stdout
     )
-    for library in ("httpx", "httpcore", "urllib3"):
+    for library in ("httpx", "httpx2", "httpcore", "urllib3"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         status = main()

@@ -26,7 +26,7 @@ class Cadence:
     """How often a run does what, in steps."""
 
     eval_every: int = 250
-    """steps between validations; 0: only at the end"""
+    """steps between validations; 0: only at the start and the end"""
     sample_every: int = 2000
     """steps between printed samples; 0: only at the end"""
     save_every: int = 500

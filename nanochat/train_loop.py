@@ -76,7 +76,7 @@ def train(
             if stopping and not is_last:
                 logger.info(f"SIGTERM: saved step {step}, stopping")
                 return False
-            if is_last or _is_due(step, cadence.eval_every):
+            if is_last or step == 0 or _is_due(step, cadence.eval_every):
                 _evaluate(evaluate, progress, log)
             if is_last or (step > 0 and _is_due(step, cadence.sample_every)):
                 sample()

@@ -94,7 +94,9 @@ def start_or_resume(
             "give the settings that it was started with, or another --model-tag"
         )
     load_weights(model, load_tensors(model_path(directory, steps[-1]), runtime.device))
-    optimizer.load_state_dict(load_optimizer_state(directory, steps[-1], runtime.device))
+    saved = load_optimizer_state(directory, steps[-1], runtime.device)
+    groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the settings, not the saved
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     logger.info(f"resuming from step {steps[-1]} of {directory}")
     return Progress.from_dict(meta["progress"])
 

@@ -1,0 +1,244 @@
+"""base_train from text to checkpoint, on a model and a corpus of a few kilobytes."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors, model_path
+from nanochat.common import run
+from nanochat.metrics import read_metrics
+from scripts import base_loss, base_train, tok_train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--device-type=cpu", "--depth=2", "--max-seq-len=16", "--device-batch-size=2"]
+SMALL += [
+    "--total-batch-size=64",
+    "--eval-every=5",
+    "--eval-tokens=256",
+    "--save-every=0",
+    "--sample-every=0",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path, base_dir):
+    """A folder of text with a vocabulary learned from it."""
+    rng = random.Random(0)
+    nouns, verbs = ["file", "list", "function", "module", "string"], ["returns", "reads", "makes", "sorts"]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    sentences = [
+        f"The {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)} of {rng.randrange(100)} items."
+        for _ in range(400)
+    ]
+    for i in range(40):
+        (folder / f"{i:02d}.txt").write_text("\n".join(sentences[10 * i : 10 * i + 10]))
+    assert tok_train.main([f"--data={folder}", "--vocab-size=320"]) == 0
+    return folder
+
+
+def train(corpus, *flags):
+    return base_train.main([f"--data={corpus}", *SMALL, *flags])
+
+
+def losses(base_dir, tag="d2"):
+    records = read_metrics(base_dir / "base_checkpoints" / tag / "metrics.jsonl")
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def weights(base_dir, step, tag="d2"):
+    return load_tensors(model_path(base_dir / "base_checkpoints" / tag, step), "cpu")
+
+
+# Twenty steps of the small model below. A change here means that the model, the data order, the optimizer or
+# the schedule computes something else than before, and wants a line in dev/LOG.md.
+GOLDEN = [5.7683, 5.1026, 3.8096, 2.9921, 1.8666, 1.9007, 2.2356, 1.2807, 1.2633, 1.1894]
+GOLDEN += [1.4270, 1.1419, 1.1495, 1.2689, 1.2354, 1.1256, 1.1937, 1.1431, 1.0771, 1.1064]
+
+
+def test_twenty_golden_losses(corpus, base_dir):
+    assert train(corpus, "--num-iterations=20") == 0
+    assert losses(base_dir) == pytest.approx(GOLDEN, rel=1e-3)
+
+
+def test_resume_is_bitwise(corpus, base_dir, caplog):
+    """Seven steps, stop, five more: weights, losses and moving average equal those of twelve in one go."""
+    train(corpus, "--num-iterations=12", "--model-tag=whole", "--save-every=7", "--keep-last=0")
+    train(corpus, "--num-iterations=12", "--model-tag=parts", "--save-every=7", "--keep-last=0")
+    parts = base_dir / "base_checkpoints" / "parts"
+    for path in parts.glob("*_000012*"):
+        path.unlink()
+    with caplog.at_level(logging.INFO):
+        train(corpus, "--num-iterations=12", "--model-tag=parts", "--resume")
+    assert any("resuming from step 7" in r.message for r in caplog.records)
+    whole, resumed = weights(base_dir, 12, "whole"), weights(base_dir, 12, "parts")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(base_dir, "whole") == losses(base_dir, "parts")
+    metas = [
+        json.loads((base_dir / "base_checkpoints" / tag / "meta_000012.json").read_text())["progress"]
+        for tag in ("whole", "parts")
+    ]
+    for key in ("ema", "loader_state", "first_val_bpb", "min_val_bpb", "val_bpb"):
+        assert metas[0][key] == metas[1][key], key
+
+
+def test_first_logged_loss_is_the_loss(corpus, base_dir):
+    """The fork's moving average was not corrected at its first step: it printed 0.53 of the loss."""
+    train(corpus, "--num-iterations=1")
+    record = read_metrics(base_dir / "base_checkpoints" / "d2" / "metrics.jsonl")[1]
+    assert record["smooth_loss"] == pytest.approx(record["loss"])
+    assert record["loss"] == pytest.approx(5.77, abs=0.01)  # ln 320: the head starts at zero
+
+
+def test_report_and_base_loss(corpus, base_dir, capsys):
+    train(corpus, "--num-iterations=10")
+    out = capsys.readouterr().out
+    result = json.loads((base_dir / "report" / "base_train.json").read_text())
+    assert result["val_bpb"] < result["first_val_bpb"]
+    assert result["tokens"] == 640
+    assert result["parameters"]["total"] == sum(w.numel() for w in weights(base_dir, 10).values())
+    assert f"validation bpb {result['first_val_bpb']:.4f} -> {result['val_bpb']:.4f}" in out
+
+    assert base_loss.main([f"--data={corpus}", "--device-type=cpu", "--device-batch-size=2"]) == 0
+    loss = json.loads((base_dir / "report" / "base_loss.json").read_text())
+    assert loss["step"] == 10
+    assert set(loss["bpb"]) == {"train", "val"}
+    assert loss["bpb"]["val"] == pytest.approx(result["val_bpb"], rel=0.05)
+    assert loss["samples"][1].startswith("The capital of France is")
+
+
+def test_sigterm_saves_and_exits_with_zero_and_the_run_goes_on(corpus, base_dir):
+    train(corpus, "--num-iterations=60", "--model-tag=whole", "--eval-every=0")
+    command = [sys.executable, "-m", "scripts.base_train", f"--data={corpus}", *SMALL]
+    command += ["--num-iterations=60", "--eval-every=0"]
+    metrics = base_dir / "base_checkpoints" / "d2" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and len(read_metrics(metrics)) > 3):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "SIGTERM: saved step" in out
+    (step,) = complete_steps(metrics.parent)
+    assert 0 < step < 60
+    train(corpus, "--num-iterations=60", "--resume", "--eval-every=0")
+    whole, resumed = weights(base_dir, 60, "whole"), weights(base_dir, 60)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(base_dir, "whole") == losses(base_dir)
+
+
+def test_ranks_on_cpu_really_synchronise(corpus, base_dir):
+    """Two gloo ranks learn what one rank with accumulation learns; others crashed or trained apart."""
+    train(corpus, "--num-iterations=5", "--model-tag=one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "scripts.base_train", f"--data={corpus}", *SMALL]
+    command += ["--num-iterations=5", "--model-tag=two"]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "RANK": ""}, timeout=120)
+    assert losses(base_dir, "two") == pytest.approx(losses(base_dir, "one"), rel=1e-5)
+    assert weights(base_dir, 5, "two").keys() == weights(base_dir, 5, "one").keys()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input: one clear line, a non-zero exit, and what was on disk is still good
+
+
+def error_of(main):
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    message = end.value.code
+    assert isinstance(message, str)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def test_no_tokenizer(tmp_path):
+    assert "scripts.tok_train" in error_of(lambda: base_train.main(SMALL))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depht=3"], "Unrecognized options: --depht=3"),
+        (["--depth=x"], "--depth: invalid literal"),
+        (["--depth=0"], "depth=0 must be at least 1"),
+        (["--warmdown-ratio=0"], "warmdown_ratio=0.0 must be in"),
+        (["--save-every=-1"], "save_every=-1 must be 0"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--total-batch-size=100"], "total_batch_size=100 must be a multiple of .* = 32; try 96"),
+        (["--total-batch-size=16"], "must be a multiple of .* = 32; try 32"),
+        (["--target-flops=1"], "a run of 0 steps"),
+        (["--device-type=tpu"], "device_type='tpu' is not available"),
+    ],
+)
+def test_settings_that_cannot_work(corpus, base_dir, flags, message):
+    import re
+
+    assert re.search(message, error_of(lambda: train(corpus, *flags)))
+    assert not (base_dir / "base_checkpoints").exists()
+
+
+def test_not_a_number_stops_before_the_update(corpus, base_dir):
+    """A loss of NaN used to poison the weights and every checkpoint after it."""
+    train(corpus, "--num-iterations=2")
+    good = weights(base_dir, 2)
+    flags = ["--num-iterations=6", "--resume", "--matrix-lr=inf", "--save-every=1"]
+    message = error_of(lambda: train(corpus, *flags))
+    assert "stopped before the update" in message
+    steps = complete_steps(base_dir / "base_checkpoints" / "d2")
+    assert steps == [2, 3]
+    after = weights(base_dir, 2)
+    assert all(torch.equal(good[key], after[key]) for key in good)
+
+
+def test_checkpoints_are_never_mixed_or_overwritten_unasked(corpus, base_dir):
+    train(corpus, "--num-iterations=2")
+    assert "--resume" in error_of(lambda: train(corpus, "--num-iterations=1"))
+    assert complete_steps(base_dir / "base_checkpoints" / "d2") == [2]
+    message = error_of(lambda: train(corpus, "--resume", "--slc-rate=2", "--num-iterations=3"))
+    assert "slc_rate=3" in message
+    assert "slc_rate=2" in message
+    flags = ["--resume", "--num-iterations=3", "--total-batch-size=32"]
+    assert "streams=2, not 1" in error_of(lambda: train(corpus, *flags))
+    train(corpus, "--overwrite", "--num-iterations=1")
+    assert complete_steps(base_dir / "base_checkpoints" / "d2") == [1]
+
+
+def test_another_tokenizer_than_the_checkpoint_s(corpus, base_dir):
+    train(corpus, "--num-iterations=1")
+    tok_train.main([f"--data={corpus}", "--vocab-size=300"])
+    message = error_of(lambda: base_loss.main([f"--data={corpus}", "--device-type=cpu"]))
+    assert "320" in message
+    assert "300" in message
+
+
+def test_broken_shard_is_named(corpus, base_dir, tmp_path):
+    from nanochat.dataset import shard_paths
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split in ("train", "val"):
+        for path in shard_paths(str(corpus), split):
+            (shards / path.name).write_bytes(path.read_bytes())
+    first = min(shards.iterdir())
+    first.write_bytes(first.read_bytes()[:-100])
+    assert first.name in error_of(lambda: train(shards))
+
+
+def test_all_attention_baseline(corpus, base_dir):
+    """slc_rate=0: the published config can say it, and there are no convolutions to train."""
+    train(corpus, "--num-iterations=2", "--slc-rate=0")
+    assert not any("conv1d" in key for key in weights(base_dir, 2))
+    _, _, meta = load_model("base", torch.device("cpu"), "eval")
+    assert meta["model_config"]["slc_rate"] == 0

@@ -1,0 +1,123 @@
+"""What only a GPU can show: compiled blocks, bfloat16, the compiled optimizer, and a run through all of it."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat.cache import HybridCache
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.metrics import read_metrics
+from nanochat.optim import build_optimizer
+from nanochat.schedule import LearningRates
+from scripts import base_train, tok_train
+from tests.models import random_model, small_config
+
+pytestmark = pytest.mark.gpu
+
+
+def relative_error(value, reference):
+    return ((value.double().cpu() - reference).norm() / reference.norm()).item()
+
+
+def loss_and_gradients(model, idx):
+    model.zero_grad()
+    loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    return loss.detach().double().cpu(), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("slc_rate", [0, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_loss_and_gradients_against_float64(slc_rate, compiled):
+    """Head counts that are no power of two and odd lengths, with random non-zero weights."""
+    config = GPTConfig(64, 200, 4, 3, 3, 3 * 64, 3, slc_rate)
+    model = random_model(config)
+    idx = torch.randint(0, 200, (2, 38))
+    reference_loss, reference = loss_and_gradients(model.double(), idx)
+    model = model.float().cuda()
+    if compiled:
+        model.compile_blocks()
+    loss, gradients = loss_and_gradients(model, idx.cuda())
+    assert loss.item() == pytest.approx(reference_loss.item(), rel=5e-3)
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        assert relative_error(gradient, reference[name]) < 0.04, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("plan", [{"slc_rate": 0}, {"slc_rate": 2}, {"slc_rate": 3, "n_kv_head": 1}], ids=str)
+def test_decode_is_the_full_forward(dtype, tolerance, plan):
+    config = small_config(n_embd=64, **plan)
+    model = random_model(config).cuda()
+    model.compute_dtype = dtype
+    idx = torch.randint(0, 50, (3, 20), device="cuda")
+    full = model(idx)
+    cache = HybridCache(config, 3, 20, "cuda", dtype)
+    bounds = [(0, 1), (1, 6), *((t, t + 1) for t in range(6, 20))]
+    parts = torch.cat([model(idx[:, a:b], cache=cache) for a, b in bounds], dim=1)
+    torch.testing.assert_close(parts, full, rtol=tolerance, atol=tolerance)
+
+
+def test_generate_of_a_compiled_model_does_not_recompile():
+    model = random_model(small_config(n_embd=64)).cuda()
+    model.compile_blocks()
+    idx = torch.randint(0, 40, (1, 8), device="cuda")
+    model(idx, idx).backward()
+    torch._dynamo.utils.counters.clear()
+    assert len(list(model.generate(idx, 20, temperature=0))) <= 20
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+def test_optimizer_step_is_that_of_the_cpu():
+    """Muon runs in bfloat16 and compiled there, in float32 here: the same direction within bfloat16."""
+    models = [random_model(small_config(n_embd=64)) for _ in range(2)]
+    models[1].cuda()
+    start = [p.detach().clone() for p in models[0].parameters()]
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(p.shape, generator=generator) for p in models[0].parameters()]
+    for model in models:
+        optimizer = build_optimizer(model, LearningRates())
+        for _ in range(2):
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient.to(p.device)
+            optimizer.step()
+    for p, q, s in zip(models[0].parameters(), models[1].parameters(), start, strict=True):
+        assert relative_error(q.detach() - s.cuda(), (p.detach() - s).double()) < 0.05
+
+
+def test_init_on_the_device():
+    model = GPT(small_config(), torch.bfloat16).cuda()
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_train_and_resume(tmp_path, base_dir):
+    """The compiled run learns, and goes on after a stop without a jump in its loss."""
+    words = ["alpha", "beta", "gamma", "delta", "epsilon"]
+    for i in range(40):
+        text = " ".join(words[(i * j + j // 3) % 5] for j in range(200))
+        (tmp_path / f"{i}.txt").write_text(text)
+    data = f"--data={tmp_path}/*.txt"
+    tok_train.main([data, "--vocab-size=300"])
+    flags = [data, "--depth=4", "--max-seq-len=128", "--device-batch-size=4", "--total-batch-size=1024"]
+    flags += [
+        "--num-iterations=30",
+        "--eval-every=10",
+        "--save-every=20",
+        "--sample-every=0",
+        "--keep-last=0",
+    ]
+    base_train.main(flags)
+    directory = base_dir / "base_checkpoints" / "d4"
+    losses = [r["loss"] for r in read_metrics(directory / "metrics.jsonl") if "loss" in r]
+    result = json.loads((base_dir / "report" / "base_train.json").read_text())
+    assert result["val_bpb"] < 0.6 * result["first_val_bpb"]
+    assert result["peak_memory_bytes"] > 0
+    for path in directory.glob("*_000030*"):
+        path.unlink()
+    base_train.main([*flags, "--resume"])
+    resumed = [r["loss"] for r in read_metrics(directory / "metrics.jsonl") if "loss" in r]
+    assert resumed[:20] == losses[:20]
+    assert resumed[20:] == pytest.approx(losses[20:], rel=0.05)
