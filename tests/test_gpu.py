@@ -1,4 +1,4 @@
-"""What only a GPU can show: compiled blocks, bfloat16, the compiled optimizer, and a run through all of it."""
+"""What only a GPU can show: compiled blocks, bfloat16, the compiled optimizer, and a run through it all."""
 
 import json
 
