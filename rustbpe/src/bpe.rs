@@ -1,0 +1,458 @@
+//! Byte-pair encoding: learning merges from chunk counts, and applying them.
+//!
+//! Training starts from bytes and V - 256 times joins the pair of neighbouring tokens that is most frequent over
+//! all chunks (Sennrich et al., 2016, on bytes as in GPT-2). Of equally frequent pairs the smaller one by
+//! (left id, right id) wins, so the result depends on the counts alone. Three ideas make it fast and small:
+//!
+//! - Boundary tags. All chunks lie in one array with a slot for each byte, and a token's id is written in the
+//!   first and in the last slot of its span. From any token both neighbours are then one addition away, and a
+//!   join is two writes. There are no linked lists, and a position is 4 bytes.
+//! - A floor. A chunk seen n times holds a pair seen n times until it is one token. So as long as fewer merges
+//!   are made than there are chunks seen n times, the best pair has count n or more: pairs below the count of
+//!   the V-th most frequent chunk are never chosen, and nothing about them is stored.
+//! - Sorted places. A pair's places are all recorded in the one step that makes its newer token, in ascending
+//!   order; later joins only invalidate some, which a look at the tags shows. With the chunks sorted by count,
+//!   one cursor then gives the weight of each place, without a word index.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use rustc_hash::FxHashMap;
+
+use crate::Error;
+use crate::chunks::ChunkMap;
+
+pub type Id = u32;
+pub type Pair = (Id, Id);
+
+/// Fills the slot between two chunks.
+const EDGE: Id = Id::MAX;
+/// Marks a slot at which a token began that is now the right part of a longer one.
+const INSIDE: Id = Id::MAX - 1;
+
+/// Tokens over bytes, as boundary tags: an EDGE, then each chunk followed by an EDGE.
+struct Tags(Vec<Id>);
+
+impl Tags {
+    /// Whether the `left` that once began at `at` is still there, and followed by `right`.
+    ///
+    /// A tag at `at` cannot be another token's end: spans only grow, so a token that ends at `at` without
+    /// beginning there rules out that a longer `left` ever began there, and joins overwrite one-byte spans.
+    fn holds(&self, (left, right): Pair, at: usize, left_len: usize) -> bool {
+        self.0[at] == left && self.0[at + left_len] == right
+    }
+
+    fn join(&mut self, at: usize, left_len: usize, new_len: usize, new: Id) {
+        self.0[at] = new;
+        self.0[at + left_len] = INSIDE;
+        self.0[at + new_len - 1] = new;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Training
+
+/// All distinct chunks of two bytes or more, the frequent ones first.
+struct Corpus {
+    tags: Tags,
+    /// (first slot after the chunks with this count, count), ascending in the first.
+    runs: Vec<(usize, u64)>,
+    /// The count below which no pair is chosen in the merges asked for.
+    floor: u64,
+}
+
+impl Corpus {
+    fn new(chunks: ChunkMap<u64>, n_merges: usize) -> Result<Self, Error> {
+        // A counting sort: sizes by count, then the start of each count's slots, then the chunks into them.
+        let mut sizes: FxHashMap<u64, (usize, usize)> = FxHashMap::default();
+        chunks.for_each(|chunk, count| {
+            if chunk.len() > 1 {
+                let (n_chunks, n_slots) = sizes.entry(count).or_default();
+                *n_chunks += 1;
+                *n_slots += chunk.len() + 1;
+            }
+        });
+        let mut counts: Vec<u64> = sizes.keys().copied().collect();
+        counts.sort_unstable_by_key(|&count| Reverse(count));
+
+        let (mut n_chunks, mut n_slots, mut floor) = (0, 1, 1);
+        let mut runs = Vec::with_capacity(counts.len());
+        let mut starts: FxHashMap<u64, usize> = FxHashMap::default();
+        for count in counts {
+            let size = sizes[&count];
+            starts.insert(count, n_slots);
+            if n_chunks < n_merges && n_chunks + size.0 >= n_merges {
+                floor = count;
+            }
+            n_chunks += size.0;
+            n_slots += size.1;
+            runs.push((n_slots, count));
+        }
+        if n_slots >= INSIDE as usize {
+            return Err(Error(format!(
+                "the distinct chunks have {n_slots} bytes in all and at most 2^32 - 3 can be held; train on less text"
+            )));
+        }
+
+        let mut tags = vec![EDGE; n_slots];
+        chunks.for_each(|chunk, count| {
+            if let Some(start) = starts.get_mut(&count).filter(|_| chunk.len() > 1) {
+                for (tag, &byte) in tags[*start..].iter_mut().zip(chunk) {
+                    *tag = Id::from(byte);
+                }
+                *start += chunk.len() + 1;
+            }
+        });
+        Ok(Self { tags: Tags(tags), runs, floor })
+    }
+}
+
+/// Gives the weight of places that are asked for in ascending order.
+struct Cursor<'c>(&'c [(usize, u64)]);
+
+impl Cursor<'_> {
+    #[inline]
+    fn weight(&mut self, at: usize) -> u64 {
+        if at >= self.0[0].0 {
+            self.0 = &self.0[self.0.partition_point(|run| run.0 <= at)..];
+        }
+        self.0[0].1
+    }
+}
+
+/// A pair's count over all chunks, and every slot at which it stood when its newer token was made.
+#[derive(Default, Clone)]
+struct Sites {
+    count: u64,
+    places: Vec<u32>,
+}
+
+impl Sites {
+    #[inline]
+    fn add(&mut self, at: usize, weight: u64) {
+        self.count += weight;
+        self.places.push(at as u32);
+    }
+}
+
+/// The neighbours on one side of the token being made: which they are, and where.
+#[derive(Default)]
+struct Neighbours {
+    sites: Vec<Sites>, // by token id
+    seen: Vec<Id>,
+}
+
+impl Neighbours {
+    #[inline]
+    fn add(&mut self, neighbour: Id, at: usize, weight: u64) {
+        let sites = &mut self.sites[neighbour as usize];
+        if sites.count == 0 {
+            self.seen.push(neighbour);
+        }
+        sites.add(at, weight);
+    }
+}
+
+#[derive(Default)]
+struct Pairs {
+    sites: FxHashMap<Pair, Sites>,
+    /// Every stored pair, under a count that it had some time ago: counts only fall.
+    queue: BinaryHeap<(u64, Reverse<Pair>)>,
+    floor: u64,
+}
+
+impl Pairs {
+    fn of_bytes(corpus: &Corpus) -> Self {
+        let mut pairs = Self { floor: corpus.floor, ..Self::default() };
+        let mut table = vec![Sites::default(); 1 << 16];
+        let mut cursor = Cursor(&corpus.runs);
+        for (at, window) in corpus.tags.0.windows(2).enumerate() {
+            if window[0] != EDGE && window[1] != EDGE {
+                table[(window[0] << 8 | window[1]) as usize].add(at, cursor.weight(at));
+            }
+        }
+        for (index, sites) in (0..).zip(table) {
+            pairs.insert((index >> 8, index & 255), sites);
+        }
+        pairs
+    }
+
+    fn insert(&mut self, pair: Pair, mut sites: Sites) {
+        if sites.count >= self.floor {
+            sites.places.shrink_to_fit();
+            self.queue.push((sites.count, Reverse(pair)));
+            self.sites.insert(pair, sites);
+        }
+    }
+
+    /// Occurrences of `old` have become occurrences of `new`.
+    fn replace(&mut self, old: Pair, new: Pair, sites: Sites) {
+        if let Some(old_sites) = self.sites.get_mut(&old) {
+            old_sites.count -= sites.count;
+        }
+        self.insert(new, sites);
+    }
+
+    fn pop_most_frequent(&mut self) -> Option<(Pair, Sites)> {
+        while let Some((queued_count, Reverse(pair))) = self.queue.pop() {
+            let count = self.sites.get(&pair)?.count;
+            if count == queued_count || count < self.floor {
+                let sites = self.sites.remove(&pair)?;
+                if count >= self.floor {
+                    return Some((pair, sites));
+                }
+            } else {
+                self.queue.push((count, Reverse(pair)));
+            }
+        }
+        None
+    }
+}
+
+/// Learn up to `n_merges` merges from the count of each chunk, fewer if no pair is left.
+///
+/// Merge i joins the two tokens of its pair into token 256 + i. `poll` is called before each of them and can stop
+/// the training with an error.
+pub fn train<E: From<Error>>(
+    chunks: ChunkMap<u64>,
+    n_merges: usize,
+    mut poll: impl FnMut() -> Result<(), E>,
+) -> Result<Vec<Pair>, E> {
+    let mut corpus = Corpus::new(chunks, n_merges)?;
+    let mut pairs = Pairs::of_bytes(&corpus);
+    let tags = &mut corpus.tags;
+    let (mut before, mut after) = (Neighbours::default(), Neighbours::default());
+    let mut lengths = vec![1; 256]; // of tokens, in bytes
+    let mut merges = Vec::new();
+    while merges.len() < n_merges {
+        let Some((pair, sites)) = pairs.pop_most_frequent() else { break };
+        poll()?;
+        let new = lengths.len() as Id;
+        let left_len: usize = lengths[pair.0 as usize];
+        let new_len = left_len + lengths[pair.1 as usize];
+        lengths.push(new_len);
+        merges.push(pair);
+        before.sites.resize_with(lengths.len(), Sites::default);
+        after.sites.resize_with(lengths.len(), Sites::default);
+
+        let mut cursor = Cursor(&corpus.runs);
+        for at in sites.places.into_iter().map(|at| at as usize) {
+            if !tags.holds(pair, at, left_len) {
+                continue;
+            }
+            tags.join(at, left_len, new_len, new);
+            let weight = cursor.weight(at);
+            let (previous, next) = (tags.0[at - 1], tags.0[at + new_len]);
+            if previous != EDGE {
+                before.add(previous, at - lengths[previous as usize], weight);
+            }
+            if next != EDGE {
+                after.add(next, at, weight);
+            }
+        }
+        // After first: where the pair repeats (abab), before takes back what after counted for the second a.
+        for next in after.seen.drain(..) {
+            pairs.replace((pair.1, next), (new, next), std::mem::take(&mut after.sites[next as usize]));
+        }
+        for previous in before.seen.drain(..) {
+            pairs.replace(
+                (previous, pair.0),
+                (previous, new),
+                std::mem::take(&mut before.sites[previous as usize]),
+            );
+        }
+    }
+    Ok(merges)
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Encoding
+
+/// The tokens of a trained tokenizer: 256 bytes, then one for each merge.
+#[derive(Debug)]
+pub struct Vocabulary {
+    tokens: Vec<Vec<u8>>,
+    ids: ChunkMap<Id>,
+    merges: Vec<Pair>,
+    ranks: FxHashMap<Pair, Id>,
+}
+
+impl Vocabulary {
+    pub fn new(merges: Vec<Pair>) -> Self {
+        let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        for &(left, right) in &merges {
+            tokens.push([tokens[left as usize].as_slice(), &tokens[right as usize]].concat());
+        }
+        let mut ids = ChunkMap::default();
+        for (id, token) in (0..).zip(&tokens) {
+            ids.insert(token, id);
+        }
+        let ranks = (256..).zip(&merges).map(|(id, &pair)| (pair, id)).collect();
+        Self { tokens, ids, merges, ranks }
+    }
+
+    /// The bytes of every token, by id.
+    pub fn tokens(&self) -> &[Vec<u8>] {
+        &self.tokens
+    }
+
+    /// Append the tokens of one chunk to `ids`.
+    pub fn encode_chunk(&self, chunk: &[u8], ids: &mut Vec<Id>) {
+        match self.ids.get(chunk) {
+            // Training and encoding join in the same order, so a chunk that equals a token always ends up as it.
+            Some(id) => ids.push(id),
+            None => self.merge(chunk, ids),
+        }
+    }
+
+    /// Join pairs, the earliest learned first and the leftmost of equals first: O(n log n) for n bytes.
+    fn merge(&self, chunk: &[u8], ids: &mut Vec<Id>) {
+        let mut tags = Vec::with_capacity(chunk.len() + 2);
+        tags.push(EDGE);
+        tags.extend(chunk.iter().copied().map(Id::from));
+        tags.push(EDGE);
+        let mut tags = Tags(tags);
+
+        let length = |id: Id| self.tokens[id as usize].len();
+        let candidate = |pair: Pair, at: usize| self.ranks.get(&pair).map(|&id| Reverse((id, at)));
+        let byte_pairs = tags.0.windows(2).enumerate();
+        let mut queue: BinaryHeap<_> =
+            byte_pairs.filter_map(|(at, pair)| candidate((pair[0], pair[1]), at)).collect();
+        while let Some(Reverse((new, at))) = queue.pop() {
+            let pair = self.merges[new as usize - 256];
+            if !tags.holds(pair, at, length(pair.0)) {
+                continue;
+            }
+            tags.join(at, length(pair.0), length(new), new);
+            let (previous, next) = (tags.0[at - 1], tags.0[at + length(new)]);
+            if previous != EDGE {
+                queue.extend(candidate((previous, new), at - length(previous)));
+            }
+            queue.extend(candidate((new, next), at));
+        }
+
+        let mut at = 1;
+        while tags.0[at] != EDGE {
+            ids.push(tags.0[at]);
+            at += length(tags.0[at]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunks::Counter;
+
+    type Words = Vec<(Vec<Id>, u64)>;
+
+    fn join_all(word: &[Id], pair: Pair, new: Id) -> Vec<Id> {
+        let mut joined = Vec::new();
+        let mut rest = word;
+        while let [first, tail @ ..] = rest {
+            let found = tail.first().is_some_and(|&second| (*first, second) == pair);
+            joined.push(if found { new } else { *first });
+            rest = if found { &tail[1..] } else { tail };
+        }
+        joined
+    }
+
+    /// The definition: count all pairs anew for each merge, take the largest count, the smaller pair of equals.
+    fn train_naively(mut words: Words, n_merges: usize) -> Vec<Pair> {
+        let mut merges = Vec::new();
+        while merges.len() < n_merges {
+            let mut counts: FxHashMap<Pair, u64> = FxHashMap::default();
+            for (word, count) in &words {
+                for pair in word.windows(2) {
+                    *counts.entry((pair[0], pair[1])).or_default() += count;
+                }
+            }
+            let best = counts.into_iter().map(|(pair, count)| (count, Reverse(pair))).max();
+            let Some((_, Reverse(pair))) = best else { break };
+            let new = 256 + merges.len() as Id;
+            words.iter_mut().for_each(|(word, _)| *word = join_all(word, pair, new));
+            merges.push(pair);
+        }
+        merges
+    }
+
+    /// Chunks over two or three letters: runs, overlaps and ties everywhere.
+    fn random_chunks(seed: u64) -> Vec<Vec<u8>> {
+        let mut state = seed;
+        let mut next = move |below: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) % below
+        };
+        let n_letters = 2 + next(2);
+        (0..200)
+            .map(|_| {
+                let longest = if next(10) == 0 { 30 } else { 6 };
+                let length = 1 + next(longest);
+                (0..length).map(|_| b'a' + next(n_letters) as u8).collect()
+            })
+            .collect()
+    }
+
+    fn train_on(chunks: &[Vec<u8>], n_merges: usize) -> Vec<Pair> {
+        let mut counter = Counter::default();
+        chunks.iter().for_each(|chunk| counter.add(chunk));
+        train::<Error>(counter.finish(), n_merges, || Ok(())).unwrap()
+    }
+
+    fn bytes(chunk: &[u8]) -> Vec<Id> {
+        chunk.iter().copied().map(Id::from).collect()
+    }
+
+    #[test]
+    fn training_equals_the_definition() {
+        for seed in 0..60 {
+            let chunks = random_chunks(seed);
+            let words: Words = chunks.iter().map(|chunk| (bytes(chunk), 1)).collect();
+            for n_merges in [0, 1, 5, 40, 10_000] {
+                assert_eq!(
+                    train_on(&chunks, n_merges),
+                    train_naively(words.clone(), n_merges),
+                    "seed {seed}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn encoding_applies_the_merges_in_order() {
+        for seed in 0..60 {
+            let vocabulary = Vocabulary::new(train_on(&random_chunks(seed), 40));
+            for chunk in random_chunks(seed + 1000) {
+                let merges = (256..).zip(&vocabulary.merges);
+                let expected = merges.fold(bytes(&chunk), |word, (new, &pair)| join_all(&word, pair, new));
+                let mut ids = Vec::new();
+                vocabulary.encode_chunk(&chunk, &mut ids);
+                assert_eq!(ids, expected, "{chunk:?}");
+            }
+        }
+    }
+
+    /// Each token has bytes of its own, or an export by bytes would lose some.
+    #[test]
+    fn no_two_tokens_are_spelled_alike() {
+        for seed in 0..60 {
+            let mut tokens = Vocabulary::new(train_on(&random_chunks(seed), 10_000)).tokens;
+            let n_tokens = tokens.len();
+            tokens.sort();
+            tokens.dedup();
+            assert_eq!(tokens.len(), n_tokens);
+        }
+    }
+
+    #[test]
+    fn polling_stops_the_training() {
+        let mut counter = Counter::default();
+        counter.add(b"abcd");
+        let mut n_polls = 0;
+        let stopped = train(counter.finish(), 3, || {
+            n_polls += 1;
+            if n_polls == 2 { Err(Error("stop".into())) } else { Ok(()) }
+        });
+        assert_eq!(stopped.unwrap_err().0, "stop");
+    }
+}
