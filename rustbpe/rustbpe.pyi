@@ -11,9 +11,9 @@ class Tokenizer:
     ) -> None:
         """Learn a vocabulary of `vocab_size` tokens, fewer if the texts run out of pairs.
 
-        Texts are read ahead in batches of `buffer_size` or 1 MiB, whichever is reached first, and counted on all
-        cores. `pattern` is a regular expression whose matches are the chunks that merges stay within; None means
-        GPT-4's. A training that fails leaves the tokenizer as it was.
+        Texts are read ahead in batches of `buffer_size` or 1 MiB, whichever is reached first, and counted
+        on all cores. `pattern` is a regular expression whose matches are the chunks that merges stay within;
+        None means GPT-4's. A training that fails leaves the tokenizer as it was.
         """
 
     def get_pattern(self) -> str:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import regex
@@ -23,6 +24,7 @@ import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import rustbpe
+from scripts import bench_tokenizer
 
 GPT4_PATTERN = rustbpe.Tokenizer().get_pattern()
 SPLIT_PATTERN = GPT4_PATTERN.replace("{1,3}", "{1,2}")  # the project's
@@ -31,8 +33,8 @@ SPLIT_PATTERN = GPT4_PATTERN.replace("{1,3}", "{1,2}")  # the project's
 # whitespace of every kind, numbers that are not digits, marks, joiners, emoji, right-to-left, unassigned.
 NASTY = (
     "''''sStTdDmMlLvVeErRaZ\u017f\u212a\u0130\u00df    \t\r\n\r\n\x0b\x0c\x85\xa0\u1680\u2003\u2028\u2029"
-    "\u202f\u3000\u180e\u200b0123\u0665\u00bd\u2167\U0001d7d8.-_!\u2019\u0301\u0903\u200d\ufe0f\U0001f600\U0001f469"
-    "\u4e2d\u3042\u05d0\u0627\u0e01\0\U0010ffff"
+    "\u202f\u3000\u180e\u200b0123\u0665\u00bd\u2167\U0001d7d8.-_!\u2019\u0301\u0903\u200d\ufe0f\U0001f600"
+    "\U0001f469\u4e2d\u3042\u05d0\u0627\u0e01\0\U0010ffff"
 )
 # Letters, numbers and a sign of Unicode 14, 15, 15.1 and 16, one unassigned, and what Python's own re calls
 # whitespace although Unicode does not: engines with other tables differ here.
@@ -366,3 +368,29 @@ def test_bad_arguments_of_encode_and_decode() -> None:
         tokenizer.batch_encode(["a", 1])
     with pytest.raises(ValueError, match="surrogates not allowed"):
         tokenizer.encode("\udfff")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+@pytest.mark.parametrize("has_wheel", [True, False])
+def test_the_benchmark_compares(
+    has_wheel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a second Python it prints both rows; without one it says so in a line and prints one."""
+
+    def wheel_python() -> Path:
+        if not has_wheel:
+            raise OSError("offline")
+        return Path(sys.executable)
+
+    monkeypatch.setattr(bench_tokenizer, "wheel_python", wheel_python)
+    (tmp_path / "own.txt").write_text("\n\n".join(prose(2_000)), encoding="utf-8")
+    settings = ["--max_chars=30000", "--encode_chars=5000", "--vocab_size=400", "--repeats=1"]
+    assert bench_tokenizer.main([f"--data={tmp_path / 'own.txt'}", *settings]) == 0
+    output = capsys.readouterr().out
+    assert ("merges     identical" in output) == has_wheel
+    assert ("the published wheel is left out, as it cannot be installed: offline" in output) != has_wheel
+    assert "400 tokens" in output
+    assert "tokens     identical" in output

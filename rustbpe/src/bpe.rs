@@ -1,18 +1,18 @@
-//! Byte-pair encoding: learning merges from chunk counts, and applying them.
+//! Byte-pair encoding: learning merges from chunk counts.
 //!
-//! Training starts from bytes and V - 256 times joins the pair of neighbouring tokens that is most frequent over
+//! Training starts from bytes and M times joins the pair of neighbouring tokens that is most frequent over
 //! all chunks (Sennrich et al., 2016, on bytes as in GPT-2). Of equally frequent pairs the smaller one by
 //! (left id, right id) wins, so the result depends on the counts alone. Three ideas make it fast and small:
 //!
 //! - Boundary tags. All chunks lie in one array with a slot for each byte, and a token's id is written in the
 //!   first and in the last slot of its span. From any token both neighbours are then one addition away, and a
 //!   join is two writes. There are no linked lists, and a position is 4 bytes.
-//! - A floor. A chunk seen n times holds a pair seen n times until it is one token. So as long as fewer merges
-//!   are made than there are chunks seen n times, the best pair has count n or more: pairs below the count of
-//!   the V-th most frequent chunk are never chosen, and nothing about them is stored.
+//! - A floor. A chunk seen n times holds a pair seen n times until it is one token. So as long as fewer
+//!   merges are made than there are chunks seen n times or more, the best pair has count n or more: pairs
+//!   below the count of the M-th most frequent chunk are never chosen, and nothing about them is stored.
 //! - Sorted places. A pair's places are all recorded in the one step that makes its newer token, in ascending
-//!   order; later joins only invalidate some, which a look at the tags shows. With the chunks sorted by count,
-//!   one cursor then gives the weight of each place, without a word index.
+//!   order; later joins only invalidate some, which a look at the tags shows. With the chunks sorted by
+//!   count, one cursor then gives the weight of each place, without a word index.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -26,31 +26,28 @@ pub type Id = u32;
 pub type Pair = (Id, Id);
 
 /// Fills the slot between two chunks.
-const EDGE: Id = Id::MAX;
+pub(crate) const EDGE: Id = Id::MAX;
 /// Marks a slot at which a token began that is now the right part of a longer one.
 const INSIDE: Id = Id::MAX - 1;
 
 /// Tokens over bytes, as boundary tags: an EDGE, then each chunk followed by an EDGE.
-struct Tags(Vec<Id>);
+pub(crate) struct Tags(pub Vec<Id>);
 
 impl Tags {
     /// Whether the `left` that once began at `at` is still there, and followed by `right`.
     ///
     /// A tag at `at` cannot be another token's end: spans only grow, so a token that ends at `at` without
     /// beginning there rules out that a longer `left` ever began there, and joins overwrite one-byte spans.
-    fn holds(&self, (left, right): Pair, at: usize, left_len: usize) -> bool {
+    pub fn holds(&self, (left, right): Pair, at: usize, left_len: usize) -> bool {
         self.0[at] == left && self.0[at + left_len] == right
     }
 
-    fn join(&mut self, at: usize, left_len: usize, new_len: usize, new: Id) {
+    pub fn join(&mut self, at: usize, left_len: usize, new_len: usize, new: Id) {
         self.0[at] = new;
         self.0[at + left_len] = INSIDE;
         self.0[at + new_len - 1] = new;
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------
-// Training
 
 /// All distinct chunks of two bytes or more, the frequent ones first.
 struct Corpus {
@@ -90,7 +87,7 @@ impl Corpus {
         }
         if n_slots >= INSIDE as usize {
             return Err(Error(format!(
-                "the distinct chunks have {n_slots} bytes in all and at most 2^32 - 3 can be held; train on less text"
+                "the distinct chunks take {n_slots} places, which must be below 2^32 - 2; train on less text"
             )));
         }
 
@@ -211,8 +208,8 @@ impl Pairs {
 
 /// Learn up to `n_merges` merges from the count of each chunk, fewer if no pair is left.
 ///
-/// Merge i joins the two tokens of its pair into token 256 + i. `poll` is called before each of them and can stop
-/// the training with an error.
+/// Merge i joins the two tokens of its pair into token 256 + i. `poll` is called before each of them and can
+/// stop the training with an error.
 pub fn train<E: From<Error>>(
     chunks: ChunkMap<u64>,
     n_merges: usize,
@@ -265,88 +262,14 @@ pub fn train<E: From<Error>>(
     Ok(merges)
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Encoding
-
-/// The tokens of a trained tokenizer: 256 bytes, then one for each merge.
-#[derive(Debug)]
-pub struct Vocabulary {
-    tokens: Vec<Vec<u8>>,
-    ids: ChunkMap<Id>,
-    merges: Vec<Pair>,
-    ranks: FxHashMap<Pair, Id>,
-}
-
-impl Vocabulary {
-    pub fn new(merges: Vec<Pair>) -> Self {
-        let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
-        for &(left, right) in &merges {
-            tokens.push([tokens[left as usize].as_slice(), &tokens[right as usize]].concat());
-        }
-        let mut ids = ChunkMap::default();
-        for (id, token) in (0..).zip(&tokens) {
-            ids.insert(token, id);
-        }
-        let ranks = (256..).zip(&merges).map(|(id, &pair)| (pair, id)).collect();
-        Self { tokens, ids, merges, ranks }
-    }
-
-    /// The bytes of every token, by id.
-    pub fn tokens(&self) -> &[Vec<u8>] {
-        &self.tokens
-    }
-
-    /// Append the tokens of one chunk to `ids`.
-    pub fn encode_chunk(&self, chunk: &[u8], ids: &mut Vec<Id>) {
-        match self.ids.get(chunk) {
-            // Training and encoding join in the same order, so a chunk that equals a token always ends up as it.
-            Some(id) => ids.push(id),
-            None => self.merge(chunk, ids),
-        }
-    }
-
-    /// Join pairs, the earliest learned first and the leftmost of equals first: O(n log n) for n bytes.
-    fn merge(&self, chunk: &[u8], ids: &mut Vec<Id>) {
-        let mut tags = Vec::with_capacity(chunk.len() + 2);
-        tags.push(EDGE);
-        tags.extend(chunk.iter().copied().map(Id::from));
-        tags.push(EDGE);
-        let mut tags = Tags(tags);
-
-        let length = |id: Id| self.tokens[id as usize].len();
-        let candidate = |pair: Pair, at: usize| self.ranks.get(&pair).map(|&id| Reverse((id, at)));
-        let byte_pairs = tags.0.windows(2).enumerate();
-        let mut queue: BinaryHeap<_> =
-            byte_pairs.filter_map(|(at, pair)| candidate((pair[0], pair[1]), at)).collect();
-        while let Some(Reverse((new, at))) = queue.pop() {
-            let pair = self.merges[new as usize - 256];
-            if !tags.holds(pair, at, length(pair.0)) {
-                continue;
-            }
-            tags.join(at, length(pair.0), length(new), new);
-            let (previous, next) = (tags.0[at - 1], tags.0[at + length(new)]);
-            if previous != EDGE {
-                queue.extend(candidate((previous, new), at - length(previous)));
-            }
-            queue.extend(candidate((new, next), at));
-        }
-
-        let mut at = 1;
-        while tags.0[at] != EDGE {
-            ids.push(tags.0[at]);
-            at += length(tags.0[at]);
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::chunks::Counter;
 
     type Words = Vec<(Vec<Id>, u64)>;
 
-    fn join_all(word: &[Id], pair: Pair, new: Id) -> Vec<Id> {
+    pub fn join_all(word: &[Id], pair: Pair, new: Id) -> Vec<Id> {
         let mut joined = Vec::new();
         let mut rest = word;
         while let [first, tail @ ..] = rest {
@@ -357,7 +280,8 @@ mod tests {
         joined
     }
 
-    /// The definition: count all pairs anew for each merge, take the largest count, the smaller pair of equals.
+    /// The definition: count all pairs anew for each merge, take the largest count, the smaller pair of
+    /// equals.
     fn train_naively(mut words: Words, n_merges: usize) -> Vec<Pair> {
         let mut merges = Vec::new();
         while merges.len() < n_merges {
@@ -377,7 +301,7 @@ mod tests {
     }
 
     /// Chunks over two or three letters: runs, overlaps and ties everywhere.
-    fn random_chunks(seed: u64) -> Vec<Vec<u8>> {
+    pub fn random_chunks(seed: u64) -> Vec<Vec<u8>> {
         let mut state = seed;
         let mut next = move |below: u64| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -393,13 +317,13 @@ mod tests {
             .collect()
     }
 
-    fn train_on(chunks: &[Vec<u8>], n_merges: usize) -> Vec<Pair> {
+    pub fn train_on(chunks: &[Vec<u8>], n_merges: usize) -> Vec<Pair> {
         let mut counter = Counter::default();
         chunks.iter().for_each(|chunk| counter.add(chunk));
         train::<Error>(counter.finish(), n_merges, || Ok(())).unwrap()
     }
 
-    fn bytes(chunk: &[u8]) -> Vec<Id> {
+    pub fn bytes(chunk: &[u8]) -> Vec<Id> {
         chunk.iter().copied().map(Id::from).collect()
     }
 
@@ -415,32 +339,6 @@ mod tests {
                     "seed {seed}"
                 );
             }
-        }
-    }
-
-    #[test]
-    fn encoding_applies_the_merges_in_order() {
-        for seed in 0..60 {
-            let vocabulary = Vocabulary::new(train_on(&random_chunks(seed), 40));
-            for chunk in random_chunks(seed + 1000) {
-                let merges = (256..).zip(&vocabulary.merges);
-                let expected = merges.fold(bytes(&chunk), |word, (new, &pair)| join_all(&word, pair, new));
-                let mut ids = Vec::new();
-                vocabulary.encode_chunk(&chunk, &mut ids);
-                assert_eq!(ids, expected, "{chunk:?}");
-            }
-        }
-    }
-
-    /// Each token has bytes of its own, or an export by bytes would lose some.
-    #[test]
-    fn no_two_tokens_are_spelled_alike() {
-        for seed in 0..60 {
-            let mut tokens = Vocabulary::new(train_on(&random_chunks(seed), 10_000)).tokens;
-            let n_tokens = tokens.len();
-            tokens.sort();
-            tokens.dedup();
-            assert_eq!(tokens.len(), n_tokens);
         }
     }
 

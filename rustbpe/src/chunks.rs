@@ -1,7 +1,7 @@
 //! A hash map whose keys are chunks: short byte strings, millions of them.
 //!
-//! Nearly all chunks have at most 15 bytes. Those are packed with their length into two machine words, so that
-//! a key is compared in two instructions, hashed in a few, and stored without a pointer or an allocation.
+//! Nearly all chunks have at most 15 bytes. Those are packed with their length into two machine words,
+//! so that a key is compared in two instructions, hashed in a few, and stored without an allocation.
 
 use rustc_hash::FxHashMap;
 
@@ -19,7 +19,7 @@ fn pack(chunk: &[u8]) -> Option<Packed> {
     let length = chunk.len();
     let tagged = (length as u64) << 56;
     if let (Some(head), Some(tail)) = (chunk.first_chunk::<8>(), chunk.last_chunk::<8>()) {
-        // Bytes 8.. of the chunk are the top bytes of its last word; shifting twice, as 64 bits at once is undefined.
+        // Bytes 8.. of the chunk are the top bytes of its last word. Two shifts, as one by 64 overflows.
         let rest = (u64::from_le_bytes(*tail) >> 8) >> (8 * (15 - length.min(15)));
         (length < 16).then_some((u64::from_le_bytes(*head), rest | tagged))
     } else if let (Some(head), Some(tail)) = (chunk.first_chunk::<4>(), chunk.last_chunk::<4>()) {

@@ -1,7 +1,7 @@
 //! Counting the distinct chunks of a stream of texts on several threads.
 //!
-//! Batches of texts go through a short queue to workers that each keep a map of their own; the maps are added up
-//! at the end. So reading overlaps with counting, and memory is bounded by the distinct chunks, not by the text.
+//! Batches of texts go through a short queue to workers that each keep a map of their own; the maps are added
+//! up at the end. So reading overlaps with counting, and memory is bounded by distinct chunks, not by text.
 
 use std::panic::resume_unwind;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};

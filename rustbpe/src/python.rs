@@ -12,9 +12,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
 use crate::Error;
-use crate::bpe::{Id, Vocabulary, train};
+use crate::bpe::{Id, train};
 use crate::count::{Batch, count_chunks};
 use crate::scan::{DEFAULT_PATTERN, Splitter};
+use crate::vocabulary::Vocabulary;
 
 /// A batch of texts is handed to the workers when it has this many bytes, or `buffer_size` texts.
 const BATCH_BYTES: usize = 1 << 20;
@@ -30,7 +31,7 @@ fn n_threads() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Copies the text: as_str() would leave a UTF-8 copy inside every non-ASCII string for as long as that lives.
+/// Copies the text: as_str() would leave a UTF-8 copy inside every non-ASCII string while that lives.
 fn copy_text(item: &Bound<'_, PyAny>) -> PyResult<String> {
     let Ok(string) = item.cast::<PyString>() else {
         return Err(PyTypeError::new_err(format!("expected texts of type str, got {}", item.repr()?)));
@@ -113,11 +114,11 @@ impl Tokenizer {
         })
     }
 
-    /// Learn a vocabulary of `vocab_size` tokens, fewer if the texts run out of pairs, from an iterator of str.
+    /// Learn a vocabulary of `vocab_size` tokens, fewer if the texts run out of pairs.
     ///
-    /// Texts are read ahead in batches of `buffer_size` or 1 MiB, whichever is reached first, and counted on all
-    /// cores. `pattern` is a regular expression whose matches are the chunks that merges stay within; None means
-    /// GPT-4's. A training that fails leaves the tokenizer as it was.
+    /// Texts are read ahead in batches of `buffer_size` or 1 MiB, whichever is reached first, and counted
+    /// on all cores. `pattern` is a regular expression whose matches are the chunks that merges stay within;
+    /// None means GPT-4's. A training that fails leaves the tokenizer as it was.
     #[pyo3(signature = (iterator, vocab_size, buffer_size = 8192, pattern = None))]
     fn train_from_iterator(
         slf: &Bound<'_, Self>,
@@ -126,11 +127,10 @@ impl Tokenizer {
         buffer_size: i64,
         pattern: Option<&str>,
     ) -> PyResult<()> {
-        let n_merges = usize::try_from(vocab_size - 256).map_err(|_| {
-            Error(format!(
-                "vocab_size={vocab_size} must be at least 256: every byte is a token; 32768 is usual"
-            ))
-        })?;
+        if vocab_size < 256 {
+            let rule = "must be at least 256: every byte is a token; 32768 is usual";
+            return Err(Error(format!("vocab_size={vocab_size} {rule}")).into());
+        }
         if buffer_size < 1 {
             return Err(
                 Error(format!("buffer_size={buffer_size} must be at least 1; 8192 is the default")).into()
@@ -145,7 +145,7 @@ impl Tokenizer {
                 Python::attach(|py| feed(iterator.bind(py), buffer_size as usize, &sender))
             })?;
             let mut last_poll = Instant::now();
-            train(chunks, n_merges, || {
+            train(chunks, (vocab_size - 256) as usize, || {
                 if last_poll.elapsed() < POLL_INTERVAL {
                     return Ok(());
                 }

@@ -1,11 +1,12 @@
 //! Pre-tokenisation: where a text is cut into chunks. Merges never cross a cut.
 //!
 //! A split pattern is a regular expression whose matches are the chunks. For the pattern that nanochat made
-//! its own (GPT-4's, with numbers cut every `n` digits) a hand-written scanner does the work: one table lookup
-//! per character says letter, number, space, newline or other, and one look ahead decides which alternative of
-//! the pattern applies. It is some 50 times faster than a backtracking engine and gives the same chunks, which
-//! the tests check against that engine. Any other pattern goes through fancy-regex. The classes come from
-//! regex-syntax, which is also where the engine finds its `\p{L}`, `\p{N}` and `\s`: one Unicode version.
+//! its own (GPT-4's, with numbers cut every `n` digits) a hand-written scanner does the work: one table
+//! lookup per character says letter, number, space, newline or other, and one look ahead decides which
+//! alternative of the pattern applies. It is many times faster than a backtracking engine and gives the same
+//! chunks, which the tests check against that engine. Any other pattern goes through fancy-regex. The
+//! classes come from regex-syntax, which is also where the engine finds its `\p{L}`, `\p{N}` and `\s`: one
+//! Unicode version.
 
 use std::sync::LazyLock;
 
@@ -247,14 +248,16 @@ mod tests {
         }
     }
 
-    /// Random strings over characters that hit the pattern's corners: contractions with all that folds to their
-    /// letters, whitespace of every kind, numbers that are not digits, marks, joiners, emoji, unassigned.
+    /// Random strings over characters that hit the pattern's corners: contractions with all that folds to
+    /// their letters, whitespace of every kind, numbers that are not digits, marks, joiners, emoji,
+    /// unassigned.
     #[test]
     fn random_strings_are_cut_like_the_regex_engine_cuts_them() {
         let alphabet: Vec<char> = concat!(
-            "''''sStTdDmMlLvVeErRaZ\u{17f}\u{212a}\u{130}\u{df}    \t\r\n\r\n\u{b}\u{c}\u{85}\u{a0}\u{1680}\u{2003}",
-            "\u{2028}\u{2029}\u{202f}\u{3000}\u{1c}\u{180e}\u{200b}0123\u{665}\u{bd}\u{2167}\u{1d7d8}.-_!\u{2019}",
-            "\u{301}\u{903}\u{200d}\u{fe0f}\u{1f600}\u{1f469}\u{4e2d}\u{3042}\u{5d0}\u{627}\u{e01}\0\u{378}\u{10ffff}"
+            "''''sStTdDmMlLvVeErRaZ\u{17f}\u{212a}\u{130}\u{df}    \t\r\n\r\n\u{b}\u{c}\u{85}\u{a0}\u{1680}",
+            "\u{2003}\u{2028}\u{2029}\u{202f}\u{3000}\u{1c}\u{180e}\u{200b}0123\u{665}\u{bd}\u{2167}",
+            "\u{1d7d8}.-_!\u{2019}\u{301}\u{903}\u{200d}\u{fe0f}\u{1f600}\u{1f469}\u{4e2d}\u{3042}\u{5d0}",
+            "\u{627}\u{e01}\0\u{378}\u{10ffff}"
         )
         .chars()
         .collect();
