@@ -24,7 +24,9 @@ def loss_and_gradients(model, idx):
     model.zero_grad()
     loss = model(idx[:, :-1], idx[:, 1:])
     loss.backward()
-    return loss.detach().double().cpu(), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+    model.zero_grad()  # moving the model must not move the gradients that are returned
+    return loss.detach().double().cpu(), gradients
 
 
 @pytest.mark.parametrize("slc_rate", [0, 3])
