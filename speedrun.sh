@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# From raw text to a trained base model, on whatever machine this is:
+#
+#   with GPUs    FineWeb-EDU from the hub; a d20 on 8 of them, a d12 on fewer
+#   without      a small model on the documentation of your own Python, in about ten minutes on two cores
+#
+#   bash speedrun.sh            run, or go on where the last run stopped
+#   bash speedrun.sh --fresh    do every stage again
+#
+# Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE, WANDB_RUN, DATA (hub, embedded or a path of your own texts), DEPTH,
+# DEVICE_BATCH_SIZE (rows of one forward).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+fail() { echo "speedrun: $*" >&2; exit 1; }
+case "${1:-}" in "" | --fresh) ;; *) fail "unknown argument '$1'; usage: bash speedrun.sh [--fresh]" ;; esac
+export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
+export PYTHONUNBUFFERED=1
+state=$NANOCHAT_BASE_DIR/speedrun
+mkdir -p "$state" 2>/dev/null && [ -w "$state" ] || fail "cannot write to $NANOCHAT_BASE_DIR; set NANOCHAT_BASE_DIR"
+[ -z "${1:-}" ] || rm -f "$state"/*.done
+bash dev/setup.sh
+python=.venv/bin/python
+
+# ---- the machine and the run it is good for
+
+read -r gpus gib < <($python -c '
+import torch
+n = torch.cuda.device_count()
+print(n, min((torch.cuda.get_device_properties(i).total_memory for i in range(n)), default=0) >> 30)')
+ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+if [ "$gpus" -gt 0 ]; then
+    data=${DATA:-hub}
+    depth=${DEPTH:-$((ranks >= 8 ? 20 : 12))}
+    # a d20 takes 32 rows of 2,048 tokens in 80 GB (dev/LOG.md); powers of two, so that the batch divides
+    rows=${DEVICE_BATCH_SIZE:-$((gib >= 75 ? 32 : gib >= 38 ? 16 : gib >= 22 ? 8 : gib >= 14 ? 4 : 2))}
+    vocab=65536
+    flags=()
+else
+    data=${DATA:-embedded}
+    depth=${DEPTH:-4}
+    rows=${DEVICE_BATCH_SIZE:-8}
+    vocab=4096
+    flags=(--device-type=cpu --max-seq-len=256 --total-batch-size=8192 --num-iterations=150)
+    flags+=(--warmdown-ratio=0.5 --eval-every=50 --save-every=50)
+fi
+echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
+
+# ---- stages
+
+# stage NAME MODULE RANKS FLAGS...: run a command unless it ended well before with the same flags; once one stage
+# has run, all after it run too
+redone=no
+stage() {
+    local name=$1 module=$2 ranks=$3
+    shift 3
+    local done_file=$state/$name.done again=()
+    if [ "$redone" = no ] && [ "$(cat "$done_file" 2>/dev/null)" = "$ranks $*" ]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name"
+    rm -f "$done_file"
+    if [ "$name" = base_train ]; then again=("$([ "$redone" = yes ] && echo --overwrite || echo --resume)"); fi
+    local launch=("$python" -m "$module")
+    if [ "$ranks" -gt 1 ]; then
+        launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module")
+    fi
+    "${launch[@]}" "$@" "${again[@]}" | tee "$state/$name.log"
+    echo "$ranks $*" >"$done_file"
+    [ "$name" = download ] || redone=yes # more shards do not change what was learnt from the first
+}
+
+model=("--data=$data" "--device-batch-size=$rows" "--model-tag=d$depth")
+if [ "$data" = hub ]; then # a shard is about 50 M tokens, and 20 tokens a parameter are wanted
+    stage download nanochat.dataset 1 -n $((depth * depth * 6 / 10 + 8)) -w 4
+fi
+stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
+stage tok_eval scripts.tok_eval 1 "--data=$data"
+stage base_train scripts.base_train "$ranks" "--depth=$depth" "--run=${WANDB_RUN:-dummy}" "${model[@]}" "${flags[@]}"
+stage base_loss scripts.base_loss "$ranks" "${model[@]}" $([ "$gpus" -gt 0 ] || echo --device-type=cpu)
+
+echo "== results (details in $NANOCHAT_BASE_DIR/report)"
+for name in tok_train tok_eval base_train base_loss; do tail -n 1 "$state/$name.log"; done
