@@ -41,7 +41,7 @@ else
     depth=${DEPTH:-4}
     rows=${DEVICE_BATCH_SIZE:-8}
     vocab=4096
-    flags=(--device-type=cpu --max-seq-len=256 --total-batch-size=8192 --num-iterations=150)
+    flags=(--device-type=cpu --max-seq-len=256 --total-batch-size=8192 --num-iterations=110)
     flags+=(--warmdown-ratio=0.5 --eval-every=50 --save-every=50)
 fi
 echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
