@@ -29,19 +29,19 @@ import torch
 n = torch.cuda.device_count()
 print(n, min((torch.cuda.get_device_properties(i).total_memory for i in range(n)), default=0) >> 30)')
 ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-if [ "$gpus" -gt 0 ]; then
-    data=${DATA:-hub}
+data=${DATA:-$([ "$gpus" -gt 0 ] && echo hub || echo embedded)}
+if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     depth=${DEPTH:-$((ranks >= 8 ? 20 : 12))}
-    # a d20 takes 32 rows of 2,048 tokens in 80 GB (dev/LOG.md); powers of two, so that the batch divides
-    rows=${DEVICE_BATCH_SIZE:-$((gib >= 75 ? 32 : gib >= 38 ? 16 : gib >= 22 ? 8 : gib >= 14 ? 4 : 2))}
+    # rows of 2,048 tokens for a d12 (dev/LOG.md), half as many beyond; powers of two, so that the batch divides
+    rows=$((gib >= 75 ? 32 : gib >= 38 ? 16 : gib >= 22 ? 8 : gib >= 14 ? 4 : 2))
+    rows=${DEVICE_BATCH_SIZE:-$((depth > 12 ? rows / 2 : rows))}
     vocab=65536
     flags=()
 else
-    data=${DATA:-embedded}
     depth=${DEPTH:-4}
     rows=${DEVICE_BATCH_SIZE:-8}
     vocab=4096
-    flags=(--device-type=cpu --max-seq-len=256 --total-batch-size=8192 --num-iterations=110)
+    flags=(--max-seq-len=256 --total-batch-size=8192 --num-iterations=110)
     flags+=(--warmdown-ratio=0.5 --eval-every=50 --save-every=50)
 fi
 echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
@@ -66,19 +66,20 @@ stage() {
     if [ "$ranks" -gt 1 ]; then
         launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module")
     fi
-    "${launch[@]}" "$@" "${again[@]}" | tee "$state/$name.log"
+    "${launch[@]}" "$@" "${again[@]}" | tee "$state/$name.log" || return 1
     echo "$ranks $*" >"$done_file"
     [ "$name" = download ] || redone=yes # more shards do not change what was learnt from the first
 }
 
 model=("--data=$data" "--device-batch-size=$rows" "--model-tag=d$depth")
 if [ "$data" = hub ]; then # a shard is about 50 M tokens, and 20 tokens a parameter are wanted
-    stage download nanochat.dataset 1 -n $((depth * depth * 6 / 10 + 8)) -w 4
+    stage download nanochat.dataset 1 -n $((depth * depth * 6 / 10 + 8)) -w 4 \
+        || fail "no data from the hub; run again to go on, or start with DATA=embedded or DATA=<your texts>"
 fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"
 stage base_train scripts.base_train "$ranks" "--depth=$depth" "--run=${WANDB_RUN:-dummy}" "${model[@]}" "${flags[@]}"
-stage base_loss scripts.base_loss "$ranks" "${model[@]}" $([ "$gpus" -gt 0 ] || echo --device-type=cpu)
+stage base_loss scripts.base_loss "$ranks" "${model[@]}"
 
 echo "== results (details in $NANOCHAT_BASE_DIR/report)"
 for name in tok_train tok_eval base_train base_loss; do tail -n 1 "$state/$name.log"; done
