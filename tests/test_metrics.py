@@ -23,9 +23,7 @@ def test_a_resumed_run_tells_no_step_twice(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    runtime = Runtime(
-        device=Runtime.cpu().device, compute_dtype=Runtime.cpu().compute_dtype, rank=1, world_size=2
-    )
+    runtime = dataclasses.replace(Runtime.cpu(), rank=1, world_size=2)
     log = MetricsLog(tmp_path / "m.jsonl", runtime, resume_step=0, wandb_run="dummy", config={})
     log({"step": 0})
     log.close()
