@@ -2,7 +2,7 @@
 # From raw text to a trained base model, on whatever machine this is:
 #
 #   with GPUs    FineWeb-EDU from the hub; a d20 on 8 of them, a d12 on fewer
-#   without      a small model on the documentation of your own Python, in about ten minutes on two cores
+#   without      a small model on the documentation of your own Python, in about eight minutes on two cores
 #
 #   bash speedrun.sh            run, or go on where the last run stopped
 #   bash speedrun.sh --fresh    do every stage again
