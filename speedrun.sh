@@ -67,6 +67,9 @@ stage() {
         launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module")
     fi
     "${launch[@]}" "$@" "${again[@]}" | tee "$state/$name.log" || return 1
+    if [ "$name" = base_train ] && ! tail -n 1 "$state/$name.log" | grep -q '^base_train:'; then
+        fail "base_train was told to stop and has saved; run again to go on"
+    fi
     echo "$ranks $*" >"$done_file"
     [ "$name" = download ] || redone=yes # more shards do not change what was learnt from the first
 }

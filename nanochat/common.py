@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
 Config = TypeVar("Config")
 
 
