@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Config = TypeVar("Config")
+_STARTED = time.monotonic()
 
 
 def base_dir() -> Path:
@@ -116,6 +118,12 @@ def write_json(path: Path | str, value: Any) -> None:
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
+
+
+def write_report(stage: str, result: dict[str, Any]) -> None:
+    """Write what a stage found to report/<stage>.json, with the seconds since this process began to import us."""
+    stamps = {"finished_at": time.time(), "wall_seconds": time.monotonic() - _STARTED}
+    write_json(base_dir() / "report" / f"{stage}.json", {**result, **stamps})
 
 
 # ---------------------------------------------------------------------------------------------------------
