@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.cache import ConvState, HybridCache, KVState
+from nanochat.cache import ConvState, HybridCache, KVState, Span
 from nanochat.linear import Linear
 from nanochat.sampling import check_sampling, penalize_repetition, sample
 from nanochat.slc2 import SLC2
@@ -96,9 +96,9 @@ def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[Ten
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B,T,H,D) by the angles of cos, sin (T,D/2): its halves are the two coordinates."""
+    """Rotate x (B,T,H,D) by the angles of cos, sin (T,D/2) or (B,T,D/2): its halves are the two coordinates."""
     x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
@@ -114,19 +114,22 @@ class CausalSelfAttention(nn.Module):
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, state: KVState | None, pos: int) -> Tensor:
-        """Map h (B,T,E) to (B,T,E); with a state, attend also to the pos tokens that it holds."""
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, state: KVState | None = None, span: Span | None = None
+    ) -> Tensor:
+        """Map h (B,T,E) to (B,T,E); with a state, attend also to the tokens that it holds."""
         B, T, _ = h.shape
         q, k, v = (proj(h).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-        mask = None
-        if state is not None:
-            k, v = state.append(k, v, pos)
-            if pos > 0 and T > 1:  # a chunk: each token sees the past and the chunk up to itself
-                mask = torch.ones(T, pos + T, dtype=torch.bool, device=h.device).tril(pos)
+        mask, is_causal = None, True
+        if span is not None:
+            mask, is_causal = span.mask, span.is_causal
+            past_k, past_v = state.append(k, v, span)
+            if not is_causal:
+                k, v = past_k, past_v
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=pos == 0, enable_gqa=self.is_grouped
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -154,13 +157,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, state: KVState | ConvState | None = None, pos: int = 0
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        state: KVState | ConvState | None = None,
+        span: Span | None = None,
     ) -> Tensor:
         """Map the residual stream x (B,T,E) to the next; the layer's decode state is updated in place."""
         if self.is_attention:
-            x = x + self.attn(norm(x), cos, sin, state, pos)
+            x = x + self.attn(norm(x), cos, sin, state, span)
+        elif span is None:
+            x = x + self.attn(norm(x))
         else:
-            x = x + self.attn(norm(x), None if state is None else state.window)
+            x = x + self.attn(norm(x), state.window, span.lengths)
         return x + self.mlp(norm(x))
 
 
@@ -241,28 +251,47 @@ class GPT(nn.Module):
             return head_logits(x, self.lm_head.weight)
         return self._head_loss(x, self.lm_head.weight, targets, loss_reduction)
 
-    def _hidden(self, idx: Tensor, cache: HybridCache | None) -> Tensor:
+    def next_logits(self, idx: Tensor, cache: HybridCache, lengths: Tensor | None = None) -> Tensor:
+        """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache.
+
+        lengths (B,) int64, on the device, says how many tokens of each row are real, from the left, one at least.
+        """
+        x = self._hidden(idx, cache, lengths)
+        last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
+        return head_logits(last, self.lm_head.weight)
+
+    def _hidden(self, idx: Tensor, cache: HybridCache | None, lengths: Tensor | None = None) -> Tensor:
         """Final normalised hidden state (B,T,E)."""
         B, T = idx.shape
-        pos = 0 if cache is None else cache.pos
-        if cache is not None and (cache.batch_size != B or pos + T > cache.max_len):
-            raise ValueError(
-                f"{B} rows of {T} tokens after {pos} do not fit a cache of {cache.batch_size} rows "
-                f"of {cache.max_len} tokens"
-            )
-        length = -(-(pos + T) // self.config.sequence_len) * self.config.sequence_len
-        cos, sin = (t[pos : pos + T] for t in rotary_tables(length, self.config.head_dim, idx.device))
-        x = norm(self.transformer.wte(idx).to(self._activation_dtype()))
+        if cache is not None and cache.batch_size != B:
+            raise ValueError(f"{B} rows do not fit a cache of {cache.batch_size} rows")
+        span = None if cache is None else cache.span(T, lengths)
+        length = T if span is None else span.end
+        length = -(-length // self.config.sequence_len) * self.config.sequence_len
+        tables = rotary_tables(length, self.config.head_dim, idx.device)
+        if span is None:
+            cos, sin = (table[:T] for table in tables)
+        elif span.start is not None:
+            cos, sin = (table[span.start : span.end] for table in tables)
+        else:
+            cos, sin = (table[span.positions] for table in tables)
+        x = norm(self.transformer.wte(idx).to(self.activation_dtype))
         for i, block in enumerate(self.transformer.h):
             if cache is None:
                 x = block(x, cos, sin)
             else:  # .forward: decoding changes pos with every call and must not recompile a compiled block
-                x = block.forward(x, cos, sin, cache.layers[i], pos)
+                x = block.forward(x, cos, sin, cache.layers[i], span)
         if cache is not None:
-            cache.pos += T
+            cache.advance(span)
         return norm(x)
 
-    def _activation_dtype(self) -> torch.dtype:
+    def new_cache(self, batch_size: int, max_len: int) -> HybridCache:
+        """Return an empty decode state for this model."""
+        return HybridCache(self.config, batch_size, max_len, self.device, self.activation_dtype)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What activations and decode state are computed in."""
         if self.compute_dtype is not None:
             return self.compute_dtype
         return torch.bfloat16 if self.device.type == "cuda" else self.lm_head.weight.dtype
@@ -291,12 +320,10 @@ class GPT(nn.Module):
         generator = torch.Generator(self.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
         seen = input_ids.to(self.device)
-        cache = HybridCache(
-            self.config, 1, seen.size(1) + max_new_tokens, self.device, self._activation_dtype()
-        )
+        cache = self.new_cache(1, seen.size(1) + max_new_tokens)
         idx = seen
         for _ in range(max_new_tokens):
-            logits = head_logits(self._hidden(idx, cache)[:, -1], self.lm_head.weight)
+            logits = self.next_logits(idx, cache)
             if repetition_penalty != 1:
                 logits = penalize_repetition(logits, seen, repetition_penalty)
             idx = sample(logits, temperature, top_k, top_p, generator)

@@ -272,7 +272,7 @@ def test_decode_is_the_full_forward(plan, batch_size, cuts):
     cache = poisoned_cache(config, batch_size, 14)
     bounds = [0, *cuts, *range(cuts[-1] + 1, 15)]
     parts = [model(idx[:, a:b], cache=cache) for a, b in itertools.pairwise(bounds)]
-    assert cache.pos == 14
+    assert cache.pos.tolist() == [14] * batch_size
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
 
 
@@ -296,7 +296,7 @@ def test_two_conversations_do_not_mix_and_a_reset_cache_is_new():
     for idx, parts in zip((one, two), zip(*mixed, strict=True), strict=True):
         torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), rtol=1e-4, atol=1e-4)
     a.reset()
-    assert a.pos == 0
+    assert a.pos.tolist() == [0]
     torch.testing.assert_close(model(two, cache=a), model(two), rtol=1e-4, atol=1e-4)
 
 
@@ -315,6 +315,31 @@ def test_fork_serves_many_rows_from_one_prefill():
         forked.fork(2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_rows_of_different_lengths_are_as_if_alone(plan):
+    """Padding on the right is neither attended to nor convolved, in prefill, chunks, decode and after select."""
+    config = small_config(**plan)
+    model = random_model(config)
+    idx = torch.randint(0, 50, (4, 20))
+    full = model(idx)
+    cache = model.new_cache(4, 24)
+    seen = torch.zeros(4, dtype=torch.long)
+    order = torch.arange(4)
+    for lengths in ([1, 5, 2, 6], None, [3, 1, 2, 3], None, None, [1, 3, 2, 1]):
+        lengths = lengths if lengths is None else torch.tensor(lengths)
+        taken = torch.ones(4, dtype=torch.long) if lengths is None else lengths
+        chunk = torch.full((4, int(taken.max())), 7)  # 7: what padding is made of
+        for row, length in enumerate(taken):
+            chunk[row, :length] = idx[order[row], seen[row] : seen[row] + length]
+        logits = model.next_logits(chunk, cache, lengths)
+        seen += taken
+        torch.testing.assert_close(logits, full[order, seen - 1], rtol=1e-4, atol=1e-4)
+        assert cache.pos.tolist() == seen.tolist()
+        shuffle = torch.tensor([2, 0, 3, 3])
+        cache, seen, order = cache.select(shuffle.tolist()), seen[shuffle], order[shuffle]
+
+
 def test_cache_that_is_too_small_says_so():
     config = small_config()
     model, cache = random_model(config), HybridCache(config, 2, 4)
@@ -322,7 +347,7 @@ def test_cache_that_is_too_small_says_so():
         model(torch.zeros(2, 5, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="do not fit"):
         model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
-    assert cache.pos == 0
+    assert cache.pos.tolist() == [0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------
