@@ -1,0 +1,70 @@
+"""The calculator that the model may call while it writes.
+
+What the model writes between <|python_start|> and <|python_end|> is an expression; its value is forced into
+the stream between <|output_start|> and <|output_end|>. Two things can be said:
+
+    arithmetic         12 * (3.5 - 1) / 1,000
+    counting letters   "strawberry".count("r")
+
+The text comes from a model, and through it from whoever talks to the model, so nothing of it is ever run:
+Python parses it and a walk over the tree computes the few kinds of node that it knows. No timer is needed, as
+there is no power operator and the length of the expression bounds every step; any thread may call.
+
+Numbers are exact fractions and are rounded once, in the result: 0.1 + 0.2 is 0.3, and 1 / 3 * 3 is 1.
+"""
+
+import ast
+import operator
+import re
+from decimal import Context, Decimal
+from fractions import Fraction
+
+MAX_LENGTH = 500  # characters of an expression; bounds the nesting and the work too
+LARGEST = 10**30  # of any number on the way
+MAX_DIGITS = 50  # characters of a result
+SIGNIFICANT_DIGITS = 12  # of a result with a fraction, whose whole part is always exact
+
+_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_TEXT_OR_COMMA = re.compile(r"""("[^"]*"|'[^']*')|(?<=\d),(?=\d{3}(?!\d))""")
+
+
+def calculate(expression: str) -> str | None:
+    """Return the value of an expression as text, or None if it has none: not ours, too large, undefined."""
+    if len(expression) > MAX_LENGTH:
+        return None
+    without_commas = _TEXT_OR_COMMA.sub(lambda match: match[1] or "", expression)  # 1,234 but not "1,234"
+    try:
+        text = _format(_evaluate(ast.parse(without_commas.strip(), mode="eval").body))
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+    return text if len(text) <= MAX_DIGITS else None
+
+
+def _evaluate(node: ast.expr) -> Fraction:
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            value = Fraction(repr(number))  # the decimal that was written, not the binary float beside it
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            value = _BINARY[type(op)](_evaluate(left), _evaluate(right))
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+            value = _UNARY[type(op)](_evaluate(operand))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+            args=[ast.Constant(value=str() as part)],
+            keywords=[],
+        ):
+            value = Fraction(text.count(part))
+        case _:
+            raise ValueError(f"{type(node).__name__} is not part of the calculator")
+    if abs(value) > LARGEST:
+        raise ValueError("too large")
+    return value
+
+
+def _format(value: Fraction) -> str:
+    if value.denominator == 1:
+        return str(value.numerator)
+    context = Context(prec=max(SIGNIFICANT_DIGITS, len(str(int(abs(value)))) + 2))
+    quotient = context.divide(Decimal(value.numerator), Decimal(value.denominator))
+    return f"{context.normalize(quotient):f}"
