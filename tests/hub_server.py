@@ -4,11 +4,13 @@ As the hub does, it answers /datasets/{repo}/resolve/main/{name} with the size a
 redirect to another host, here `localhost`, which serves ranges of bytes. `faults[name]` lists what happens to
 the next transfers of a file: "503", "truncate" (half the bytes, then the end), "stall" (half, then silence),
 "reset" (half, then RST), "short" (half, called the whole), "corrupt" (one bit flipped).
+/api/datasets/{repo}/tree/main/{folder} lists a folder, with the files of `listed_only`, which cannot be had.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 import struct
 import threading
@@ -23,6 +25,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = files
+        self.listed_only: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
         self.has_ranges = True
         self.states_hash = True
@@ -69,7 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        host, name = self.headers["Host"].split(":")[0], self.path.rsplit("/", 1)[-1]
+        if "/tree/main/" in self.path:
+            self._list(self.path.split("/tree/main/")[1].split("?")[0])
+            return
+        host, name = self.headers["Host"].split(":")[0], self.path.split("/resolve/main/")[-1].lstrip("/")
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
         self.server.requests.append((self.command, host, name, start, "Authorization" in self.headers))
         content = self.server.files.get(name)
@@ -87,6 +93,26 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.states_hash:
                 headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
             self._headers(302, headers)
+
+    def _list(self, folder: str) -> None:
+        files = {**self.server.files, **self.server.listed_only}
+        entries = [
+            {
+                "type": "file",
+                "path": name,
+                "oid": "0" * 40,
+                "size": len(content),
+                "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100},
+            }
+            for name, content in files.items()
+            if name.startswith(f"{folder}/")
+        ]
+        body = json.dumps(entries).encode()
+        if not entries:
+            self._headers(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"})
+            return
+        self._headers(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self.wfile.write(body)
 
     def _headers(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)

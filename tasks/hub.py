@@ -1,0 +1,196 @@
+"""Where the rows of a task come from: a data set of the Hugging Face hub, or a file or folder of your own.
+
+    hub        the parquet files {subset}/{split}-* of a repository, downloaded once to
+               $NANOCHAT_BASE_DIR/task_data and read from there for ever after, with no network
+    a file     .parquet, .jsonl or .jsonl.xz, taken for the whole split
+    a folder   laid out as the repository is: {subset}/{split}-0000.parquet, {subset}/{split}.jsonl
+
+All are then put into one fixed random order, that of `shuffle(seed=42)` in the `datasets` library, so that
+the first thousand rows of a task are the same ones in everybody's hands.
+
+Rows stay in Arrow's columns and become dicts one at a time, so that half a million open in two seconds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import lzma
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatch
+from itertools import islice, starmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanochat.common import base_dir
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+SHUFFLE_SEED = 42
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.xz")
+ROWS_PER_BATCH = 4096
+RETRY_AFTER_S = (2, 10)
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Some rows of a table, in an order of their own; each is made a dict when it is asked for."""
+
+    def __init__(self, table: pa.Table, order: np.ndarray):
+        self.table, self.order = table, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
+
+    def only(self, is_kept: np.ndarray) -> Rows:
+        """Leave out rows without disturbing the order of the others; is_kept is (rows of the table,) bool."""
+        return Rows(self.table, self.order[is_kept[self.order]])
+
+
+def load_rows(
+    repo: str, subset: str, split: str, columns: Sequence[str], path: Path | str | None = None
+) -> Rows:
+    """Return the shuffled rows of a split: of `path` if given, else of the hub's data set `repo`.
+
+    FileNotFoundError if there is no such file, OSError if it cannot be downloaded, ValueError if a file is
+    corrupt, has no rows or lacks a column.
+    """
+    import pyarrow as pa
+
+    source = _download(repo, subset, split) if path is None else Path(path).expanduser()
+    files = [source] if source.is_file() else sorted(source.glob(f"{subset}/{split}[-.]*"))
+    files = [file for file in files if file.name.endswith(SUFFIXES)]
+    if not files:
+        raise FileNotFoundError(
+            f"{source} is neither a file that ends in {', '.join(SUFFIXES)} nor a folder with such files "
+            f"called {subset}/{split}-*"
+        )
+    readers = [_read_parquet if file.suffix == ".parquet" else _read_jsonl for file in files]
+    tables = [read(file, columns) for read, file in zip(readers, files, strict=True)]
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if table.num_rows == 0:
+        raise ValueError(f"{source} holds no rows")
+    return Rows(table, np.random.default_rng(SHUFFLE_SEED).permutation(table.num_rows))
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError if a setting has none of its values."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of each line of .jsonl or .jsonl.xz that is not blank; ValueError if bad."""
+    number = 0
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        except (UnicodeError, lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path} is corrupt after line {number} ({error})") from error
+
+
+def _read_jsonl(path: Path, columns: Sequence[str]) -> pa.Table:
+    import pyarrow as pa
+
+    def pick(number: int, row: Any) -> dict[str, Any]:
+        try:
+            return {name: row[name] for name in columns}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: needs an object with {', '.join(columns)}") from error
+
+    rows = starmap(pick, json_lines(path))
+    tables = [pa.table({name: [] for name in columns})]
+    try:
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            tables.append(pa.Table.from_pylist(batch))
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowException, UnicodeError) as error:
+        raise ValueError(f"{path}: a column has values that do not go together ({error})") from error
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            missing = set(columns).difference(names)
+            if not missing:
+                return file.read(columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no readable parquet file ({error})") from error
+    raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; its columns are {', '.join(names)}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Download
+
+
+def _download(repo: str, subset: str, split: str) -> Path:
+    """Return a folder that holds what the repository has of the split; it gets its name when it is whole."""
+    folder = base_dir() / "task_data" / "--".join([*repo.split("/"), subset, split])
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one downloads; the others find it done
+        if not folder.exists():
+            partial = folder.with_name(f".{folder.name}.partial")
+            for wait_s in (*RETRY_AFTER_S, None):
+                try:
+                    _fetch(repo, subset, split, partial)
+                    break
+                except OSError as error:
+                    if wait_s is None:
+                        raise
+                    logger.warning("%s; trying again in %g s", error, wait_s)
+                    time.sleep(wait_s)
+            partial.rename(folder)
+    return folder
+
+
+def _fetch(repo: str, subset: str, split: str, folder: Path) -> None:
+    """Fill a folder, keeping the whole files that an earlier attempt left; OSError if that fails.
+
+    Files are listed and asked for one by one: snapshot_download takes a folder half filled for a whole one
+    when it is offline. huggingface_hub goes on after a broken transfer, but compares lengths alone.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import httpx
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    wanted = f"{subset}/{split}-*.parquet"
+    try:
+        entries = api.list_repo_tree(repo, subset, repo_type="dataset")
+        files = [entry for entry in entries if fnmatch(entry.path, wanted)]
+        if not files:
+            raise FileNotFoundError("there are no such files")
+        for file in files:
+            path = Path(api.hf_hub_download(repo, file.path, repo_type="dataset", local_dir=folder))
+            if file.lfs and hashlib.sha256(path.read_bytes()).hexdigest() != file.lfs.sha256:
+                path.unlink()
+                raise OSError(f"{path.name} does not have the SHA-256 that the hub states")
+    except (httpx.HTTPError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"cannot download {wanted} of the data set {repo}: {reason}. It needs the network once; without "
+            f"it, copy {folder.parent} from a machine that has it, or name a file of your own as the path"
+        ) from error
