@@ -1,0 +1,45 @@
+"""ARC: questions of American science exams for grades 3 to 9, with three to five choices.
+
+ARC-Challenge holds those that retrieval and word co-occurrence both get wrong, ARC-Easy the others.
+
+Source: Clark et al. 2018, "Think you have Solved Question Answering? Try ARC, the AI2 Reasoning Challenge"
+(arXiv:1803.05457); allenai/ai2_arc on the hub.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import ascii_uppercase
+
+from tasks.common import Conversation, Task, render_mc
+from tasks.hub import check_choice, load_rows
+
+
+class ARC(Task):
+    """ARC-Easy: 2251 train, 570 validation, 2376 test; ARC-Challenge: 1119, 299, 1172."""
+
+    eval_type = "categorical"
+
+    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: int | None):
+        super().__init__(**bounds)
+        check_choice("subset", subset, ("ARC-Easy", "ARC-Challenge"))
+        check_choice("split", split, ("train", "validation", "test"))
+        self.rows = load_rows("allenai/ai2_arc", subset, split, ("question", "choices", "answerKey"), path)
+
+    def num_examples(self) -> int:
+        """See Task."""
+        return len(self.rows)
+
+    def get_example(self, index: int) -> Conversation:
+        """See Task. Some exams number their choices 1, 2, ...: here these too have the letters A, B, ..."""
+        row = self.rows[index]
+        labels, choices = row["choices"]["label"], row["choices"]["text"]
+        check_choice("answerKey", row["answerKey"], labels)
+        letters = list(ascii_uppercase[: len(labels)])
+        return {
+            "messages": [
+                {"role": "user", "content": render_mc(row["question"], letters, choices)},
+                {"role": "assistant", "content": letters[labels.index(row["answerKey"])]},
+            ],
+            "letters": letters,
+        }

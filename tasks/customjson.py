@@ -1,0 +1,71 @@
+"""CustomJSON: conversations of the user's own, a line each; the way to give a model an identity or a trade.
+
+    {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Iberis."}]}
+
+or the bare list of messages. They keep the order of the file. All are checked when it is opened: what the
+chat format cannot render is told with its line then, not hours into training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tasks.common import Conversation, Task
+from tasks.hub import json_lines
+
+_PART_TYPES = ("text", "python", "python_output")
+
+
+class CustomJSON(Task):
+    """The lines of a .jsonl or .jsonl.xz file."""
+
+    def __init__(self, filepath: Path | str, **bounds: int | None):
+        super().__init__(**bounds)
+        path = Path(filepath).expanduser()
+        self.conversations = []
+        for number, value in json_lines(path):
+            messages = value.get("messages") if isinstance(value, dict) else value
+            try:
+                check_messages(messages)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            self.conversations.append({"messages": messages})
+        if not self.conversations:
+            raise ValueError(f"{path} holds no conversations")
+
+    def num_examples(self) -> int:
+        """See Task."""
+        return len(self.conversations)
+
+    def get_example(self, index: int) -> Conversation:
+        """See Task."""
+        return self.conversations[index]
+
+
+def check_messages(messages: Any) -> None:
+    """Raise ValueError that says what is wrong, if these are not messages to learn from."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError('expected {"messages": [{"role": ..., "content": ...}, ...]} or the list alone')
+    n_system = int(bool(messages) and messages[0].get("role") == "system")
+    for index, message in enumerate(messages):
+        due = ("user", "assistant")[(index - n_system) % 2] if index >= n_system else "system"
+        if message.get("role") != due:
+            raise ValueError(
+                f"message {index} has role {message.get('role')!r} where {due!r} is due: user and assistant "
+                "take turns, after a system message if there is one"
+            )
+        content = message.get("content")
+        has_parts = due == "assistant" and isinstance(content, list) and content
+        for text in map(_part_text, content) if has_parts else [content]:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"message {index} has {text!r} where text is due")
+            text.encode()  # JSON can spell half a surrogate pair, which is no text: UnicodeError
+    if len(messages) == n_system or (len(messages) - n_system) % 2:
+        raise ValueError(f"the last of the {len(messages)} messages must be the assistant's")
+
+
+def _part_text(part: Any) -> Any:
+    if not isinstance(part, dict) or part.get("type") not in _PART_TYPES:
+        raise ValueError(f"part {part!r} has none of the types {', '.join(_PART_TYPES)}")
+    return part.get("text")

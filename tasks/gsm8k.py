@@ -1,0 +1,64 @@
+"""GSM8K: word problems of grade-school mathematics, solved in two to eight steps of arithmetic.
+
+A solution marks its sums, "so 48/2 = <<48/2=24>>24 clips", and ends in "#### 72". Each sum is learned as a
+call of the calculator and its result, so that the model need not do arithmetic in its head. Only what follows
+the #### counts when an answer is judged.
+
+Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems" (arXiv:2110.14168);
+openai/gsm8k on the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from tasks.common import Conversation, Task
+from tasks.hub import check_choice, load_rows
+
+_SUM = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
+_ANSWER = re.compile(r"####\s*([-$\d.,]+)")
+_PART_TYPES = ("text", "python", "python_output")
+
+
+class GSM8K(Task):
+    """7473 train, 1319 test. Subset "socratic" asks itself a question before each step."""
+
+    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: int | None):
+        super().__init__(**bounds)
+        check_choice("subset", subset, ("main", "socratic"))
+        check_choice("split", split, ("train", "test"))
+        self.rows = load_rows("openai/gsm8k", subset, split, ("question", "answer"), path)
+
+    def num_examples(self) -> int:
+        """See Task."""
+        return len(self.rows)
+
+    def get_example(self, index: int) -> Conversation:
+        """See Task; the reply is a list of parts."""
+        row = self.rows[index]
+        # Split by a pattern of two groups: text, expression, result, text, expression, result, ..., text.
+        pieces = enumerate(_SUM.split(row["answer"]))
+        parts = [{"type": _PART_TYPES[i % 3], "text": piece} for i, piece in pieces if piece]
+        return {
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": parts},
+            ]
+        }
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion's number after #### has the value of the solution's."""
+        solution = conversation["messages"][-1]["content"][-1]["text"]
+        answer = extract_answer(completion)
+        return answer is not None and answer == extract_answer(solution)
+
+
+def extract_answer(text: str) -> Decimal | None:
+    """Return the number after the first ####, None if there is none: "#### $1,080." is 1080, as is 1080.0."""
+    match = _ANSWER.search(text)
+    try:
+        return Decimal(re.sub("[$,]", "", match[1])) if match else None
+    except InvalidOperation:
+        return None

@@ -1,0 +1,47 @@
+"""MMLU: four-way multiple choice on 57 subjects, from abstract algebra to world religions.
+
+auxiliary_train, which is there to learn from, holds 99,842 questions of other data sets (ARC, RACE, MC_TEST,
+OBQA). The hub also has it as a subset of its own, whose rows are wrapped once more; it is read as a split of
+the subset "all".
+
+Source: Hendrycks et al. 2021, "Measuring Massive Multitask Language Understanding" (arXiv:2009.03300);
+cais/mmlu on the hub.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.common import Conversation, Task, render_mc
+from tasks.hub import check_choice, load_rows
+
+LETTERS = ("A", "B", "C", "D")
+
+
+class MMLU(Task):
+    """14,042 test, 1531 validation, 285 dev (five a subject), 99,842 auxiliary_train."""
+
+    eval_type = "categorical"
+
+    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: int | None):
+        super().__init__(**bounds)
+        if subset == "auxiliary_train":
+            raise ValueError(f'subset={subset!r} is a split here: subset="all", split="auxiliary_train"')
+        check_choice("subset", subset, ("all",))
+        check_choice("split", split, ("auxiliary_train", "dev", "validation", "test"))
+        self.rows = load_rows("cais/mmlu", subset, split, ("question", "choices", "answer"), path)
+
+    def num_examples(self) -> int:
+        """See Task."""
+        return len(self.rows)
+
+    def get_example(self, index: int) -> Conversation:
+        """See Task."""
+        row = self.rows[index]
+        return {
+            "messages": [
+                {"role": "user", "content": render_mc(row["question"], LETTERS, row["choices"])},
+                {"role": "assistant", "content": LETTERS[row["answer"]]},
+            ],
+            "letters": list(LETTERS),
+        }
