@@ -253,12 +253,16 @@ def tokenizer_table(result: dict[str, Any]) -> str:
 
 def core_table(result: dict[str, Any]) -> str:
     """The tasks of CORE, and which are missing."""
-    keys = (("accuracy", share), ("random_baseline", share), ("centered", share), ("n", count))
+    keys = (("accuracy", share), ("random_baseline", _of_percent), ("centered", share), ("n", count))
     tasks = entries(result, "tasks")
     rows = [(task, *(show(dig(tasks, task, key), form) for key, form in keys)) for task in tasks]
     missing = escape(", ".join(map(str, items(result, "missing_tasks"))))
     note = f"\n\nNot evaluated, so this CORE compares with no other: {missing}." if missing else ""
     return table(("task", "accuracy", "chance", "centered", "n"), rows) + note
+
+
+def _of_percent(value: float) -> str:
+    return share(value / 100)  # as the bundle has it
 
 
 def samples(result: dict[str, Any]) -> str:

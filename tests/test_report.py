@@ -36,7 +36,7 @@ RESULTS = {
     "base_loss": {"bpb": {"train": 0.81, "val": 0.8287}, "samples": ["The capital of France is Paris."]},
     "base_eval": {
         "core": 0.1796,
-        "tasks": {"squad": {"accuracy": 0.4, "centered": 0.2, "n": 500, "random_baseline": 0.25}},
+        "tasks": {"squad": {"accuracy": 0.4, "centered": 0.2, "n": 500, "random_baseline": 25.0}},
         "missing_tasks": ["coqa", "lambada"],
         "wall_seconds": 300,
     },
