@@ -59,6 +59,6 @@ def extract_answer(text: str) -> Decimal | None:
     """Return the number after the first ####, None if there is none: "#### $1,080." is 1080, as is 1080.0."""
     match = _ANSWER.search(text)
     try:
-        return Decimal(re.sub("[$,]", "", match[1])) if match else None
+        return Decimal(re.sub("[$,]", "", match[1]).rstrip(".")) if match else None
     except InvalidOperation:
         return None

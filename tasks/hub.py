@@ -76,8 +76,8 @@ def load_rows(
             f"{source} is neither a file that ends in {', '.join(SUFFIXES)} nor a folder with such files "
             f"called {subset}/{split}-*"
         )
-    readers = [_read_parquet if file.suffix == ".parquet" else _read_jsonl for file in files]
-    tables = [read(file, columns) for read, file in zip(readers, files, strict=True)]
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".xz": _read_jsonl}
+    tables = [readers[file.suffix](file, columns) for file in files]
     table = pa.concat_tables(tables, promote_options="permissive")
     if table.num_rows == 0:
         raise ValueError(f"{source} holds no rows")

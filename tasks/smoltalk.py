@@ -65,7 +65,7 @@ def well_formed(messages: pa.ChunkedArray) -> np.ndarray:
     row = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its row
     has_system = np.zeros(len(lengths), bool)
-    has_system[row[is_system & (place == 0)]] = True
+    has_system[row[is_system]] = True  # one that is not the first has no turn, and fails below
     turn = place - has_system[row]  # -1 is the system message
     is_good = is_filled & np.where(turn % 2 == 0, is_user, is_assistant | (turn < 0))
     n_turns = lengths - has_system

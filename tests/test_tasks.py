@@ -1,0 +1,230 @@
+"""Tasks with an answer, on rows made up here: prompts verbatim, right and wrong answers."""
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from tasks.arc import ARC
+from tasks.gsm8k import GSM8K, extract_answer
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tests.vocabulary import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Write rows to a file and return its path."""
+
+    def write(*values):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(value) + "\n" for value in values))
+        return path
+
+    return write
+
+
+def learned(tokenizer, conversation):
+    """What the model has to produce of a conversation, as text."""
+    ids, mask = tokenizer.render_conversation(conversation)
+    return tokenizer.decode([id for id, is_learned in zip(ids, mask, strict=True) if is_learned])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ARC and MMLU
+
+
+def arc_row(texts, labels, key):
+    return {
+        "id": "x",
+        "question": "Which floats?",
+        "choices": {"text": list(texts), "label": list(labels)},
+        "answerKey": key,
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "key", "listed", "letters", "answer"),
+    [
+        (("iron", "cork", "lead", "gold"), "ABCD", "B", "A) iron\nB) cork\nC) lead\nD) gold", "ABCD", "B"),
+        (("iron", "lead", "gold", "cork"), "1234", "4", "A) iron\nB) lead\nC) gold\nD) cork", "ABCD", "D"),
+        (("cork", "lead", "gold"), "123", "1", "A) cork\nB) lead\nC) gold", "ABC", "A"),
+        (
+            ("tin", "lead", "gold", "iron", "cork"),
+            "ABCDE",
+            "E",
+            "A) tin\nB) lead\nC) gold\nD) iron\nE) cork",
+            "ABCDE",
+            "E",
+        ),
+    ],
+)
+def test_arc_has_letters_whatever_its_labels(tokenizer, rows, texts, labels, key, listed, letters, answer):
+    task = ARC("ARC-Easy", "train", path=rows(arc_row(texts, labels, key)))
+    conversation = task[0]
+    assert conversation == {
+        "messages": [
+            {"role": "user", "content": f"Which floats?\n{listed}\nAnswer with the letter alone."},
+            {"role": "assistant", "content": answer},
+        ],
+        "letters": list(letters),
+    }
+    assert task.eval_type == "categorical"
+    assert [letter for letter in letters if task.evaluate(conversation, letter)] == [answer]
+    assert learned(tokenizer, conversation) == f"{answer}<|assistant_end|>"
+
+
+def test_arc_checks_its_settings_and_rows(rows):
+    path = rows(arc_row(("iron", "cork"), "AB", "C"))
+    with pytest.raises(ValueError, match="answerKey='C' must be one of A, B"):
+        ARC("ARC-Challenge", "test", path=path)[0]
+    with pytest.raises(ValueError, match="subset='ARC' must be one of ARC-Easy, ARC-Challenge"):
+        ARC("ARC", "test", path=path)
+    with pytest.raises(ValueError, match="split='val' must be one of train, validation, test"):
+        ARC("ARC-Easy", "val", path=path)
+
+
+def test_mmlu_by_hand(tokenizer, rows):
+    path = rows({"question": "2+2?", "subject": "sums", "choices": ["3", "5", "4", "6"], "answer": 2})
+    task = MMLU("all", "auxiliary_train", path=path)
+    conversation = task[0]
+    assert conversation == {
+        "messages": [
+            {"role": "user", "content": "2+2?\nA) 3\nB) 5\nC) 4\nD) 6\nAnswer with the letter alone."},
+            {"role": "assistant", "content": "C"},
+        ],
+        "letters": ["A", "B", "C", "D"],
+    }
+    assert task.eval_type == "categorical"
+    assert [letter for letter in "ABCD" if task.evaluate(conversation, letter)] == ["C"]
+    assert task.reward(conversation, "C") == 1
+    assert learned(tokenizer, conversation) == "C<|assistant_end|>"
+
+
+def test_mmlu_auxiliary_train_is_a_split(rows):
+    """A11: the hub's subset of that name has rows that are wrapped once more."""
+    with pytest.raises(ValueError, match='subset="all", split="auxiliary_train"'):
+        MMLU("auxiliary_train", "train", path=rows())
+    with pytest.raises(ValueError, match="subset='anatomy' must be one of all"):
+        MMLU("anatomy", "test", path=rows())
+    with pytest.raises(ValueError, match="split='train' must be one of auxiliary_train, dev"):
+        MMLU("all", "train", path=rows())
+
+
+@pytest.mark.parametrize(
+    ("make", "repo", "subset", "split"),
+    [
+        (lambda: ARC("ARC-Easy", "validation"), "allenai/ai2_arc", "ARC-Easy", "validation"),
+        (lambda: ARC("ARC-Challenge", "test"), "allenai/ai2_arc", "ARC-Challenge", "test"),
+        (lambda: MMLU("all", "auxiliary_train"), "cais/mmlu", "all", "auxiliary_train"),
+        (lambda: GSM8K("main", "train"), "openai/gsm8k", "main", "train"),
+        (HumanEval, "openai/openai_humaneval", "openai_humaneval", "test"),
+    ],
+)
+def test_names_on_the_hub(monkeypatch, make, repo, subset, split):
+    asked = []
+
+    def load_rows(*args):
+        asked.append((*args[:3], args[4]))
+        return []
+
+    for module in ("arc", "mmlu", "gsm8k", "humaneval"):
+        monkeypatch.setattr(f"tasks.{module}.load_rows", load_rows)
+    make()
+    assert asked == [(repo, subset, split, None)]
+
+
+def test_slices_of_a_task(rows):
+    path = rows(*({"question": str(i), "answer": "#### 1"} for i in range(10)))
+
+    def asked(**bounds):
+        return [c["messages"][0]["content"] for c in GSM8K("main", "train", path=path, **bounds)]
+
+    assert asked() == list("5607324918"), "the order is not that of the datasets library"
+    assert asked(start=1, stop=6, step=2) == list("672")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# GSM8K
+
+
+def gsm8k(rows, answer):
+    return GSM8K("main", "train", path=rows({"question": "How many?", "answer": answer}))
+
+
+def test_gsm8k_sums_become_calls(tokenizer, rows):
+    task = gsm8k(rows, "She sold 48/2 = <<48/2=24>>24 in May.\nIn all <<48+24=72>>72.\n#### 72")
+    parts = [
+        {"type": "text", "text": "She sold 48/2 = "},
+        {"type": "python", "text": "48/2"},
+        {"type": "python_output", "text": "24"},
+        {"type": "text", "text": "24 in May.\nIn all "},
+        {"type": "python", "text": "48+24"},
+        {"type": "python_output", "text": "72"},
+        {"type": "text", "text": "72.\n#### 72"},
+    ]
+    assert task[0] == {
+        "messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": parts}]
+    }
+    assert task.eval_type == "generative"
+    assert learned(tokenizer, task[0]) == (
+        "She sold 48/2 = <|python_start|>48/2<|python_end|>24 in May.\nIn all "
+        "<|python_start|>48+24<|python_end|>72.\n#### 72<|assistant_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "types"),
+    [
+        ("Just 7.\n#### 7", ["text"]),
+        ("<<1+1=2>>2\n#### 2", ["python", "python_output", "text"]),
+        ("<<1+1=2>><<2*.5=1>>\n#### 1", ["python", "python_output", "python", "python_output", "text"]),
+    ],
+)
+def test_gsm8k_has_no_empty_parts(tokenizer, rows, answer, types):
+    conversation = gsm8k(rows, answer)[0]
+    parts = conversation["messages"][-1]["content"]
+    assert [part["type"] for part in parts] == types
+    assert all(part["text"] for part in parts)
+    tokenizer.render_conversation(conversation)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 18", "18"),
+        ("so 18.\n#### 18.", "18"),
+        ("####18.0", "18"),
+        ("#### $1,080", "1080"),
+        ("#### -$5.50.", "-5.5"),
+        ("#### -3 degrees", "-3"),
+        ("#### .5", "0.5"),
+        ("#### 7\n#### 8", "7"),
+    ],
+)
+def test_answers_are_numbers(text, number):
+    """L7: "18." was not "18", so that right answers at the end of a sentence counted as wrong."""
+    assert extract_answer(text) == Decimal(number)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "18", "#### ", "#### eighteen", "#### -", "#### 1-2", "## 18", "### 18"]
+)
+def test_no_answer(text):
+    assert extract_answer(text) is None
+
+
+def test_gsm8k_judges_by_the_value(rows):
+    task = gsm8k(rows, "It is <<500*2+80=1080>>1,080.\n#### 1,080")
+    right = ["#### 1080", "So it is:\n#### $1,080.", "#### 1080.00 dollars"]
+    wrong = ["1080", "#### 108", "#### -1080", "#### 1080.5", "#### ?", ""]
+    assert [task.evaluate(task[0], text) for text in right] == [True] * 3
+    assert [task.evaluate(task[0], text) for text in wrong] == [False] * 6
+    assert [task.reward(task[0], text) for text in ("#### 1080", "#### 1")] == [1.0, 0.0]
+    unanswered = gsm8k(rows, "Nobody knows.")
+    assert not unanswered.evaluate(unanswered[0], "Nobody knows.")

@@ -1,0 +1,86 @@
+"""Slices, rows and mixtures of tasks, by hand."""
+
+import pytest
+
+from tasks.common import Task, TaskMixture, TaskSequence, item_random, render_mc
+
+
+class Numbers(Task):
+    """Conversations that are a letter and a number."""
+
+    def __init__(self, name, size, **bounds):
+        super().__init__(**bounds)
+        self.name, self.size = name, size
+
+    def num_examples(self):
+        return self.size
+
+    def get_example(self, index):
+        return f"{self.name}{index}"
+
+
+def test_slices_are_those_of_python():
+    assert list(Numbers("a", 5)) == ["a0", "a1", "a2", "a3", "a4"]
+    for start in (0, 1, 4, 7):
+        for stop in (None, 7, 9):
+            for step in (1, 2, 3):
+                task = Numbers("a", 8, start=start, stop=stop, step=step)
+                expected = [f"a{i}" for i in range(8)][start:stop:step]
+                assert len(task) == len(expected)
+                assert list(task) == expected
+    assert list(Numbers("a", 8, start=3, stop=3)) == []
+    assert list(Numbers("a", 8, start=9)) == []
+
+
+@pytest.mark.parametrize("bounds", [{"start": -1}, {"step": 0}, {"step": -1}, {"start": 3, "stop": 2}])
+def test_bad_slices_are_told(bounds):
+    with pytest.raises(ValueError, match="needs 0 <= start <= stop and step >= 1"):
+        Numbers("a", 5, **bounds)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_an_index_outside_is_told(index):
+    with pytest.raises(IndexError, match=f"index {index} of a task of 2"):
+        Numbers("a", 5, start=1, step=2)[index]
+
+
+def test_a_sequence_keeps_its_order_and_repeats():
+    a, empty, b = Numbers("a", 5, start=1, step=3), Numbers("x", 0), Numbers("b", 2)
+    sequence = TaskSequence([a, empty, b, a])
+    assert len(sequence) == 6
+    assert list(sequence) == ["a1", "a4", "b0", "b1", "a1", "a4"]
+    assert list(TaskSequence([empty])) == list(TaskSequence([])) == []
+
+
+def test_a_mixture_is_a_fixed_permutation():
+    tasks = [Numbers("a", 100), Numbers("b", 50, stop=30), Numbers("a", 100)]
+    mixed = list(TaskMixture(tasks))
+    assert mixed == list(TaskMixture(tasks))
+    assert sorted(mixed) == sorted(TaskSequence(tasks))
+    assert mixed != list(TaskSequence(tasks))
+    assert mixed != list(TaskMixture(tasks, seed=43))
+    assert "b" in "".join(mixed[:40]), "the tasks follow one another"
+    mixture = TaskMixture(tasks)
+    assert [mixture[i] for i in reversed(range(230))] == mixed[::-1], "the order of access matters"
+
+
+def test_items_of_train_and_test_share_no_generator():
+    """A10: Random(-n) is Random(n), so that test item i was train item i + 1."""
+    drawn = {split: [item_random(split, i).random() for i in range(3000)] for split in ("train", "test")}
+    assert len({*drawn["train"], *drawn["test"]}) == 6000
+    assert drawn["test"][7] == item_random("test", 7).random()
+    with pytest.raises(ValueError, match="'val' must be 'train' or 'test'"):
+        item_random("val", 0)
+
+
+def test_multiple_choice_verbatim():
+    assert render_mc("Which is a bird?", "ABC", ["a cat", "an owl", "a cod"]) == (
+        "Which is a bird?\nA) a cat\nB) an owl\nC) a cod\nAnswer with the letter alone."
+    )
+    with pytest.raises(ValueError, match="zip"):
+        render_mc("?", "ABCD", ["one", "two"])
+
+
+def test_a_task_to_learn_from_has_no_verdict():
+    with pytest.raises(NotImplementedError, match="Numbers is there to learn from"):
+        Numbers("a", 1).evaluate({"messages": []}, "a")

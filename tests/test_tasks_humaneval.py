@@ -1,0 +1,84 @@
+"""HumanEval on a problem made up here: what is run for a completion, right and wrong ones."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from tasks.humaneval import HumanEval
+from tests.vocabulary import train_tokenizer
+
+PROBLEM = {
+    "task_id": "x/0",
+    "prompt": (
+        "from math import floor\n\n\ndef double(x):\n    return 2 * x\n\n\n"
+        'def double_floor(x):\n    """ Double, then floor.\n    >>> double_floor(1.6)\n    3\n    """\n'
+    ),
+    "canonical_solution": "    return floor(double(x))\n",
+    "test": "\n\ndef check(candidate):\n    assert candidate(1.6) == 3\n    assert candidate(-0.2) == -1\n",
+    "entry_point": "double_floor",
+}
+
+
+@pytest.fixture
+def humaneval(tmp_path, monkeypatch):
+    """The task, with a sandbox that is none: it runs what this file has made up."""
+
+    def execute_code(code):
+        try:
+            exec(compile(code, "program", "exec"), {})  # noqa: S102
+        except Exception:  # noqa: BLE001
+            return SimpleNamespace(success=False)
+        return SimpleNamespace(success=True)
+
+    module = ModuleType("nanochat.execution")
+    module.execute_code = execute_code
+    monkeypatch.setitem(sys.modules, "nanochat.execution", module)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(PROBLEM))
+    return HumanEval(path=path)
+
+
+def test_conversation(humaneval):
+    solution = f"```python\n{PROBLEM['prompt']}    return floor(double(x))\n```"
+    (user, assistant) = humaneval[0]["messages"]
+    assert user == {"role": "user", "content": PROBLEM["prompt"]}
+    assert assistant == {"role": "assistant", "content": solution}
+    tokenizer = train_tokenizer()
+    ids, mask = tokenizer.render_conversation(humaneval[0])
+    assert tokenizer.decode(ids[mask.index(1) :]) == solution + "<|assistant_end|>"
+    assert humaneval.eval_type == "generative"
+    assert humaneval.evaluate(humaneval[0], solution)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "    return floor(double(x))\n",
+        "    return floor(double(x))\n\n\ndef double_floors():\n    pass\n",
+        "```python\n    return floor(double(x))\n```",
+        "Here:\n```python\ndef double_floor(x):\n    return floor(double(x))\n```\nIt works.",
+        "```\ndef double_floor(x):\n    return floor(2 * x)\n```\n```\nraise SystemError\n```",
+        "```py\ndef double_floor(x):\n    return floor(2 * x)\n",
+        "def double_floor(x):\n    return floor(double(x))",
+        "import math\n\ndef double_floor(number: float) -> int:\n    return math.floor(double(number))",
+    ],
+)
+def test_takes_a_body_or_a_function_bare_or_fenced(humaneval, completion):
+    assert humaneval.evaluate(humaneval[0], completion)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "    return round(double(x))\n",
+        "```python\ndef double_floor(x):\n    return int(2 * x)\n```",
+        "I do not know.",
+        "```python\n```",
+        "def double_floors(x):\n    return floor(2 * x)\n",
+    ],
+)
+def test_fails_what_is_wrong(humaneval, completion):
+    assert not humaneval.evaluate(humaneval[0], completion)
