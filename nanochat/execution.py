@@ -154,7 +154,7 @@ def _warn_once(message: str) -> None:
 
 
 def _remove(directory: str) -> None:
-    """Remove a directory whatever its modes and however deep: folders are unpacked into the top, then removed."""
+    """Remove a directory of any modes and depth: its folders are unpacked into it until none is left."""
     lifted = 0
     try:
         os.chmod(directory, 0o700)
