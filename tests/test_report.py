@@ -233,12 +233,15 @@ def test_pictures(folder, tmp_path):
 
 
 def test_the_bars_are_the_accuracies():
-    figure = report_plots.chat_tasks(RESULTS)
-    bars = {c.get_label(): [bar.get_height() for bar in c.patches] for c in figure.axes[0].containers[1::2]}
+    axis = report_plots.chat_tasks(RESULTS).axes[0]
+    errors, groups = axis.containers[0::2], axis.containers[1::2]
+    bars = {group.get_label(): [bar.get_height() for bar in group.patches] for group in groups}
     assert bars["MID"] == [0.38, 0.0341]
     assert bars["SFT"][0] == 0.3864
     assert math.isnan(bars["SFT"][1])
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["ARC-Easy", "GSM8K"]
+    assert errors[0].lines[2][0].get_segments()[0][:, 1] == pytest.approx([0.37, 0.39])
+    assert [line[0, 1] for line in axis.collections[-1].get_segments()] == [0.25, 0]  # chance
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["ARC-Easy", "GSM8K"]
 
 
 def test_the_view_is_not_spoilt_by_the_first_steps(tmp_path):
@@ -248,6 +251,8 @@ def test_the_view_is_not_spoilt_by_the_first_steps(tmp_path):
     assert 3 <= loss_axis.get_ylim()[1] < 5  # 9 at step 0, 3 after a twentieth
     assert list(bpb_axis.lines[0].get_xdata()) == [0, 20, 40]
     assert bpb_axis.get_ylim()[1] > 2  # three evaluations are too few to leave one out
+    falling = [{"step": i, "smooth_loss": 1, "val_bpb": bpb} for i, bpb in enumerate((3, 1.3, 1.2, 1.1, 1))]
+    assert report_plots.losses({"BASE": falling}).axes[1].get_ylim() == pytest.approx((0.982, 1.318))
 
 
 def test_plot_compares_runs(tmp_path):
