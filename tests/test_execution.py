@@ -395,8 +395,8 @@ def test_noise_in_the_report_is_no_success(noise):
 
 def test_deep_and_locked_directories_are_removed():
     code = (
-        "import os\nfor i in range(1100):\n    os.mkdir('d')\n    open('f', 'w').close()\n    os.chdir('d')\n"
-        "    if i in (0, 1, 1000): os.mkdir('e', 0)\n"
+        "import os\nfor i in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\n"
+        "    if i in (0, 1, 1000): open('f', 'w').close(); os.mkdir('e', 0)\n"
         "os.symlink('/', 'root')\n"
     )
     assert execute_code(code).success
