@@ -1,0 +1,86 @@
+"""base_eval from checkpoint and bundle to report."""
+
+import json
+import zipfile
+
+import pytest
+
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from scripts import base_eval
+from tests.core_bundles import write_bundle
+from tests.models import random_model, small_config
+from tests.vocabulary import train_tokenizer
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return write_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def checkpoint(base_dir):
+    """Two base models and an SFT model, of one vocabulary."""
+    tokenizer = train_tokenizer()
+    tokenizer.save(base_dir / "tokenizer")
+    config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=128)
+    for stage, tag, step in (("base", "d2", 5), ("base", "d4", 7), ("sft", "d4", 3)):
+        save_checkpoint(checkpoint_dir(stage, tag), step, random_model(config), None, {})
+
+
+def report(base_dir, name="base_eval"):
+    return json.loads((base_dir / "report" / f"{name}.json").read_text())
+
+
+def test_evaluate_and_report(checkpoint, bundle, base_dir, capsys):
+    assert base_eval.main([f"--bundle={bundle}", "--device-type=cpu", "--device_batch_size=2"]) == 0
+    result = report(base_dir)
+    assert {label: task["n"] for label, task in result["tasks"].items()} == {"pick": 9, "who": 7, "recall": 8}
+    pick = result["tasks"]["pick"]
+    assert pick["random_baseline"] == 25
+    assert pick["centered"] == pytest.approx((pick["accuracy"] - 0.25) / 0.75)
+    assert result["core"] == pytest.approx(sum(task["centered"] for task in result["tasks"].values()) / 3)
+    assert result["missing_tasks"] == ["lost"]
+    assert (result["source"], result["step"], result["settings"]["bundle"]) == ("base", 7, str(bundle))
+    assert result["examples_per_second"] == pytest.approx(24 / result["seconds"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"base_eval: step 7, CORE {result['core']:.4f} over 3 of 22 tasks (missing: lost)")
+
+
+def test_other_models_and_part_of_the_rows(checkpoint, bundle, base_dir):
+    flags = [f"--bundle={bundle}", "--device-type=cpu", "--max-per-task=2"]
+    assert base_eval.main([*flags, "--model-tag=d2", "--step=5"]) == 0
+    assert report(base_dir)["step"] == 5
+    assert [task["n"] for task in report(base_dir)["tasks"].values()] == [2, 2, 2]
+    assert base_eval.main([*flags, "--source=sft"]) == 0
+    assert report(base_dir, "base_eval_sft")["step"] == 3
+    assert report(base_dir)["source"] == "base"  # not written over
+
+
+def test_bundle_from_an_address(checkpoint, bundle, base_dir, tmp_path):
+    archive = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in bundle.rglob("*.*"):
+            file.write(path, path.relative_to(bundle))
+    flags = ["--device-type=cpu", "--max-per-task=1"]
+    assert base_eval.main([*flags, f"--bundle-url={archive.as_uri()}"]) == 0
+    archive.unlink()
+    assert base_eval.main(flags) == 0  # it is in the base directory now
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-per-task=0"], "max_per_task=0"),
+        (["--max-per-task=-2"], "max_per_task=-2"),
+        (["--device-batch-size=0"], "device_batch_size=0"),
+        (["--bundle=a", "--bundle-url=b"], "exclude each other"),
+        (["--bundle-sha256=abc"], "needs bundle_url"),
+        (["--source=big", "--bundle={bundle}"], "'big' is not one of base, mid, sft, rl"),
+        (["--model-tag=d9", "--bundle={bundle}"], "train one first"),
+        ([], "no CORE bundle in"),
+    ],
+)
+def test_settings_that_cannot_be(flags, message, bundle, checkpoint):
+    flags = [flag.format(bundle=bundle) for flag in flags]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        base_eval.main(["--device-type=cpu", *flags])

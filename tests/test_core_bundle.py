@@ -1,0 +1,242 @@
+import hashlib
+import io
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import Runtime
+from nanochat.core_bundle import Example, download_bundle, find_bundle, load_bundle
+from tests.core_bundles import write_bundle
+from tests.hub_server import HubServer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_bundle(tmp_path / "bundle")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_three_kinds_become_one(folder, caplog):
+    lines = {
+        "reading/pick": {"query": "Q: one?\n", "choices": ["a ", "b"], "gold": 1},
+        "language/who": {"context_options": [" x", "y"], "continuation": " ran.", "gold": 0},
+        "world/recall": {"context": "2 + 2 = ", "continuation": "4", "category": "sums"},
+    }
+    for name, row in lines.items():
+        (folder / "eval_data" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    bundle = load_bundle(folder)
+    assert [task.examples for task in bundle.tasks] == [
+        (Example((("Q: one?", "a"), ("Q: one?", "b")), 1),),
+        (Example((("x", "ran."), ("y", "ran.")), 0),),
+        (Example((("2 + 2 =", "4"),), 0, "sums"),),
+    ]
+    pick, who, recall = bundle.tasks
+    assert (pick.label, pick.icl_task_type, pick.num_fewshot) == ("pick", "multiple_choice", 2)
+    assert (pick.continuation_delimiter, who.continuation_delimiter) == ("\nAnswer: ", " ")
+    assert [task.random_baseline for task in bundle.tasks] == [25, 50, 0]
+    assert (pick.has_categories, recall.has_categories) == (False, True)
+
+
+def test_a_task_without_rows_is_named(folder, caplog):
+    assert load_bundle(folder).missing_tasks == ["lost"]
+    assert "lost; CORE goes without" in caplog.text
+
+
+def test_no_rows_at_all(folder):
+    shutil.rmtree(folder / "eval_data")
+    with pytest.raises(FileNotFoundError, match="none of the tasks"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_fewshot: [2]", "num_fewshot: [2]\n  prompt_string: hello", "prompt_string"),
+        ("num_fewshot: [2]", "num_fewshot: [2, 5]", "too many values"),
+        ("schema", "essay", "unknown icl_task_type 'essay'"),
+        ("label: who", "label: pick", "two tasks have the same label"),
+        ("label: who", "label: nobody", "no random baseline of task 'nobody'"),
+        ("icl_tasks", "tasks", "icl_tasks"),
+        ("label: pick", "label: [", "no list of CORE tasks"),
+    ],
+)
+def test_what_the_yaml_may_not_say(folder, old, new, message):
+    path = folder / "core.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("baseline", ["100", "-1", "chance", ""])
+def test_bad_baseline(folder, baseline):
+    (folder / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\npick,{baseline}\n")
+    with pytest.raises(ValueError, match=r"eval_meta_data\.csv"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"query": "q", "choices": ["a", "b"]}',
+        '{"query": "q", "choices": ["a", "b"], "gold": 2}',
+        '{"query": "q", "choices": ["a", "b"], "gold": "1"}',
+        '{"query": "q", "choices": ["a", " "], "gold": 0}',
+        '{"query": null, "choices": ["a", "b"], "gold": 0}',
+    ],
+)
+def test_a_bad_row_is_named(folder, line):
+    path = folder / "eval_data" / "reading" / "pick.jsonl"
+    path.write_text('{"query": "q", "choices": ["a", "b"], "gold": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"pick\.jsonl, line 2"):
+        load_bundle(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Finding and downloading
+
+
+def zipped(folder, prefix=""):
+    box = io.BytesIO()
+    with zipfile.ZipFile(box, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*.*")):
+            file.write(path, prefix + str(path.relative_to(folder)))
+    return box.getvalue()
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    with HubServer({"bundle.zip": zipped(folder), "nested.zip": zipped(folder, "eval_bundle/")}) as server:
+        server.has_ranges = False
+        server.url = f"http://localhost:{server.server_port}/bundle.zip"
+        yield server
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+@pytest.mark.parametrize("name", ["bundle.zip", "nested.zip"])
+def test_download_once(server, folder, base_dir, name):
+    url = server.url.replace("bundle.zip", name)
+    sha256 = hashlib.sha256(server.files[name]).hexdigest().upper()
+    found = find_bundle(Runtime.cpu(), "", url, sha256)
+    assert found == base_dir / "eval_bundle"
+    assert content(found) == content(folder)
+    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle"]  # no archive, no workplace
+    assert find_bundle(Runtime.cpu(), "", url, sha256) == found
+    assert len(server.starts(name)) == 1
+
+
+def test_a_named_folder_comes_first(folder, base_dir):
+    write_bundle(base_dir / "eval_bundle")
+    assert find_bundle(Runtime.cpu(), str(folder)) == folder
+    assert find_bundle(Runtime.cpu()) == base_dir / "eval_bundle"
+
+
+def test_nothing_to_find_and_nowhere_to_get_it():
+    with pytest.raises(FileNotFoundError, match="--bundle-url"):
+        find_bundle(Runtime.cpu())
+    with pytest.raises(FileNotFoundError, match=r"it has no core\.yaml"):
+        load_bundle(find_bundle(Runtime.cpu(), "/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [("truncate", OSError), ("503", OSError), ("short", ValueError), ("corrupt", ValueError)],
+)
+def test_a_bad_transfer_leaves_nothing(server, base_dir, fault, error):
+    base_dir.mkdir()
+    server.faults["bundle.zip"] = [fault]
+    with pytest.raises(error, match=server.url):
+        download_bundle(server.url, "", base_dir / "eval_bundle")
+    assert list(base_dir.iterdir()) == []
+    download_bundle(server.url, "", base_dir / "eval_bundle")
+    assert load_bundle(base_dir / "eval_bundle").tasks
+
+
+def test_a_kill_midway_leaves_nothing_that_is_trusted(server, base_dir):
+    """A file that was written in place and cut by a kill was taken for whole ever after."""
+    base_dir.mkdir()
+    server.faults["bundle.zip"] = ["stall"]
+    code = (
+        f"from nanochat.core_bundle import *; download_bundle({server.url!r}, '', base_dir() / 'eval_bundle')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 30
+    while not list(base_dir.glob(".eval_bundle.*/bundle.zip")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(base_dir.glob(".eval_bundle.*/bundle.zip"))  # it was midway
+    assert not (base_dir / "eval_bundle").exists()
+    assert load_bundle(find_bundle(Runtime.cpu(), "", server.url)).tasks
+
+
+def test_wrong_checksum(server, base_dir):
+    with pytest.raises(ValueError, match="has the SHA-256"):
+        find_bundle(Runtime.cpu(), "", server.url, "0" * 64)
+    assert list(base_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.txt", "a/../../evil.txt", "/evil.txt", "C:\\evil.txt", "..\\evil.txt"]
+)
+def test_names_that_reach_outside_are_refused(tmp_path, folder, base_dir, name):
+    base_dir.mkdir()
+    archive = tmp_path / "slip.zip"
+    archive.write_bytes(zipped(folder))
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(name, "evil")
+    with pytest.raises(ValueError, match="outside its folder"):
+        download_bundle(archive.as_uri(), "", base_dir / "eval_bundle")
+    assert list(base_dir.iterdir()) == []
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_zip_of_something_else(tmp_path, folder, base_dir):
+    base_dir.mkdir()
+    (folder / "core.yaml").rename(folder / "other.yaml")
+    archive = tmp_path / "other.zip"
+    archive.write_bytes(zipped(folder))
+    with pytest.raises(ValueError, match=r"holds no core\.yaml"):
+        download_bundle(archive.as_uri(), "", base_dir / "eval_bundle")
+    assert list(base_dir.iterdir()) == []
+
+
+def rank_1(heard_from_rank_0):
+    class Rank1(Runtime):
+        def gather(self, value):
+            return [heard_from_rank_0, value]
+
+    cpu = Runtime.cpu()
+    return Rank1(device=cpu.device, compute_dtype=cpu.compute_dtype, rank=1, world_size=2)
+
+
+def test_only_rank_0_downloads_and_all_hear_of_its_failure(server, base_dir):
+    assert find_bundle(rank_1(None), "", server.url) == base_dir / "eval_bundle"
+    assert server.requests == []
+    with pytest.raises(OSError, match="rank 0 has no network"):
+        find_bundle(rank_1(OSError("rank 0 has no network")), "", server.url)
+
+
+def test_an_earlier_download_is_mentioned(base_dir, caplog):
+    write_bundle(base_dir / "eval_bundle")
+    with caplog.at_level(logging.INFO):
+        find_bundle(Runtime.cpu(), "", "http://localhost:9/unused.zip")
+    assert "downloaded before" in caplog.text

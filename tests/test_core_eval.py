@@ -1,0 +1,339 @@
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat import core_eval
+from nanochat.common import Runtime
+from nanochat.core_bundle import Bundle, CoreTask, Example, load_bundle
+from nanochat.core_eval import crop, evaluate_core, prompt_texts, score_prompts, tokenize_prompts
+from tests.core_bundles import PLAIN_WORDS, write_bundle
+from tests.models import random_model, small_config
+from tests.vocabulary import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return load_bundle(write_bundle(tmp_path / "bundle"))
+
+
+def model_for(tokenizer, **changes):
+    return random_model(small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=256, **changes))
+
+
+def task(examples, **changes):
+    settings = {"label": "t", "dataset_uri": "", "icl_task_type": "multiple_choice", "num_fewshot": 0}
+    return CoreTask(**{**settings, "random_baseline": 0.0, "examples": tuple(examples), **changes})
+
+
+def numbered(n, category=""):
+    return [Example(((f"Q{i}", f"no{i}"), (f"Q{i}", f"yes{i}")), 1, category) for i in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prompts, worked out by hand
+
+
+def test_prompts_without_examples():
+    mc = Example((("The sky is", "blue"), ("The sky is", "salty")), 0)
+    schema = Example((("The cat", "barked."), ("The dog", "barked.")), 1)
+    lm = Example((("To be or not to", "be"),), 0)
+    assert prompt_texts(task([mc]), 0) == [("The sky is ", "blue"), ("The sky is ", "salty")]
+    assert prompt_texts(task([mc], continuation_delimiter="\nA: "), 0)[1] == ("The sky is\nA: ", "salty")
+    assert prompt_texts(task([schema], icl_task_type="schema"), 0) == [
+        ("The cat ", "barked."),
+        ("The dog ", "barked."),
+    ]
+    assert prompt_texts(task([lm], icl_task_type="language_modeling"), 0) == [("To be or not to ", "be")]
+
+
+def test_solved_examples_come_first():
+    """With two rows there is one to draw from, and its gold option is what is shown."""
+    pair = task(numbered(2), num_fewshot=1, continuation_delimiter=" -> ")
+    assert prompt_texts(pair, 0) == [("Q1 -> yes1\n\nQ0 -> ", "no0"), ("Q1 -> yes1\n\nQ0 -> ", "yes0")]
+    assert prompt_texts(pair, 1)[0] == ("Q0 -> yes0\n\nQ1 -> ", "no1")
+    schema = [Example((("He", f"ran{i}"), ("She", f"ran{i}")), i) for i in range(2)]
+    assert prompt_texts(task(schema, num_fewshot=1), 0)[1] == ("She ran1\n\nShe ", "ran0")
+
+
+def shots(task, index):
+    before = prompt_texts(task, index)[0][0]
+    return before.split("\n\n")[:-1]
+
+
+def test_shots_are_others_each_once_and_the_same_every_time():
+    ten = task(numbered(20), num_fewshot=5)
+    drawn = [shots(ten, i) for i in range(20)]
+    for i, own in enumerate(drawn):
+        assert len(set(own)) == 5
+        assert f"Q{i} yes{i}" not in own
+    assert drawn == [shots(task(numbered(20), num_fewshot=5), i) for i in range(20)]
+    assert len({tuple(own) for own in drawn}) == 20  # drawn anew for each row
+    assert {shot for own in drawn for shot in own} == {f"Q{i} yes{i}" for i in range(20)}
+    assert shots(ten, 3) != shots(replace(ten, label="other"), 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 6])
+def test_a_small_pool_gives_what_it_has(n):
+    """random.sample raised when a task had fewer rows than shots."""
+    small = task(numbered(n), num_fewshot=5)
+    for i in range(n):
+        others = {f"Q{j} yes{j}" for j in range(n) if j != i}
+        assert set(shots(small, i)) <= others
+        assert len(shots(small, i)) == min(5, n - 1)
+
+
+def test_shots_are_of_the_same_category():
+    rows = [*numbered(4, "a"), *numbered(9, "b")[4:]]
+    mixed = task(rows, num_fewshot=2)
+    for i in range(4):
+        assert set(shots(mixed, i)) <= {f"Q{j} yes{j}" for j in range(4)}
+    for i in range(4, 9):
+        assert set(shots(mixed, i)) <= {f"Q{j} yes{j}" for j in range(4, 9)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def test_the_continuation_begins_where_the_tokens_part(tokenizer):
+    texts = [
+        ("over the ", "river"),
+        ("over the\nAnswer: ", "1887"),
+        ("the riv", "er of"),
+        ("", "light"),
+        ("a", "b"),
+    ]
+    prompts = tokenize_prompts(tokenizer, texts)
+    rest = [tokenizer.decode(ids[start:].tolist()) for ids, start in prompts]
+    # the space belongs to what follows, whether it is a token of its own or not; "riv" is cut in two
+    assert rest == [" river", " 1887", " river of", "light", "b"]
+    for (ids, start), (before, continuation) in zip(prompts, texts, strict=True):
+        assert ids.tolist() == tokenizer.encode(before + continuation, prepend="<|bos|>")
+        assert 1 <= start < len(ids)
+
+
+def test_any_border_leaves_a_prefix_and_a_continuation(tokenizer):
+    rng = random.Random(0)
+    for _ in range(200):
+        text = " ".join(rng.choices(PLAIN_WORDS, k=6))
+        cut = rng.randrange(len(text))
+        ((ids, start),) = tokenize_prompts(tokenizer, [(text[:cut], text[cut:])])
+        context = tokenizer.encode(text[:cut].rstrip(), prepend="<|bos|>")
+        assert context[:start] == ids[:start].tolist()
+        assert start < len(ids)
+        assert tokenizer.decode(ids[start:].tolist()).endswith(text[cut:])
+
+
+def test_crop():
+    ids = np.arange(10, dtype=np.int32)
+    for sequence_len, kept, start in [(20, 10, 7), (9, 10, 7), (8, 9, 6), (4, 5, 2), (3, 4, 1)]:
+        cropped, new_start = crop((ids, 7), sequence_len)
+        assert (cropped.tolist(), new_start) == (list(range(10 - kept, 10)), start)
+        assert cropped[new_start:].tolist() == [7, 8, 9]  # the continuation is whole
+    cropped, start = crop((ids, 7), 2)  # it cannot be: its last two tokens count
+    assert (cropped.tolist(), start) == ([7, 8, 9], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def reference(model, ids, start):
+    """One prompt in one float64 forward with all its logits."""
+    ids = torch.from_numpy(ids).long()
+    log_probs = model(ids[None, :-1])[0].double().log_softmax(-1)[start - 1 :]
+    nats = -log_probs.gather(1, ids[start:, None])
+    return nats.mean().item(), bool((log_probs.argmax(-1) == ids[start:]).all())
+
+
+def random_prompts(n=60, longest=40):
+    """Of many lengths, some with an input in common."""
+    rng = np.random.default_rng(0)
+    prompts = []
+    for _ in range(n):
+        ids = rng.integers(0, 50, rng.integers(2, longest), dtype=np.int32)
+        prompts.append((ids, int(rng.integers(1, len(ids)))))
+    for ids, start in prompts[:4]:
+        prompts += [(np.append(ids[:-1], last).astype(np.int32), len(ids) - 1) for last in range(50)]
+        prompts += [(ids, start)]
+    return prompts
+
+
+@pytest.mark.parametrize("changes", [{}, {"slc_rate": 0}, {"n_kv_head": 1, "n_kernel": 5}])
+@pytest.mark.parametrize("batch_tokens", [1, 48, 200, 100_000])
+def test_batched_scores_are_those_of_one_prompt_at_a_time(changes, batch_tokens, monkeypatch):
+    monkeypatch.setattr(core_eval, "HEAD_POSITIONS", 7)
+    config = small_config(sequence_len=40, **changes)
+    prompts = random_prompts()
+    losses, likeliest = score_prompts(random_model(config), prompts, batch_tokens)
+    double = random_model(config).double()
+    expected = [reference(double, *prompt) for prompt in prompts]
+    np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-5)
+    assert likeliest.tolist() == [hit for _, hit in expected]
+    assert likeliest.sum() >= 4  # of the fifty last tokens one is the likeliest
+
+
+def test_a_forward_keeps_to_its_budget_and_reads_equal_inputs_once(monkeypatch):
+    model, shapes = random_model(small_config()), []
+    hidden = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda idx, cache: shapes.append(tuple(idx.shape)) or hidden(idx, cache)
+    )
+    ids = np.arange(30, dtype=np.int32)
+    four = [(np.append(ids, last).astype(np.int32), 30) for last in (1, 2, 3, 4)]
+    score_prompts(model, [*four, (ids[:20], 3), (ids[5:25], 3), (ids[3:23], 3)], 64)
+    assert shapes == [(2, 32), (2, 32)]
+    assert all(rows * width <= 64 for rows, width in shapes)
+
+
+def test_padding_brings_nothing_in():
+    """Tokens that are in no prompt may be broken: neither padding nor another row may read them."""
+    prompts = [(ids % 20 + 5, start) for ids, start in random_prompts()]
+    model = random_model(small_config(sequence_len=40))
+    clean = score_prompts(model, prompts, 400)[0]
+    with torch.no_grad():
+        model.transformer.wte.weight[:5] = torch.nan
+        model.transformer.wte.weight[25:] = torch.nan
+    np.testing.assert_array_equal(score_prompts(model, prompts, 400)[0], clean)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The metric
+
+
+def slow_core(model, tokenizer, bundle):
+    """Everything again, one example at a time, in float64."""
+    double = model.double()
+    tasks = {}
+    for t in bundle.tasks:
+        n_right = 0
+        for index, example in enumerate(t.examples):
+            prompts = [
+                crop(prompt, model.config.sequence_len)
+                for prompt in tokenize_prompts(tokenizer, prompt_texts(t, index))
+            ]
+            scores = [reference(double, *prompt) for prompt in prompts]
+            if t.icl_task_type == "language_modeling":
+                n_right += scores[0][1]
+            else:
+                losses = [loss for loss, _ in scores]
+                n_right += losses.index(min(losses)) == example.gold
+        tasks[t.label] = n_right / len(t.examples)
+    return tasks
+
+
+@pytest.mark.parametrize("sequence_len", [256, 24])  # all fits; nearly everything is cropped
+def test_core_is_what_a_slow_evaluation_finds(tokenizer, bundle, sequence_len, caplog):
+    config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=sequence_len)
+    found = [
+        evaluate_core(random_model(config), tokenizer, bundle, Runtime.cpu(), -1, rows) for rows in (1, 9)
+    ]
+    assert found[0] == found[1]
+    accuracies = {label: result["accuracy"] for label, result in found[0]["tasks"].items()}
+    assert accuracies == slow_core(random_model(config), tokenizer, bundle)
+    assert 0 < accuracies["who"] < 1
+    assert ("lost their beginning" in caplog.text) == (sequence_len == 24)
+
+
+def test_accuracy_is_centred_on_the_random_baseline(tokenizer):
+    """A model that finds everything equally likely takes the first option."""
+    golds = [0, 0, 1, 0]
+    rows = [Example(((f"Q{i}", "a"), (f"Q{i}", "b")), gold) for i, gold in enumerate(golds)]
+    tasks = [task(rows, label="half", random_baseline=50.0), task(rows, label="none", random_baseline=0.0)]
+    model = model_for(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    result = evaluate_core(model, tokenizer, Bundle(tasks, ["lost"]), Runtime.cpu())
+    assert result == {
+        "tasks": {
+            "half": {"accuracy": 0.75, "centered": 0.5, "n": 4, "random_baseline": 50.0},
+            "none": {"accuracy": 0.75, "centered": 0.75, "n": 4, "random_baseline": 0.0},
+        },
+        "core": 0.625,
+        "missing_tasks": ["lost"],
+    }
+
+
+def test_language_modelling_needs_every_token(tokenizer, monkeypatch):
+    """A model that always says " river"."""
+    (river,) = tokenizer.encode(" river")
+    logits = torch.zeros(tokenizer.get_vocab_size())
+    logits[river] = 1
+    monkeypatch.setattr(core_eval, "head_logits", lambda x, weight: logits.expand(len(x), -1))
+    texts = ["river", "river river", "river bridge", "bridge river"]
+    rows = task([Example((("the", text),), 0) for text in texts], icl_task_type="language_modeling")
+    result = evaluate_core(model_for(tokenizer), tokenizer, Bundle([rows], []), Runtime.cpu())
+    assert result["core"] == 0.5
+
+
+def test_a_subset_is_fixed_and_shuffled(tokenizer, bundle, monkeypatch):
+    seen = []
+    real = core_eval.prompt_texts
+    monkeypatch.setattr(core_eval, "prompt_texts", lambda t, i: seen.append((t.label, i)) or real(t, i))
+    rounds = []
+    for max_per_task in (3, 3, 5, 100, -1):
+        seen.clear()
+        result = evaluate_core(model_for(tokenizer), tokenizer, bundle, Runtime.cpu(), max_per_task)
+        rounds.append([i for label, i in seen if label == "pick"])
+        assert result["tasks"]["pick"]["n"] == len(rounds[-1])
+    three, again, five, hundred, everything = rounds
+    assert three == again == five[:3]
+    assert three != [0, 1, 2]
+    assert sorted(hundred) == everything == list(range(9))
+
+
+def test_ranks_share_the_work(tokenizer, bundle, monkeypatch):
+    """Each row is evaluated on one rank, and the counts of all ranks are those of one."""
+    monkeypatch.setattr(core_eval, "CHUNK_EXAMPLES", 2)
+    counts = {}
+
+    class Rank(Runtime):
+        def sum_(self, tensor):
+            counts[self.world_size, self.rank] = tensor.clone()
+            return tensor
+
+    cpu = Runtime.cpu()
+    for world_size in (1, 3):
+        for rank in range(world_size):
+            runtime = Rank(
+                device=cpu.device, compute_dtype=cpu.compute_dtype, rank=rank, world_size=world_size
+            )
+            evaluate_core(model_for(tokenizer), tokenizer, bundle, runtime)
+    assert torch.equal(counts[1, 0], sum(counts[3, rank] for rank in range(3)))
+    assert counts[1, 0][:, 1].tolist() == [9, 7, 8]
+    assert counts[3, 0][:, 1].tolist() == [3, 3, 3]
+
+
+def test_a_broken_model_is_told(tokenizer, bundle):
+    model = model_for(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="of 24 examples is not a finite number"):
+        evaluate_core(model, tokenizer, bundle, Runtime.cpu())
+
+
+def test_compiled_blocks_are_not_compiled_again_and_no_random_number_is_drawn(tokenizer, bundle):
+    """In training, blocks are compiled for one shape; here are dozens."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = model_for(tokenizer)
+    for block in model.transformer.h:
+        block.compile(backend=backend, dynamic=False)
+    state = torch.get_rng_state()
+    evaluate_core(model, tokenizer, bundle, Runtime.cpu())
+    assert compiled == []
+    assert torch.equal(torch.get_rng_state(), state)
+    model(torch.zeros(1, 8, dtype=torch.long))
+    assert compiled
