@@ -73,7 +73,10 @@ class HybridCache:
     ):
         self.batch_size, self.max_len = batch_size, max_len
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.longest, self.is_even = 0, True  # the host's knowledge of pos: its maximum, whether all are equal
+        self.longest, self.is_even = (
+            0,
+            True,
+        )  # the host's knowledge of pos: its maximum, whether all are equal
         kv_shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
         conv_shape = (batch_size, config.n_kernel - 1, config.n_embd)
         # zeros: what a short row has not written is read when a longer row is, and masked, but 0 * NaN is NaN
@@ -127,7 +130,9 @@ class HybridCache:
         chosen = object.__new__(HybridCache)
         chosen.batch_size, chosen.max_len = len(rows), self.max_len
         chosen.pos, chosen.longest, chosen.is_even = self.pos[index], self.longest, self.is_even
-        chosen.layers = [type(layer)(*(state[index] for state in vars(layer).values())) for layer in self.layers]
+        chosen.layers = [
+            type(layer)(*(state[index] for state in vars(layer).values())) for layer in self.layers
+        ]
         return chosen
 
     def fork(self, n: int) -> HybridCache:

@@ -159,7 +159,7 @@ def load_model(
     """
     if phase not in ("train", "eval"):
         raise ValueError(f'phase {phase!r} is not "train" or "eval"')
-    directory = checkpoint_dir(source, model_tag or _deepest_tag(checkpoint_dir(source, "")))
+    directory = checkpoint_dir(source, resolve_tag(source, model_tag))
     step = newest_step(directory) if step is None else step
     meta = read_meta(directory, step)
     model = GPT(model_config(meta))
@@ -188,7 +188,11 @@ def newest_step(directory: Path) -> int:
     return steps[-1]
 
 
-def _deepest_tag(stage_dir: Path) -> str:
+def resolve_tag(stage: str, model_tag: str | None) -> str:
+    """Return model_tag, or if that is empty the deepest dN that the stage has; FileNotFoundError if none."""
+    if model_tag:
+        return model_tag
+    stage_dir = checkpoint_dir(stage, "")
     depths = (re.fullmatch(r"d(\d+)", path.name) for path in stage_dir.glob("d*"))
     found = max((int(match[1]) for match in depths if match), default=None)
     if found is None:

@@ -73,6 +73,13 @@ def documents() -> list[str]:
     return texts
 
 
+def library_entries() -> Iterator[tuple[str, str]]:
+    """All (heading, docstring) pairs of modules, classes and functions; many docstrings are empty."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield from chain.from_iterable(chain(_source_modules(), _compiled_modules()))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Entries: (heading, docstring) pairs, one iterable a module
 

@@ -13,9 +13,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from nanochat.cache import HybridCache
 from nanochat.gpt import GPT
 from nanochat.sampling import check_sampling, sample
 from nanochat.tokenizer import RustBPETokenizer
@@ -37,16 +40,21 @@ class _Row:
     def __init__(self, tokenizer: RustBPETokenizer, special: dict[str, int]):
         self.tokenizer, self.special = tokenizer, special
         self.completion = Completion()
+        self.last: tuple[int, int] = (special["<|bos|>"], 0)  # token and mask
         self.forced: deque[int] = deque()
         self.call: list[int] | None = None  # tokens since <|python_start|>
 
-    def take(self, sampled: int) -> tuple[int, int]:
-        """Return the row's next token, the sampled one unless one is forced, and its mask."""
-        token, mask = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
+    @property
+    def has_ended(self) -> bool:
+        return self.completion.end_token is not None
+
+    def take(self, sampled: int) -> None:
+        """Go on by the sampled token, or by one that is forced."""
+        token, mask = self.last = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
         special = self.special
         if mask and token in (special["<|assistant_end|>"], special["<|bos|>"]):
             self.completion.end_token = token
-            return token, mask
+            return
         self.completion.tokens.append(token)
         self.completion.mask.append(mask)
         if token == special["<|python_start|>"]:
@@ -59,7 +67,6 @@ class _Row:
             self.call = None
         elif self.call is not None:
             self.call.append(token)
-        return token, mask
 
 
 class Engine:
@@ -85,22 +92,31 @@ class Engine:
         A sample that has ended repeats its end token, with mask 0. max_tokens defaults to what the context
         has left. The same seed gives the same tokens; None draws a fresh one.
         """
-        if max_tokens is None:
-            max_tokens = max(1, self.model.config.sequence_len - len(tokens))
-        rows = [_Row(self.tokenizer, self.special) for _ in range(num_samples)]
+        rows = self._rows(num_samples)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        for taken in self._steps([tokens], rows, max_tokens, seed, settings):
-            ended = [row.completion.end_token for row in rows]
-            yield tuple(map(list, zip(*(taken.get(i, (ended[i], 0)) for i in range(num_samples)), strict=True)))
+        for running in self._steps(
+            [tokens], rows, self._room(tokens, max_tokens), self._generator(seed), settings
+        ):
+            yield [row.last[0] for row in rows], [row.last[1] * (i in running) for i, row in enumerate(rows)]
 
-    def generate_batch(self, tokens: Sequence[int], num_samples: int = 1, **settings) -> tuple[list, list]:
-        """Like generate, all at once: (prompt and completion of each sample, their masks; 0 on the prompt)."""
-        rows = [_Row(self.tokenizer, self.special) for _ in range(num_samples)]
-        max_tokens = settings.pop("max_tokens", None) or max(1, self.model.config.sequence_len - len(tokens))
-        for _ in self._steps([tokens], rows, max_tokens, settings.pop("seed", None), settings):
-            pass
-        results = [[*tokens, *row.completion.tokens] for row in rows]
-        return results, [[0] * len(tokens) + row.completion.mask for row in rows]
+    def generate_batch(
+        self,
+        tokens: Sequence[int],
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        **settings,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Like generate, all at once: prompt and completion of each sample, and their masks, 0 on the prompt."""
+        found = self.complete(
+            [tokens],
+            max_tokens=self._room(tokens, max_tokens),
+            num_samples=num_samples,
+            batch_size=num_samples,
+            seed=seed,
+            **settings,
+        )
+        return [[*tokens, *row.tokens] for row in found], [[0] * len(tokens) + row.mask for row in found]
 
     def complete(
         self,
@@ -123,9 +139,10 @@ class Engine:
         completions: list[Completion] = [Completion()] * (len(prompts) * num_samples)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         n = batch_size // num_samples
+        generator = self._generator(seed)
         for chunk in (order[i : i + n] for i in range(0, len(order), n)):
-            rows = [_Row(self.tokenizer, self.special) for _ in range(len(chunk) * num_samples)]
-            for _ in self._steps([prompts[i] for i in chunk], rows, max_tokens, seed, settings):
+            rows = self._rows(len(chunk) * num_samples)
+            for _ in self._steps([prompts[i] for i in chunk], rows, max_tokens, generator, settings):
                 pass
             for place, i in enumerate(chunk):
                 for j in range(num_samples):
@@ -133,47 +150,66 @@ class Engine:
             on_done(len(rows))
         return completions
 
+    def _rows(self, n: int) -> list[_Row]:
+        return [_Row(self.tokenizer, self.special) for _ in range(n)]
+
+    def _room(self, tokens: Sequence[int], max_tokens: int | None) -> int:
+        return max(1, self.model.config.sequence_len - len(tokens)) if max_tokens is None else max_tokens
+
+    def _generator(self, seed: int | None) -> torch.Generator:
+        generator = torch.Generator(self.model.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        return generator
+
     @torch.inference_mode()
-    def _start(self, prompts: Sequence[Sequence[int]], num_rows: int, max_tokens: int):
-        """Prefill; return the logits of the first new token and the decode state, one row a sample."""
-        device = self.model.device
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], num_rows: int, max_tokens: int
+    ) -> tuple[Tensor, HybridCache]:
+        """Run the prompts; return logits (num_rows,V) of the first new token and the decode state of the rows."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        if len(prompts) == 0 or lengths.min() < 1:
-            raise ValueError("a prompt needs one token at least")
         longest = int(lengths.max())
         idx = torch.full((len(prompts), longest), self.special["<|bos|>"])
         for row, prompt in enumerate(prompts):
             idx[row, : len(prompt)] = torch.as_tensor(prompt)
         cache = self.model.new_cache(len(prompts), longest + max_tokens)
+        device = self.model.device
         is_even = bool((lengths == longest).all())
         logits = self.model.next_logits(idx.to(device), cache, None if is_even else lengths.to(device))
-        copies = [row for row in range(len(prompts)) for _ in range(num_rows // len(prompts))]
-        return (logits, cache) if num_rows == len(prompts) else (logits[copies], cache.select(copies))
+        if num_rows > len(prompts):
+            copies = torch.arange(num_rows) // (num_rows // len(prompts))
+            logits, cache = logits[copies.to(device)], cache.select(copies.tolist())
+        return logits, cache
 
-    @torch.inference_mode()
-    def _step(self, tokens: list[int], cache):
+    @torch.inference_mode()  # around the forward alone: the mode is a thread's, and generators may change theirs
+    def _decode(self, tokens: list[int], cache: HybridCache) -> Tensor:
         return self.model.next_logits(torch.tensor(tokens, device=self.model.device)[:, None], cache)
 
     def _steps(
-        self, prompts: Sequence[Sequence[int]], rows: list[_Row], max_tokens: int, seed: int | None, settings: dict
-    ) -> Iterator[dict[int, tuple[int, int]]]:
-        """Advance all rows token by token until they end; yield {row: (token, mask)} of those still running."""
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: list[_Row],
+        max_tokens: int,
+        generator: torch.Generator,
+        settings: dict[str, Any],
+    ) -> Iterator[set[int]]:
+        """Advance all rows token by token until they end; yield after each step which of them it advanced."""
         check_sampling(settings.get("temperature", 1.0), settings.get("top_k"), settings.get("top_p"), 1.0)
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-        generator = torch.Generator(self.model.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        if max_tokens < 1 or not all(map(len, prompts)):
+            raise ValueError(
+                f"max_tokens={max_tokens} must be at least 1, and so must the length of a prompt"
+            )
         running = list(range(len(rows)))  # which row each row of the cache is
-        logits, cache = self._start(prompts, len(rows), max_tokens)
-        for step in range(max_tokens):
+        logits, cache = self._prefill(prompts, len(rows), max_tokens)
+        for left in reversed(range(max_tokens)):
             sampled = sample(logits, generator=generator, **settings)[:, 0].tolist()
-            alive = [i for i in running if rows[i].completion.end_token is None]
-            taken = {i: rows[i].take(token) for i, token in zip(running, sampled, strict=True) if i in set(alive)}
-            yield taken
-            alive = [i for i in alive if rows[i].completion.end_token is None]
-            if not alive or step == max_tokens - 1:
+            advanced = {i for i in running if not rows[i].has_ended}
+            for i, token in zip(running, sampled, strict=True):
+                if i in advanced:
+                    rows[i].take(token)
+            yield advanced
+            alive = [place for place, i in enumerate(running) if not rows[i].has_ended]
+            if not alive or not left:
                 return
             if 2 * len(alive) <= len(running):
-                cache = cache.select([running.index(i) for i in alive])
-                running = alive
-            logits = self._step([taken.get(i, (self.special["<|bos|>"],))[0] for i in running], cache)
+                cache, running = cache.select(alive), [running[place] for place in alive]
+            logits = self._decode([rows[i].last[0] for i in running], cache)

@@ -246,7 +246,7 @@ class GPT(nn.Module):
         With a cache, idx continues the sequences that it holds: prefill, a chunk of it, or one token.
         Raises ValueError when the cache is too small or of another batch size.
         """
-        x = self._hidden(idx, cache)
+        x = self.hidden(idx, cache)
         if targets is None:
             return head_logits(x, self.lm_head.weight)
         return self._head_loss(x, self.lm_head.weight, targets, loss_reduction)
@@ -256,11 +256,11 @@ class GPT(nn.Module):
 
         lengths (B,) int64, on the device, says how many tokens of each row are real, from the left, one at least.
         """
-        x = self._hidden(idx, cache, lengths)
+        x = self.hidden(idx, cache, lengths)
         last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
         return head_logits(last, self.lm_head.weight)
 
-    def _hidden(self, idx: Tensor, cache: HybridCache | None, lengths: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: HybridCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """Final normalised hidden state (B,T,E)."""
         B, T = idx.shape
         if cache is not None and cache.batch_size != B:

@@ -4,9 +4,12 @@ import logging
 
 import torch
 
+from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer
+from tasks.common import Task
 
 logger = logging.getLogger(__name__)
 PROMPTS = (
@@ -41,3 +44,16 @@ def print_samples(model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime) -> 
     for text in texts:
         logger.info(f"sample | {text!r}")
     return texts
+
+
+def print_replies(
+    model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime, task: Task, n: int = 6, max_tokens: int = 64
+) -> None:
+    """Show the greedy replies to the first n conversations of a task; only the main rank samples."""
+    if not runtime.is_main:
+        return
+    room = model.config.sequence_len - max_tokens
+    prompts = [render_for_completion(tokenizer, task[i], room) for i in range(min(n, len(task)))]
+    completions = Engine(model, tokenizer).complete(prompts, max_tokens=max_tokens, temperature=0)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logger.info(f"sample | {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion.tokens)!r}")

@@ -4,6 +4,7 @@ The schedules are pure functions of progress or step, so that a resumed run foll
 here: commands build their help text from these classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -42,19 +43,29 @@ class Cadence:
                 raise ValueError(f"{name}={value} must be 0 (off) or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long and how large."""
+
+    num_steps: int
+    accumulation: int  # micro-batches a step on this rank
+    tokens_per_step: int  # over all ranks
+    lr_multiplier: Callable[[float], float]  # of progress in [0, 1]
+
+
 def lr_multiplier(
-    progress: float, *, warmup: float = 0.0, warmdown: float = 0.2, final: float = 0.0
+    progress: float, *, peak: float = 1.0, warmup: float = 0.0, warmdown: float = 0.2, final: float = 0.0
 ) -> float:
     """Factor on every learning rate at progress in [0, 1] through training.
 
-    Linear from 0 over the first `warmup` of it, then 1, then linear to `final` over the last `warmdown`.
+    Linear from 0 over the first `warmup` of it, then `peak`, then linear to `final` over the last `warmdown`.
     """
     if progress < warmup:
-        return progress / warmup
+        return peak * progress / warmup
     if progress <= 1 - warmdown:
-        return 1.0
+        return peak
     left = (1 - progress) / warmdown
-    return left + (1 - left) * final
+    return left * peak + (1 - left) * final
 
 
 def muon_momentum(step: int) -> float:

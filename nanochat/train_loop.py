@@ -16,7 +16,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -27,21 +26,11 @@ from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.hardware import peak_flops
 from nanochat.optim import MuonAdamW
-from nanochat.schedule import Cadence, muon_momentum
+from nanochat.schedule import Cadence, Plan, muon_momentum
 from nanochat.train_state import Progress
 
 logger = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor, dict]  # inputs (B,T), targets (B,T), state of the loader after them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How long and how large."""
-
-    num_steps: int
-    accumulation: int  # micro-batches a step on this rank
-    tokens_per_step: int  # over all ranks
-    lr_multiplier: Callable[[float], float]  # of progress in [0, 1]
 
 
 def train(

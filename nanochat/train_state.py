@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanochat.checkpoint_manager import (
     complete_steps,
     delete_checkpoint,
@@ -21,10 +23,13 @@ from nanochat.checkpoint_manager import (
     read_meta,
     save_checkpoint,
 )
-from nanochat.common import Runtime
+from nanochat.common import Runtime, write_report
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT
+from nanochat.hardware import describe
+from nanochat.metrics import read_metrics
 from nanochat.optim import MuonAdamW
+from nanochat.schedule import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +99,23 @@ def start_or_resume(
             "give the settings that it was started with, or another --model-tag"
         )
     load_weights(model, load_tensors(model_path(directory, steps[-1]), runtime.device))
-    saved = load_optimizer_state(directory, steps[-1], runtime.device)
-    groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the settings, not the saved
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    _load_optimizer(directory, steps[-1], optimizer, runtime)
     logger.info(f"resuming from step {steps[-1]} of {directory}")
     return Progress.from_dict(meta["progress"])
+
+
+def warm_start(directory: Path, step: int, optimizer: MuonAdamW, runtime: Runtime) -> None:
+    """Take over the momentum of the stage before, if it was saved."""
+    try:
+        _load_optimizer(directory, step, optimizer, runtime)
+    except FileNotFoundError:
+        logger.info(f"no optimizer state beside step {step} in {directory}: its momentum starts at zero")
+
+
+def _load_optimizer(directory: Path, step: int, optimizer: MuonAdamW, runtime: Runtime) -> None:
+    saved = load_optimizer_state(directory, step, runtime.device)
+    groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the settings, not the saved
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def save_progress(
@@ -117,3 +134,38 @@ def save_progress(
         save_checkpoint(directory, progress.step, model, optimizer.state_dict(), meta, keep_last)
         logger.info(f"step {progress.step:05d} | saved to {directory}")
     runtime.gather(None)  # no rank runs ahead, or ends the job, before the checkpoint is there
+
+
+def report_training(
+    stage: str, plan: Plan, model: GPT, progress: Progress, directory: Path, settings: dict[str, Any]
+) -> str:
+    """Write report/<stage>.json of a finished run and return its one-line result."""
+    steps = [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
+    middle = sorted(steps, key=lambda record: record["seconds"])[len(steps) // 2]
+    parameters = model.num_parameters()
+    tokens = plan.num_steps * plan.tokens_per_step
+    is_cuda = model.device.type == "cuda"
+    result = {
+        "settings": settings,
+        "hardware": describe(model.device),
+        "model": asdict(model.config),
+        "parameters": parameters,
+        "flops_per_token": model.flops_per_token(),
+        "steps": plan.num_steps,
+        "tokens": tokens,
+        "train_seconds": progress.train_seconds,
+        "median_tokens_per_second": middle["tokens_per_second"],
+        "median_mfu": middle["mfu"],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
+        "train_loss": progress.ema.value,
+        "first_val_bpb": progress.first_val_bpb,
+        "min_val_bpb": progress.min_val_bpb,
+        "val_bpb": progress.val_bpb,
+        "metrics": str(directory / "metrics.jsonl"),
+    }
+    write_report(stage, result)
+    return (
+        f"{stage}: {directory.name}, {parameters['total'] / 1e6:.1f} M parameters, {tokens / 1e6:.1f} M tokens "
+        f"in {progress.train_seconds / 60:.1f} min; validation bpb {progress.first_val_bpb:.4f} -> "
+        f"{progress.val_bpb:.4f} ({100 * progress.val_bpb / progress.first_val_bpb:.1f} % of step 0)"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from nanochat.common import base_dir, parse, run, setup_runtime, write_json
+from nanochat.common import parse, run, setup_runtime, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples = print_samples(model, tokenizer, runtime)
     if runtime.is_main:
         result = {"settings": asdict(config), "step": meta["step"], "bpb": bpb, "samples": samples}
-        write_json(base_dir() / "report" / "base_loss.json", result)
+        write_report("base_loss", result)
         print(f"base_loss: step {meta['step']}, bpb train {bpb['train']:.4f}, validation {bpb['val']:.4f}")
     return 0
 

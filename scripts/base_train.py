@@ -14,15 +14,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nanochat.common import Runtime, base_dir, parse, run, setup_runtime, write_json
-from nanochat.schedule import Cadence, LearningRates, lr_multiplier
+from nanochat.common import Runtime, parse, run, setup_runtime
+from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from nanochat.gpt import GPT
-    from nanochat.train_loop import Plan
-    from nanochat.train_state import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.samples import print_samples
     from nanochat.tokenizer import get_tokenizer
     from nanochat.train_loop import train
-    from nanochat.train_state import save_progress, start_or_resume
+    from nanochat.train_state import report_training, save_progress, start_or_resume
 
     runtime = setup_runtime(config.device_type)
     tokenizer = get_tokenizer()
@@ -172,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     log.close()
     if is_finished and runtime.is_main:
-        report(config, plan, model, progress, directory)
+        print(report_training("base_train", plan, model, progress, directory, asdict(config)))
     return 0
 
 
@@ -183,7 +179,6 @@ def micro_batch_tokens(config: BaseTrainConfig, runtime: Runtime) -> int:
 
 def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
     """Derive accumulation and steps from the settings; ValueError when the batch does not divide."""
-    from nanochat.train_loop import Plan
 
     micro_batch = micro_batch_tokens(config, runtime)
     total = config.total_batch_size
@@ -208,42 +203,6 @@ def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
         accumulation=total // micro_batch,
         tokens_per_step=total,
         lr_multiplier=partial(lr_multiplier, warmdown=config.warmdown_ratio),
-    )
-
-
-def report(config: BaseTrainConfig, plan: Plan, model: GPT, progress: Progress, directory: Path) -> None:
-    """Write report/base_train.json and print the one-line result."""
-    import torch
-
-    from nanochat.hardware import describe
-    from nanochat.metrics import read_metrics
-
-    steps = [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
-    middle = sorted(steps, key=lambda record: record["seconds"])[len(steps) // 2]
-    parameters = model.num_parameters()
-    result = {
-        "settings": asdict(config),
-        "hardware": describe(model.device),
-        "model": asdict(model.config),
-        "parameters": parameters,
-        "flops_per_token": model.flops_per_token(),
-        "steps": plan.num_steps,
-        "tokens": plan.num_steps * plan.tokens_per_step,
-        "train_seconds": progress.train_seconds,
-        "median_tokens_per_second": middle["tokens_per_second"],
-        "median_mfu": middle["mfu"],
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None,
-        "train_loss": progress.ema.value,
-        "first_val_bpb": progress.first_val_bpb,
-        "min_val_bpb": progress.min_val_bpb,
-        "val_bpb": progress.val_bpb,
-    }
-    write_json(base_dir() / "report" / "base_train.json", result)
-    print(
-        f"base_train: {directory.name}, {parameters['total'] / 1e6:.1f} M parameters, "
-        f"{result['tokens'] / 1e6:.1f} M tokens in {progress.train_seconds / 60:.1f} min; validation bpb "
-        f"{progress.first_val_bpb:.4f} -> {progress.val_bpb:.4f} "
-        f"({100 * progress.val_bpb / progress.first_val_bpb:.1f} % of step 0)"
     )
 
 

@@ -16,7 +16,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from nanochat.common import base_dir, parse, run, write_json
+from nanochat.common import parse, run, write_report
 
 if TYPE_CHECKING:
     from nanochat.tokenizer import RustBPETokenizer
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = {name: tokenizer.get_vocab_size() for name, tokenizer in tokenizers.items()}
     print(table(sizes, texts))
     results = {"config": asdict(config), "vocab_size": sizes, "texts": texts}
-    write_json(base_dir() / "report" / "tok_eval.json", results)
+    write_report("tok_eval", results)
     ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in texts["val"]["bytes_per_token"].items())
     print(f"bytes per token on the validation text: {ratios}")
     return 0

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from nanochat.common import base_dir, parse, run, write_json
+from nanochat.common import base_dir, parse, run, write_report
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "max": int(lengths.max()),
         },
     }
-    write_json(base_dir() / "report" / "tok_train.json", results)
+    write_report("tok_train", results)
     print(
         f"tokenizer: {results['vocab_size']:,} tokens of {lengths.mean():.1f} bytes on average, learned from "
         f"{counts['characters']:,} characters of {counts['documents']:,} documents in {seconds:.1f} s"

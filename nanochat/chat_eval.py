@@ -1,0 +1,134 @@
+"""Chat evaluation: how many conversations of a task the model answers rightly.
+
+Categorical tasks take one forward a batch of prompts, sorted by length and padded on the right; only the hidden
+state of each prompt's last token meets the head, and of that only the rows of the letters. Generative tasks are
+decoded greedily, many rows at a time, by the engine. Each rank takes every world_size-th conversation.
+
+ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for guessing, 1 for knowing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nanochat.chat_format import render_for_completion
+from nanochat.common import Runtime
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, head_logits
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.common import Conversation, Task
+
+JUDGES = 8  # answers judged at a time: one that is a program may take seconds
+
+
+def evaluate_task(
+    task: Task,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    max_problems: int = -1,
+    name: str = "",
+) -> dict[str, Any]:
+    """Answer the first max_problems conversations of a task (-1: all); return its figures.
+
+    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 where nothing is to choose from), seconds.
+    """
+    began = time.perf_counter()
+    n = len(task) if max_problems == -1 else min(max_problems, len(task))
+    if n == 0:
+        raise ValueError(f"{name or type(task).__name__} has no conversations to evaluate")
+    conversations = [task[i] for i in range(runtime.rank, n, runtime.world_size)]
+    with tqdm(total=len(conversations), desc=name, disable=not runtime.is_main, leave=False) as progress:
+        if task.eval_type == "categorical":
+            replies = _choose_letters(conversations, model, tokenizer, batch_size, progress)
+        else:
+            replies = _write_replies(conversations, model, tokenizer, batch_size, max_new_tokens, progress)
+    with ThreadPoolExecutor(JUDGES) as judges:
+        n_right = sum(judges.map(task.evaluate, conversations, replies))
+    guesses = sum(1 / len(c["letters"]) if "letters" in c else 0.0 for c in conversations)
+    sums = torch.tensor([float(n_right), guesses], device=runtime.device)
+    n_right, guesses = runtime.sum_(sums).tolist()
+    accuracy = n_right / n
+    return {
+        "accuracy": accuracy,
+        "standard_error": (accuracy * (1 - accuracy) / n) ** 0.5,
+        "n": n,
+        "chance": guesses / n,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def chatcore(tasks: dict[str, dict[str, Any]], without: Sequence[str] = ()) -> float | None:
+    """Mean centred accuracy of evaluated tasks, some left out; None if none is left."""
+    kept = [t for name, t in tasks.items() if name not in without]
+    centred = [(t["accuracy"] - t["chance"]) / (1 - t["chance"]) for t in kept]
+    return sum(centred) / len(centred) if centred else None
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts of like length."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+@torch.inference_mode()
+def _choose_letters(
+    conversations: Sequence[Conversation],
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    batch_size: int,
+    progress: tqdm,
+) -> list[str]:
+    prompts = [render_for_completion(tokenizer, c, model.config.sequence_len) for c in conversations]
+    chosen = [""] * len(conversations)
+    for batch in _batches(prompts, batch_size):
+        idx = torch.full((len(batch), max(len(prompts[i]) for i in batch)), tokenizer.get_bos_token_id())
+        for row, i in enumerate(batch):
+            idx[row, : len(prompts[i])] = torch.tensor(prompts[i])
+        lengths = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
+        hidden = model.hidden(idx.to(model.device))[torch.arange(len(batch), device=model.device), lengths - 1]
+        letters = sorted({letter for i in batch for letter in conversations[i]["letters"]})
+        ids = [letter_id(tokenizer, letter) for letter in letters]
+        logits = head_logits(hidden, model.lm_head.weight[ids]).tolist()
+        for i, row in zip(batch, logits, strict=True):
+            of_letter = dict(zip(letters, row, strict=True))
+            chosen[i] = max(conversations[i]["letters"], key=of_letter.__getitem__)
+        progress.update(len(batch))
+    return chosen
+
+
+def letter_id(tokenizer: RustBPETokenizer, letter: str) -> int:
+    """Return the one token of a letter at the start of a reply."""
+    ids = tokenizer.encode(letter)
+    if len(ids) != 1:
+        raise ValueError(f"the letter {letter!r} is {len(ids)} tokens; a choice must be named by one")
+    return ids[0]
+
+
+def _write_replies(
+    conversations: Sequence[Conversation],
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: tqdm,
+) -> list[str]:
+    room = model.config.sequence_len - max_new_tokens
+    prompts = [render_for_completion(tokenizer, c, room) for c in conversations]
+    completions = Engine(model, tokenizer).complete(
+        prompts,
+        max_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=0,
+        on_done=progress.update,
+    )
+    return [tokenizer.decode(completion.tokens) for completion in completions]

@@ -1,0 +1,186 @@
+"""What midtraining and supervised finetuning share: a model that is there, conversations, one pass over them.
+
+Both start from the newest checkpoint of another stage, with its optimizer's momentum if that was saved, and end
+when every conversation has been seen `num_epochs` times. They differ in what ChatStage says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from nanochat.common import Runtime
+from nanochat.schedule import Cadence, LearningRates, Plan
+
+if TYPE_CHECKING:
+    from tasks.common import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTrainConfig:
+    """Settings that midtraining and SFT have in common."""
+
+    run: str = "dummy"
+    """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
+    data: str = "auto"
+    """conversations: auto, hub, embedded, or a .jsonl file of your own"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is"""
+    compile: bool = False
+    """compile the blocks with torch.compile"""
+    model_tag: str = ""
+    """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
+    step: int = -1
+    """which checkpoint to start from; -1: the newest"""
+    max_seq_len: int = -1
+    """tokens of a row; -1: the model's context"""
+    num_epochs: int = 1
+    """passes over the conversations"""
+    num_iterations: int = -1
+    """optimizer steps; -1: as many as num_epochs take"""
+    warm_start: bool = True
+    """start with the optimizer state of the stage before, if it was saved"""
+    init_lr_frac: float = 1.0
+    """factor on all learning rates"""
+    rates: LearningRates = field(default_factory=LearningRates)
+    cadence: Cadence = field(default_factory=Cadence)
+    val_conversations: int = 5000
+    """validation conversations, at most all"""
+    resume: bool = False
+    """go on from the newest checkpoint of this stage, if there is one"""
+    overwrite: bool = False
+    """delete the checkpoints that this stage has under this model tag and start anew"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "val_conversations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_iterations", "max_seq_len"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or -1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+
+def train_on_conversations(
+    config: ChatTrainConfig,
+    runtime: Runtime,
+    *,
+    stage: str,
+    source: str,
+    train_task: Task,
+    val_task: Task,
+    packed: bool,
+    rows_per_step: Callable[[int], int],
+    device_batch_size: int,
+    schedule: Callable[[float], float],
+) -> str | None:
+    """Train the model of stage `source`; leave checkpoints and metrics.jsonl of `stage`, and its report.
+
+    rows_per_step says of a row length how many rows a step takes, over all ranks. Returns the one-line result
+    on the main rank; None elsewhere, and if SIGTERM ended it before, after saving.
+    """
+    import torch
+
+    from nanochat.checkpoint_manager import checkpoint_dir, load_model, resolve_tag
+    from nanochat.conversations import Conversations
+    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.metrics import MetricsLog
+    from nanochat.optim import build_optimizer
+    from nanochat.samples import print_replies
+    from nanochat.train_loop import train
+    from nanochat.train_state import report_training, save_progress, start_or_resume, warm_start
+
+    tag = resolve_tag(source, config.model_tag)
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(source, runtime.device, "train", tag, step)
+    model.compute_dtype = runtime.compute_dtype
+    optimizer = build_optimizer(model, config.rates)
+    if config.warm_start:
+        warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
+    directory = checkpoint_dir(stage, tag)
+    progress = start_or_resume(
+        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+    )
+    if config.compile:
+        model.compile_blocks()
+
+    seq_len = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
+    form = partial(Conversations, tokenizer=tokenizer, seq_len=seq_len, packed=packed)
+    train_set, val_set = form(task=train_task), form(task=val_task)
+    rows, val_rows = train_set.plan(runtime), val_set.plan(runtime)
+    plan = make_plan(config, runtime, rows, rows_per_step(seq_len), device_batch_size, schedule)
+    micro_batch = device_batch_size * runtime.world_size
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+
+    def evaluate() -> float:
+        batches = val_set.batches(val_rows, device_batch_size, runtime, stop=len(val_rows))
+        return evaluate_bpb(model, batches, -(-len(val_rows) // micro_batch), token_bytes)
+
+    settings = asdict(config)
+    log = MetricsLog(
+        directory / "metrics.jsonl",
+        runtime,
+        resume_step=progress.step,
+        wandb_run=config.run,
+        config=settings,
+    )
+    is_finished = train(
+        model,
+        optimizer,
+        train_set.batches(
+            rows,
+            device_batch_size,
+            runtime,
+            start=(progress.loader_state or {"next_row": 0})["next_row"],
+            stop=config.num_epochs * len(rows) if config.num_iterations == -1 else None,
+        ),
+        plan,
+        config.cadence,
+        runtime,
+        progress,
+        save=partial(
+            save_progress,
+            directory,
+            model,
+            optimizer,
+            runtime,
+            settings=settings,
+            keep_last=config.cadence.keep_last,
+        ),
+        evaluate=evaluate,
+        sample=partial(print_replies, model, tokenizer, runtime, val_task),
+        log=log,
+    )
+    log.close()
+    if not (is_finished and runtime.is_main):
+        return None
+    name = {"mid": "mid_train", "sft": "chat_sft"}[stage]
+    return report_training(name, plan, model, progress, directory, settings)
+
+
+def make_plan(
+    config: ChatTrainConfig,
+    runtime: Runtime,
+    rows: Sequence[Sequence[tuple[int, int, int]]],
+    rows_per_step: int,
+    device_batch_size: int,
+    schedule: Callable[[float], float],
+) -> Plan:
+    """Derive accumulation and steps; ValueError when the rows of a step do not divide."""
+    micro_batch = device_batch_size * runtime.world_size
+    if rows_per_step < 1 or rows_per_step % micro_batch:
+        raise ValueError(
+            f"a step of {rows_per_step} rows must be a multiple of device_batch_size x ranks = "
+            f"{device_batch_size} x {runtime.world_size}; try {max(1, rows_per_step // micro_batch) * micro_batch}"
+        )
+    num_steps = -(-config.num_epochs * len(rows) // rows_per_step)
+    n_places = sum(end - begin for row in rows for _, begin, end in row)
+    return Plan(
+        num_steps=num_steps if config.num_iterations == -1 else config.num_iterations,
+        accumulation=rows_per_step // micro_batch,
+        tokens_per_step=max(1, n_places * rows_per_step // max(1, len(rows))),  # on average, without padding
+        lr_multiplier=schedule,
+    )

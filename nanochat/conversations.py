@@ -1,0 +1,122 @@
+"""Conversations as training batches: packed for midtraining, padded and masked for supervised finetuning.
+
+A plan says which conversations lie in which row. It is made once, from the lengths of all conversations, and
+depends on nothing else: not on ranks, micro-batch size or place of a resume. So an epoch is so many rows, each
+rank takes its share of every step's, and the state of the loader is a row number.
+
+    packed      rows of seq_len tokens, conversations laid end to end by best fit; one that is longer than a row
+                is cut into pieces, so that every token is learned and none is cropped away
+    padded      one conversation a row, as wide as the widest of its micro-batch; only what the assistant has to
+                say is learned; a conversation of more than seq_len tokens loses what chat_format says
+
+The target of a token is the next token of its conversation, so a conversation of n tokens fills n - 1 places.
+Rows that a last step lacks are empty: they have no targets and add nothing to the loss.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanochat.chat_format import render_conversation
+from nanochat.common import Runtime
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.common import Task
+
+Piece = tuple[int, int, int]  # conversation, first and last place + 1 of it
+OPEN_ROWS = 256  # that a conversation may still be put into
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """A task in the form that a stage learns it in."""
+
+    task: Task
+    tokenizer: RustBPETokenizer
+    seq_len: int
+    packed: bool
+
+    def render(self, index: int) -> tuple[list[int], list[int]]:
+        """Return ids and mask of a conversation: all of it and all learned, or cut to fit and masked."""
+        max_tokens = 2**31 if self.packed else self.seq_len + 1
+        ids, mask = render_conversation(self.tokenizer, self.task[index], max_tokens)
+        return ids, [1] * len(ids) if self.packed else mask
+
+    def plan(self, runtime: Runtime) -> list[list[Piece]]:
+        """Lay out all rows; every rank measures its share of the conversations."""
+        share = range(runtime.rank, len(self.task), runtime.world_size)
+        progress = tqdm(share, "measuring conversations", disable=not runtime.is_main, leave=False)
+        shares = runtime.gather([len(self.render(index)[0]) - 1 for index in progress])
+        n_places = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(len(self.task))]
+        if self.packed:
+            return pack(n_places, self.seq_len)
+        return [[(index, 0, n)] for index, n in enumerate(n_places)]
+
+    def batches(
+        self,
+        rows: Sequence[list[Piece]],
+        batch_size: int,
+        runtime: Runtime,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """Yield inputs, targets (B,T) int64 on the device, and the state after them, from row start to stop.
+
+        Rows are counted over ranks and epochs: after the last one of the plan comes the first again. Rows from
+        stop on (None: never) are empty.
+        """
+        while True:
+            mine = range(start + runtime.rank * batch_size, start + (runtime.rank + 1) * batch_size)
+            start += batch_size * runtime.world_size
+            inputs, targets = self._lay_out(
+                [rows[row % len(rows)] if stop is None or row < stop else [] for row in mine]
+            )
+            state = {"next_row": start, "positions": {}}  # no positions that are a rank's own
+            yield inputs.to(runtime.device), targets.to(runtime.device), state
+
+    def _lay_out(self, rows: list[list[Piece]]) -> tuple[Tensor, Tensor]:
+        widest = max(sum(end - begin for _, begin, end in row) for row in rows)
+        width = self.seq_len if self.packed else max(1, widest)
+        inputs = torch.full((len(rows), width), self.tokenizer.get_bos_token_id())
+        targets = torch.full((len(rows), width), -1)
+        for i, row in enumerate(rows):
+            place = 0
+            for index, begin, end in row:
+                ids, mask = map(torch.tensor, self.render(index))
+                there = slice(place, place + end - begin)
+                inputs[i, there] = ids[begin:end]
+                targets[i, there] = ids[begin + 1 : end + 1].where(mask[begin + 1 : end + 1] == 1, -1)
+                place = there.stop
+        return inputs, targets
+
+
+def pack(n_places: Sequence[int], capacity: int) -> list[list[Piece]]:
+    """Lay conversations of so many places into rows of capacity, each into the open row that it fills best.
+
+    (Best fit, Johnson 1973, over the OPEN_ROWS newest rows.) Rows come in the order in which they were begun.
+    """
+    rows: list[list[Piece]] = []
+    room: list[tuple[int, int]] = []  # (places left, row) of the open rows, in order
+    for index, n in enumerate(n_places):
+        for begin in range(0, n, capacity):
+            piece = (index, begin, min(begin + capacity, n))
+            size = piece[2] - begin
+            fit = bisect_left(room, (size, -1))
+            if fit < len(room):
+                left, row = room.pop(fit)
+                rows[row].append(piece)
+            else:
+                left, row = capacity, len(rows)
+                rows.append([piece])
+            if left > size:
+                insort(room, (left - size, row))
+            if len(room) > OPEN_ROWS:
+                room.pop(0)  # the fullest
+    return rows

@@ -1,0 +1,60 @@
+"""Midtraining: teach the base model conversations, multiple choice and the calculator.
+
+    python -m scripts.mid_train --data=embedded
+    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --model-tag=d20 --run=d20
+
+Conversations are packed into full rows and every token of them is learned. Checkpoints and metrics.jsonl go to
+$NANOCHAT_BASE_DIR/mid_checkpoints/<model tag>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from nanochat.chat_train import ChatTrainConfig, train_on_conversations
+from nanochat.common import parse, run, setup_runtime
+from nanochat.schedule import lr_multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class MidTrainConfig(ChatTrainConfig):
+    """Settings of midtraining."""
+
+    device_batch_size: int = 32
+    """rows of one forward on one device; lower it when memory runs out"""
+    total_batch_size: int = 524_288
+    """tokens of one optimizer step, over all devices"""
+    warmdown_ratio: float = 0.2
+    """last share of training, over which the learning rates fall to 0"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; leaves checkpoints, metrics.jsonl and report/mid_train.json."""
+    config = parse(MidTrainConfig, argv)
+
+    from tasks.recipes import mid_tasks
+
+    train_task, val_task = mid_tasks(config.data, config.val_conversations)
+    result = train_on_conversations(
+        config,
+        setup_runtime(config.device_type),
+        stage="mid",
+        source="base",
+        train_task=train_task,
+        val_task=val_task,
+        packed=True,
+        rows_per_step=lambda seq_len: config.total_batch_size // seq_len,
+        device_batch_size=config.device_batch_size,
+        schedule=partial(
+            lr_multiplier, peak=config.init_lr_frac, warmdown=config.warmdown_ratio
+        ),
+    )
+    if result:
+        print(result)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,69 @@
+"""Arithmetic with the calculator: small sums and one-line stories about them, made up on the spot.
+
+The model has to find the expression; the calculator does the rest. Items are drawn with a seed of split and
+index, and the numbers of the test items never occur together in a training item: a pair (a, b) belongs to the
+split that its remainder says.
+"""
+
+from __future__ import annotations
+
+import random
+
+from nanochat.tools import calculate
+from tasks.common import Conversation, Task, item_random
+from tasks.gsm8k import extract_answer
+
+# question and expression; c is a small number
+FORMS = (
+    ("What is {a} + {b}?", "{a}+{b}"),
+    ("What is {a} - {b}?", "{a}-{b}"),
+    ("What is {a} * {b}?", "{a}*{b}"),
+    ("What is {a} plus {b}?", "{a}+{b}"),
+    ("What is {a} minus {b}?", "{a}-{b}"),
+    ("What is {a} times {b}?", "{a}*{b}"),
+    ("{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?", "{a}+{b}"),
+    ("{name} has {a} {thing} and gives away {b}. How many {thing} are left?", "{a}-{b}"),
+    ("There are {a} boxes with {b} {thing} each. How many {thing} is that?", "{a}*{b}"),
+    ("{name} has {a} boxes with {b} {thing} each and loses {c} {thing}. How many are left?", "{a}*{b}-{c}"),
+    ("{name} buys {a} {thing} at {b} dollars each and pays {c} dollars for a bag. What is the price?", "{a}*{b}+{c}"),
+)
+NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Max")
+THINGS = ("files", "lines", "strings", "names", "pages", "bytes")
+
+
+class Arithmetic(Task):
+    """Size items of FORMS with numbers from 2 to 99."""
+
+    def __init__(self, size: int, split: str, **slices):
+        super().__init__(**slices)
+        self.size, self.split = size, split
+
+    def num_examples(self) -> int:
+        """The size."""
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        """Return item number index."""
+        rng = item_random(self.split, index)
+        question, expression = rng.choice(FORMS)
+        numbers = dict(zip("ab", self._pair(rng), strict=True))
+        numbers["c"] = rng.randint(2, 20)
+        expression = expression.format(**numbers)
+        question = question.format(**numbers, name=rng.choice(NAMES), thing=rng.choice(THINGS))
+        result = calculate(expression)
+        parts = [
+            {"type": "python", "text": expression},
+            {"type": "python_output", "text": result},
+            {"type": "text", "text": f"#### {result}"},
+        ]
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
+
+    def _pair(self, rng: random.Random) -> tuple[int, int]:
+        while True:
+            a, b = sorted((rng.randint(2, 99), rng.randint(2, 99)), reverse=True)
+            if ((7 * a + b) % 8 == 0) is (self.split == "test"):
+                return a, b
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the number after #### is the right one."""
+        return extract_answer(completion) == extract_answer(conversation["messages"][-1]["content"][-1]["text"])

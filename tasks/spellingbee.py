@@ -1,0 +1,93 @@
+"""Spelling: SimpleSpelling asks for the letters of a word, SpellingBee for how often one of them occurs in it.
+
+A model sees tokens, not letters, so what it spells it must have learned of its tokens; and it counts badly, so
+SpellingBee teaches it to hand word and letter to the calculator. Words are split, not only questions: one in
+eight, by a hash of it, is kept for the tests, and no training item of either task asks about it.
+
+The words are those of the training text (word_list), so there is nothing to download. In the answer's call a
+space comes before the quoted word: there it has the tokens that it has in the question.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+
+from nanochat.dataset import parquets_iter_batched
+from tasks.common import Conversation, Task, item_random
+from tasks.gsm8k import extract_answer
+
+SPELL = ('Spell the word "{word}".', 'How do you spell "{word}"?', 'What are the letters of "{word}"?')
+COUNT = (
+    'How many times does "{letter}" occur in "{word}"?',
+    'How often is the letter "{letter}" in "{word}"?',
+    'Count the "{letter}" in "{word}".',
+)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def word_list(data: str, min_length: int = 3, max_length: int = 20, n_batches: int = 40) -> list[str]:
+    """Return the lower-case words that occur twice or more in the first training text, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for texts in islice(parquets_iter_batched("train", data=data), n_batches):
+        for text in texts:
+            counts.update(re.findall(r"\b[a-z]+\b", text))
+    return [
+        word for word, n in counts.most_common() if n > 1 and min_length <= len(word) <= max_length
+    ]
+
+
+class _WordTask(Task):
+    """Size items about the words of a split."""
+
+    def __init__(self, words: Sequence[str], size: int, split: str, **slices):
+        super().__init__(**slices)
+        self.words = [word for word in words if (zlib.crc32(word.encode()) % 8 == 0) is (split == "test")]
+        if not self.words:
+            raise ValueError(f"none of the {len(words)} words falls to the split {split!r}; give more words")
+        self.size, self.split = size, split
+
+    def num_examples(self) -> int:
+        """The size."""
+        return self.size
+
+
+class SimpleSpelling(_WordTask):
+    """Spell a word: its letters, with spaces between."""
+
+    def get_example(self, index: int) -> Conversation:
+        """Return item number index."""
+        rng = item_random(self.split, index)
+        word = rng.choice(self.words)
+        question = rng.choice(SPELL).format(word=word)
+        answer = {"role": "assistant", "content": " ".join(word)}
+        return {"messages": [{"role": "user", "content": question}, answer]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion is the letters, all of them and nothing else."""
+        return completion.strip() == conversation["messages"][-1]["content"]
+
+
+class SpellingBee(_WordTask):
+    """Count a letter in a word, with the calculator; three letters of four are ones that the word has."""
+
+    def get_example(self, index: int) -> Conversation:
+        """Return item number index."""
+        rng = item_random(self.split, index)
+        word = rng.choice(self.words)
+        letter = rng.choice(word if rng.random() < 0.75 else LETTERS)
+        question = rng.choice(COUNT).format(word=word, letter=letter)
+        count = str(word.count(letter))
+        parts = [
+            {"type": "python", "text": f' "{word}".count("{letter}")'},
+            {"type": "python_output", "text": count},
+            {"type": "text", "text": f"#### {count}"},
+        ]
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the number after #### is the right one."""
+        return extract_answer(completion) == extract_answer(conversation["messages"][-1]["content"][-1]["text"])
