@@ -101,6 +101,7 @@ def test_an_exception():
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("input()", "EOFError: EOF when reading a line"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import execution_child", "ModuleNotFoundError"),
         ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
         ("raise ValueError('x' * 10**6)", "ValueError: xxx"),
         ("raise ValueError('\ud800')".encode("unicode_escape").decode(), "ValueError: \\ud800"),
@@ -314,7 +315,7 @@ def test_files_outside(code, tmp_path):
         "os.utime({outside!r})",
         "os.truncate({outside!r}, 0)",
         "os.setxattr({outside!r}, 'user.x', b'')",
-        # ptrace(ATTACH), unshare(user namespace), io_uring_setup, shmctl(INFO): Python has no functions for these
+        # no functions of Python's: ptrace(ATTACH), unshare(user namespace), io_uring_setup, shmctl(INFO)
         "system_call(101 if is_x86 else 117, 16, {parent}, 0, 0)",
         "system_call(272 if is_x86 else 97, 0x10000000)",
         "system_call(425, 1, 0)",
