@@ -58,11 +58,8 @@ FORBIDDEN = (
     ((129, 200, 297, 424, 434), (138, 130, 240, 424, 434)),  # queued signals, tkill, pidfds
     ((101, 298, 310, 311, 312), (117, 241, 270, 271, 272)),  # ptrace, perf, memory of other processes, kcmp
     ((141, 142, 144, 203, 251, 314), (140, 118, 119, 122, 30, 274)),  # priorities and affinities
-    (
-        (*range(29, 32), *range(64, 72), 220),
-        tuple(range(186, 198)),
-    ),  # shared memory, semaphores and queues ...
-    ((240, 319), (180, 279)),  # ... of System V; queues of POSIX, memfd
+    ((*range(29, 32), *range(64, 72), 220), tuple(range(186, 198))),  # System V: memory, semaphores, queues
+    ((240, 319), (180, 279)),  # queues of POSIX, memfd
     ((248, 249, 250, 321, 323, 425), (217, 218, 219, 280, 282, 425)),  # keys, bpf, userfaultfd, io_uring
     ((90, 91, 92, 93, 94, 260, 268, 452), (52, 53, 54, 55, 452)),  # chmod, chown
     ((132, 235, 261, 280), (88,)),  # times of a file
