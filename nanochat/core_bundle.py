@@ -211,11 +211,11 @@ def download_bundle(url: str, sha256: str, folder: Path) -> None:
         if sha256 and digest != sha256.lower():
             raise ValueError(f"{url} has the SHA-256 {digest}, not {sha256}")
         _unpack(archive, unpacked, url)
-        root = min(unpacked.rglob("core.yaml"), key=lambda path: len(path.parts), default=None)
-        if root is None:
+        core_yaml = next(unpacked.rglob("core.yaml"), None)  # zips may have a folder around it all
+        if core_yaml is None:
             raise ValueError(f"{url} holds no core.yaml: it is no CORE bundle")
-        load_bundle(root.parent)
-        root.parent.rename(folder)
+        load_bundle(core_yaml.parent)
+        core_yaml.parent.rename(folder)
 
 
 def _fetch(url: str, path: Path) -> None:
