@@ -61,11 +61,18 @@ BLOCK_BYTES = 1 << 20
 # Sources and splits
 
 
+def source(data: str) -> str:
+    """Return data, with "auto" decided: "hub" if that has been downloaded, else "embedded"."""
+    hub = base_dir() / "base_data"
+    if data != "auto":
+        return data
+    return "hub" if (hub / VAL_SHARD).exists() and len(list(hub.glob("*.parquet"))) > 1 else "embedded"
+
+
 def resolve(data: str) -> Path:
     """Return the folder of shards that `data` (see above) means; makes it if that takes no network."""
     hub, embedded = base_dir() / "base_data", base_dir() / "embedded_data"
-    if data == "auto":
-        data = "hub" if (hub / VAL_SHARD).exists() and len(list(hub.glob("*.parquet"))) > 1 else "embedded"
+    data = source(data)
     if data == "hub":
         if not (hub / VAL_SHARD).exists():
             raise FileNotFoundError(f"{hub / VAL_SHARD} is missing; run `python -m nanochat.dataset -n 8`")

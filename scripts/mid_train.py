@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tasks.recipes import mid_tasks
 
-    train_task, val_task = mid_tasks(config.data, config.val_conversations)
+    train_task, val_task = mid_tasks(config.data)
     result = train_on_conversations(
         config,
         setup_runtime(config.device_type),

@@ -1,9 +1,12 @@
-"""Which tasks a stage learns from and is measured on.
+"""Which tasks a stage learns from, and which it is measured on.
 
     hub         the sets of the published run
-    embedded    what needs no network: spelling, arithmetic and questions about the standard library
-    a path      a .jsonl of your own conversations; one in twenty is held out
+    embedded    what needs no network: spelling, arithmetic, and questions about the standard library
+    a path      a .jsonl of your own conversations to learn from; one in twenty is held out
     auto        hub where the hub's text was downloaded, else embedded
+
+Conversations that give the model a name and a character are learned with the hub's sets if they are there, as
+$NANOCHAT_BASE_DIR/identity_conversations.jsonl.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ import logging
 from collections.abc import Callable
 
 from nanochat.common import base_dir
-from nanochat.dataset import resolve_source
-from tasks.arithmetic import Arithmetic
+from nanochat.dataset import source
 from tasks.arc import ARC
+from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
@@ -25,4 +28,102 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
 from tasks.stdlib import DocChoice, DocQuestion
 
 logger = logging.getLogger(__name__)
-VAL_EVERY = 20
+VAL_EVERY = 20  # of conversations of your own, one of this many is held out
+SHORT = 6  # letters of a word that the embedded tasks ask about
+
+
+def mid_tasks(data: str) -> tuple[Task, Task]:
+    """Return what midtraining learns from and what it is validated on."""
+    data = source(data)
+    if data == "embedded":
+        return _embedded("train"), _embedded("test")
+    if data != "hub":
+        return _own(data)
+    words = word_list("hub")
+    train = [
+        SmolTalk("train"),
+        MMLU("all", "auxiliary_train"),
+        GSM8K("main", "train"),
+        *2 * _identity(),
+        SimpleSpelling(words, 200_000, "train"),
+        SpellingBee(words, 80_000, "train"),
+    ]
+    val = [SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)]
+    return TaskMixture(train), TaskMixture(val)
+
+
+def sft_tasks(data: str) -> tuple[Task, Task]:
+    """Return what supervised finetuning learns from and what it is validated on."""
+    data = source(data)
+    if data == "embedded":
+        return _embedded("train"), _embedded("test")
+    if data != "hub":
+        return _own(data)
+    words = word_list("hub")
+    train = [
+        ARC("ARC-Easy", "train"),
+        ARC("ARC-Challenge", "train"),
+        GSM8K("main", "train"),
+        SmolTalk("train", stop=10_000),
+        *_identity(),
+        SimpleSpelling(words, 300, "train"),
+        SpellingBee(words, 300, "train"),
+    ]
+    return TaskMixture(train), SmolTalk("test")
+
+
+def rl_tasks(data: str) -> tuple[Task, Task]:
+    """Return what reinforcement learning is rewarded on, and what it is measured on."""
+    if source(data) == "hub":
+        return GSM8K("main", "train"), GSM8K("main", "test")
+    return Arithmetic(8000, "train"), Arithmetic(400, "test")
+
+
+def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
+    """Return how to make each task of a chat evaluation; none is loaded before it is asked for."""
+    if source(data) == "hub":
+        return {
+            "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
+            "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
+            "MMLU": lambda: MMLU("all", "test"),
+            "GSM8K": lambda: GSM8K("main", "test"),
+            "HumanEval": HumanEval,
+            "SpellingBee": lambda: SpellingBee(word_list("hub"), 256, "test"),
+        }
+    return {
+        "Arithmetic": lambda: Arithmetic(500, "test"),
+        "SimpleSpelling": lambda: SimpleSpelling(_short_words(), 500, "test"),
+        "SpellingBee": lambda: SpellingBee(_short_words(), 500, "test"),
+        "DocChoice": lambda: DocChoice(1000, "test"),
+    }
+
+
+def _embedded(split: str) -> Task:
+    words = _short_words()
+    sizes = {"train": (1000, 1000, 1000, 1000), "test": (100, 100, 100, 100)}[split]
+    spelling, bee, arithmetic, choice = sizes
+    tasks = [
+        SimpleSpelling(words, spelling, split),
+        SpellingBee(words, bee, split),
+        Arithmetic(arithmetic, split),
+        DocChoice(choice, split),
+        DocQuestion(split),
+    ]
+    return TaskMixture(tasks)
+
+
+def _short_words() -> list[str]:
+    return word_list("embedded", max_length=SHORT)
+
+
+def _own(path: str) -> tuple[Task, Task]:
+    train = [CustomJSON(path, start=i, step=VAL_EVERY) for i in range(1, VAL_EVERY)]
+    return TaskMixture(train), CustomJSON(path, step=VAL_EVERY)
+
+
+def _identity() -> list[Task]:
+    path = base_dir() / "identity_conversations.jsonl"
+    if path.exists():
+        return [CustomJSON(path)]
+    logger.info(f"no {path}: the model learns no identity")
+    return []

@@ -1,0 +1,112 @@
+"""Measure a chat model: multiple choice by the likeliest letter, everything else by what it writes.
+
+    python -m scripts.chat_eval -i sft
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft -a "ARC-Easy|GSM8K" -b 64
+    python -m scripts.chat_eval -i sft --bench     # also answer one at a time, and compare the speeds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated
+
+import tyro
+
+from nanochat.common import parse, run, setup_runtime, write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatEvalConfig:
+    """What to measure, and how."""
+
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    """stage of the model: mid, sft or rl"""
+    task_names: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
+    """tasks to run, with | between; empty: all of the data"""
+    data: str = "auto"
+    """tasks of which data: hub, embedded, or auto"""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    """conversations at a time on one device"""
+    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1
+    """conversations of a task, at most; -1: all"""
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    """tokens of a reply, at most; half of the context at most"""
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """name of the checkpoint folder; empty: the deepest there is"""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """which checkpoint; -1: the newest"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is"""
+    bench: bool = False
+    """answer everything once more, one conversation at a time, and print examples a second of both"""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}: at least 1 each")
+        if self.max_problems < 1 and self.max_problems != -1:
+            raise ValueError(f"max_problems={self.max_problems} must be at least 1, or -1 for all")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; leaves report/chat_eval_<source>.json."""
+    config = parse(ChatEvalConfig, argv)
+
+    from nanochat.chat_eval import chatcore, evaluate_task
+    from nanochat.checkpoint_manager import load_model
+    from tasks.recipes import eval_tasks
+
+    known = eval_tasks(config.data)
+    names = config.task_names.split("|") if config.task_names else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown tasks {', '.join(unknown)}; there are {'|'.join(known)}")
+    runtime = setup_runtime(config.device_type)
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(config.source, runtime.device, "eval", config.model_tag, step)
+    model.compute_dtype = runtime.compute_dtype
+    answer = partial(
+        evaluate_task,
+        model=model,
+        tokenizer=tokenizer,
+        runtime=runtime,
+        max_new_tokens=min(config.max_new_tokens, model.config.sequence_len // 2),
+        max_problems=config.max_problems,
+    )
+    results = {}
+    for name in names:
+        task = known[name]()
+        result = results[name] = answer(task, batch_size=config.batch_size, name=name)
+        if runtime.is_main:
+            print(
+                f"{name}: {100 * result['accuracy']:.1f} +- {100 * result['standard_error']:.1f} % of "
+                f"{result['n']} (chance {100 * result['chance']:.0f} %), {result['n'] / result['seconds']:.1f}/s"
+            )
+        if config.bench:
+            alone = answer(task, batch_size=1, name=f"{name}, one at a time")
+            if runtime.is_main:
+                print(
+                    f"{name}: {alone['n'] / alone['seconds']:.1f}/s one at a time, batched "
+                    f"{alone['seconds'] / result['seconds']:.1f} times that; accuracy {alone['accuracy']:.4f}"
+                )
+    if runtime.is_main:
+        seconds = sum(result["seconds"] for result in results.values())
+        core, without = chatcore(results), chatcore(results, without=["SpellingBee"])
+        report = {
+            "settings": asdict(config),
+            "source": config.source,
+            "step": meta["step"],
+            "tasks": results,
+            "chatcore": core,
+            "chatcore_without_spellingbee": without,
+            "seconds": seconds,
+            "examples_per_second": sum(result["n"] for result in results.values()) / seconds,
+        }
+        write_report(f"chat_eval_{config.source}", report)
+        rest = "" if without is None else f", {without:.4f} without SpellingBee"
+        print(f"chat_eval: {config.source} step {meta['step']}, ChatCORE {core:.4f}{rest}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
