@@ -107,7 +107,7 @@ class Engine:
         seed: int | None = None,
         **settings,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Like generate, all at once: prompt and completion of each sample, and their masks, 0 on the prompt."""
+        """Like generate, all at once: prompt with completion of each sample, and masks, 0 on the prompt."""
         found = self.complete(
             [tokens],
             max_tokens=self._room(tokens, max_tokens),
@@ -131,11 +131,13 @@ class Engine:
     ) -> list[Completion]:
         """Complete every prompt num_samples times (sample j of prompt i is number i * num_samples + j).
 
-        At most batch_size rows run at a time, prompts of like length together; on_done is told how many ended.
-        The settings are generate's.
+        At most batch_size rows run at a time, prompts of like length together; on_done is told how many
+        ended. The settings are generate's.
         """
-        if batch_size < num_samples:
-            raise ValueError(f"batch_size={batch_size} must hold the num_samples={num_samples} of a prompt")
+        if not 1 <= num_samples <= batch_size:
+            raise ValueError(
+                f"num_samples={num_samples} must be at least 1 and fit into batch_size={batch_size}"
+            )
         completions: list[Completion] = [Completion()] * (len(prompts) * num_samples)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         n = batch_size // num_samples
@@ -165,7 +167,7 @@ class Engine:
     def _prefill(
         self, prompts: Sequence[Sequence[int]], num_rows: int, max_tokens: int
     ) -> tuple[Tensor, HybridCache]:
-        """Run the prompts; return logits (num_rows,V) of the first new token and the decode state of the rows."""
+        """Run the prompts; return logits (num_rows,V) of the first new token and the rows' decode state."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         idx = torch.full((len(prompts), longest), self.special["<|bos|>"])
@@ -180,7 +182,7 @@ class Engine:
             logits, cache = logits[copies.to(device)], cache.select(copies.tolist())
         return logits, cache
 
-    @torch.inference_mode()  # around the forward alone: the mode is a thread's, and generators may change theirs
+    @torch.inference_mode()  # around the forward alone: the mode is a thread's, and a generator may change it
     def _decode(self, tokens: list[int], cache: HybridCache) -> Tensor:
         return self.model.next_logits(torch.tensor(tokens, device=self.model.device)[:, None], cache)
 
@@ -194,9 +196,10 @@ class Engine:
     ) -> Iterator[set[int]]:
         """Advance all rows token by token until they end; yield after each step which of them it advanced."""
         check_sampling(settings.get("temperature", 1.0), settings.get("top_k"), settings.get("top_p"), 1.0)
-        if max_tokens < 1 or not all(map(len, prompts)):
+        if max_tokens < 1 or not rows or not all(map(len, prompts)):
             raise ValueError(
-                f"max_tokens={max_tokens} must be at least 1, and so must the length of a prompt"
+                f"max_tokens={max_tokens}, num_samples={len(rows) // len(prompts)} and the length of a "
+                "prompt must be at least 1"
             )
         running = list(range(len(rows)))  # which row each row of the cache is
         logits, cache = self._prefill(prompts, len(rows), max_tokens)

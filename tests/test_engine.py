@@ -1,0 +1,314 @@
+"""The engine: many rows are as each alone, the calculator's tokens are forced, and who has ended leaves."""
+
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanochat.engine import Engine
+from nanochat.tokenizer import SPECIAL_TOKENS
+from tests.models import random_model, small_config
+from tests.vocabulary import VOCAB_SIZE, train_tokenizer
+
+PLANS = [
+    {"slc_rate": 3},
+    {"slc_rate": 0, "n_layer": 2, "n_kv_head": 1},
+    {"slc_rate": 2, "n_kernel": 5},
+    {"slc_rate": 9, "n_layer": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return Engine(random_model(small_config(vocab_size=VOCAB_SIZE)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def spell(tokenizer):
+    """Spell ids: names of special tokens as they are, other texts encoded."""
+
+    def spelled(*pieces):
+        parts = [
+            [tokenizer.encode_special(p)] if p in SPECIAL_TOKENS else tokenizer.encode(p) for p in pieces
+        ]
+        return [id for part in parts for id in part]
+
+    return spelled
+
+
+def some_prompts(n=7):
+    torch.manual_seed(1)
+    return [torch.randint(0, 300, (length,)).tolist() for length in (5, 1, 20, 2, 3, 9, 5)[:n]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# With real models
+
+
+@torch.no_grad()
+def by_full_forwards(model, prompt, n, ends):
+    """Greedy tokens, each by a forward over everything before it."""
+    found = []
+    for _ in range(n):
+        token = int(model(torch.tensor([[*prompt, *found]]))[0, -1].argmax())
+        if token in ends:
+            return found, token
+        found.append(token)
+    return found, None
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_of_a_batch_are_as_if_alone(plan, tokenizer):
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, **plan))
+    engine, prompts = Engine(model, tokenizer), some_prompts()
+    ends = {tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")}
+    expected = [by_full_forwards(model, prompt, 12, ends) for prompt in prompts]
+    for batch_size in (64, 2, 1):
+        found = engine.complete(prompts, max_tokens=12, batch_size=batch_size, temperature=0)
+        assert [(row.tokens, row.end_token) for row in found] == expected
+    for prompt, (tokens, _) in zip(prompts, expected, strict=True):
+        assert list(model.generate(torch.tensor([prompt]), 12, temperature=0)) == tokens
+        columns = list(engine.generate(prompt, max_tokens=12, temperature=0))
+        assert [column[0] for column, _ in columns][: len(tokens)] == tokens
+        both, masks = engine.generate_batch(prompt, num_samples=2, max_tokens=12, temperature=0)
+        assert both == 2 * [[*prompt, *tokens]]
+        assert masks == 2 * [[0] * len(prompt) + [1] * len(tokens)]
+
+
+def test_the_rows_that_go_on_are_the_right_ones(engine):
+    """Ends are rare in a random model: a token that it writes often is made one, so the batch shrinks."""
+    prompts = some_prompts()
+    plain = engine.complete(prompts, max_tokens=14, temperature=0)
+    frequent = Counter(token for row in plain for token in set(row.tokens[1:])).most_common(4)
+    sizes = []
+    decode = engine._decode
+    engine._decode = lambda tokens, cache: (sizes.append(len(tokens)), decode(tokens, cache))[1]
+    for end, n_rows in frequent:
+        engine.special["<|assistant_end|>"] = end
+        ends = {end, engine.special["<|bos|>"]}
+        found = engine.complete(prompts, max_tokens=14, temperature=0)
+        expected = [by_full_forwards(engine.model, prompt, 14, ends) for prompt in prompts]
+        assert [(row.tokens, row.end_token) for row in found] == expected
+        assert sum(row.end_token == end for row in found) >= n_rows
+    assert len(set(sizes)) > 1
+
+
+def test_every_sample_draws_its_own_first_token(engine):
+    """The first token was drawn once and copied to all samples."""
+    column, masks = next(engine.generate([1, 2, 3], num_samples=4000, seed=0))
+    assert masks == [1] * 4000
+    with torch.no_grad():
+        probabilities = engine.model(torch.tensor([[1, 2, 3]]))[0, -1].softmax(-1)
+    shares = torch.bincount(torch.tensor(column), minlength=VOCAB_SIZE) / 4000
+    assert (shares - probabilities).abs().sum() / 2 < 0.15
+    assert (shares - 1 / VOCAB_SIZE).abs().sum() / 2 > 0.2  # which is not because all shares are alike
+    results, _ = engine.generate_batch([1, 2, 3], num_samples=64, max_tokens=2, seed=0)
+    assert len({tuple(row[3:4]) for row in results}) > 20
+
+
+def test_seeds(engine):
+    """A fixed default seed made all answers of a chat the same at any temperature."""
+
+    def draw(seed):
+        return engine.generate_batch([5, 6], num_samples=3, max_tokens=8, seed=seed)
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    assert draw(None) != draw(None)
+    state = torch.get_rng_state()
+    draw(3)
+    assert torch.equal(state, torch.get_rng_state())  # nobody else's random numbers are drawn
+
+
+def test_samples_of_several_prompts(engine):
+    prompts = some_prompts()
+    done = []
+    settings = {"num_samples": 3, "batch_size": 7, "on_done": done.append}
+    found = engine.complete(prompts, max_tokens=6, temperature=0, **settings)
+    alone = engine.complete(prompts, max_tokens=6, temperature=0)
+    assert [row.tokens for row in found] == [row.tokens for row in alone for _ in range(3)]
+    assert done == [6, 6, 6, 3]
+    assert engine.complete([], max_tokens=6) == []
+
+
+def test_interleaved_generations_do_not_mix_and_the_model_can_be_trained_after(engine):
+    one = engine.generate([1, 2], max_tokens=6, temperature=0)
+    two = engine.generate([3, 4, 5], max_tokens=6, temperature=0)
+    mixed = list(zip(one, two, strict=True))
+    for prompt, which in (([1, 2], 0), ([3, 4, 5], 1)):
+        assert [pair[which] for pair in mixed] == list(engine.generate(prompt, max_tokens=6, temperature=0))
+    assert not torch.is_inference_mode_enabled()
+    engine.model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": []}, "length of a prompt must be"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_settings_that_mean_nothing(engine, settings, message):
+    settings = {"tokens": [1], **settings}
+    with pytest.raises(ValueError, match=message):
+        next(engine.generate(**settings))
+    with pytest.raises(ValueError, match=message):
+        engine.generate_batch(**settings)
+
+
+def test_a_batch_holds_the_samples_of_a_prompt(engine):
+    with pytest.raises(ValueError, match="num_samples=3 must be at least 1 and fit into batch_size=2"):
+        engine.complete([[1]], max_tokens=1, num_samples=3, batch_size=2)
+
+
+def test_what_the_context_has_left_is_the_default(engine):
+    engine.special["<|bos|>"] = engine.special["<|assistant_end|>"] = -1  # rows never end
+    for n_prompt, n_new in ((30, 2), (31, 1), (40, 1)):  # the context has 32
+        assert len(list(engine.generate([1] * n_prompt, temperature=0))) == n_new
+        assert len(engine.generate_batch([1] * n_prompt, temperature=0)[0][0]) == n_prompt + n_new
+
+
+# ---------------------------------------------------------------------------------------------------------
+# With a model that writes what the test says
+
+
+class ScriptedCache:
+    def __init__(self, rows):
+        self.rows, self.place = rows, 0
+
+    def select(self, rows):
+        is_fork = len(rows) > len(self.rows)  # the copies of a prompt's row go on by scripts of their own
+        chosen = ScriptedCache(list(range(len(rows))) if is_fork else [self.rows[row] for row in rows])
+        chosen.place = self.place
+        return chosen
+
+
+class ScriptedModel:
+    """Row i writes scripts[i], whatever it is given; `given` has the tokens of each forward."""
+
+    config, device = SimpleNamespace(sequence_len=64), torch.device("cpu")
+
+    def __init__(self, *scripts):
+        self.scripts, self.given = scripts, []
+
+    def new_cache(self, batch_size, max_len):
+        return ScriptedCache(list(range(batch_size)))
+
+    def next_logits(self, idx, cache, lengths=None):
+        self.given.append(idx[:, -1].tolist())
+        logits = torch.zeros(len(idx), VOCAB_SIZE)
+        for place, row in enumerate(cache.rows):
+            script = self.scripts[row]
+            logits[place, script[min(cache.place, len(script) - 1)]] = 1e4
+        cache.place += 1
+        return logits
+
+
+@pytest.fixture
+def write(tokenizer, spell):
+    """Let a row write pieces, where None is a place whose token is forced; return its completion."""
+
+    def written(*pieces, n_more=0):
+        script = [id for piece in pieces for id in ([0] if piece is None else spell(piece))]
+        model = ScriptedModel(script)
+        (row,) = Engine(model, tokenizer).complete([[1]], max_tokens=len(script) + n_more, temperature=0)
+        fed = [column[0] for column in model.given[1:]]
+        assert fed == (row.tokens[:-1] if row.end_token is None else row.tokens)  # the model sees forced ones
+        return row
+
+    return written
+
+
+def test_the_result_of_a_call_is_forced(write, spell):
+    call = spell("Is ", "<|python_start|>", "12 * (3 + 4)", "<|python_end|>")
+    result = spell("<|output_start|>", "84", "<|output_end|>")
+    forced = [None] * len(result)
+    row = write(
+        *("Is ", "<|python_start|>", "12 * (3 + 4)", "<|python_end|>"), *forced, "ok", "<|assistant_end|>"
+    )
+    assert row.tokens == [*call, *result, *spell("ok")]
+    assert row.mask == [1] * len(call) + [0] * len(result) + [1] * len(spell("ok"))
+    assert [row.end_token] == spell("<|assistant_end|>")
+
+
+def test_an_end_that_is_sampled_where_a_token_is_forced_is_no_end(write, spell):
+    result = spell("<|output_start|>", "5", "<|output_end|>")
+    row = write("<|python_start|>", "2+3", "<|python_end|>", *["<|bos|>"] * len(result), "ok", "<|bos|>")
+    assert row.tokens == [*spell("<|python_start|>", "2+3", "<|python_end|>"), *result, *spell("ok")]
+    assert [row.end_token] == spell("<|bos|>")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ("<|python_start|>", "2+3"),  # never finished
+        ("<|python_start|>", "2+3", "<|assistant_end|>"),
+        ("<|python_start|>", "<|python_end|>", "ok"),
+        ("<|python_start|>", "1/0", "<|python_end|>", "ok"),
+        ("<|python_start|>", "import os", "<|python_end|>", "ok"),
+        ("2+3", "<|python_end|>", "ok"),  # never begun
+        ("<|output_start|>", "2+3", "<|output_end|>", "ok"),
+    ],
+)
+def test_calls_that_force_nothing(write, spell, pieces):
+    row = write(*pieces)
+    assert row.tokens == spell(*(piece for piece in pieces if piece != "<|assistant_end|>"))
+    assert row.mask == [1] * len(row.tokens)
+
+
+def test_a_call_that_begins_anew_and_a_second_call(write, spell):
+    result = spell("<|output_start|>", "7", "<|output_end|>")
+    call = ("<|python_start|>", "3+4", "<|python_end|>")
+    row = write("<|python_start|>", "1+", *call, *[None] * len(result), *call, *[None] * len(result), "ok")
+    first = spell("<|python_start|>", "1+", *call)
+    assert row.tokens == [*first, *result, *spell(*call), *result, *spell("ok")]
+    assert row.mask.count(0) == 2 * len(result)
+    cut = write(*call, n_more=1)  # max_tokens end it in the middle of the result
+    assert cut.tokens == [*spell(*call), result[0]]
+    assert (cut.mask[-1], cut.end_token) == (0, None)
+
+
+def test_rows_that_have_ended_leave_the_batch(tokenizer, spell):
+    """They went on through the model until the last one ended."""
+    (end,) = spell("<|assistant_end|>")
+    lengths = [1, 9, 2, 5, 3, 5, 2, 16]
+    scripts = [[100 + row] * length + [end] for row, length in enumerate(lengths)]
+    model = ScriptedModel(*scripts)
+    found = Engine(model, tokenizer).complete([[row + 1] for row in range(8)], max_tokens=40, temperature=0)
+    assert [row.tokens for row in found] == [script[:-1] for script in scripts]
+    assert {row.end_token for row in found} == {end}
+    # at most twice as many rows as are alive, and no forward once all have ended
+    alive = [sum(length > step for length in lengths) for step in range(16)]
+    sizes = [len(given) for given in model.given[1:]]
+    assert len(sizes) == 16
+    assert all(size < 2 * n for size, n in zip(sizes, alive, strict=True))
+
+
+def test_columns_have_every_sample_and_ended_ones_repeat_their_end(tokenizer, spell):
+    (end,) = spell("<|assistant_end|>")
+    model = ScriptedModel([50, 51, end], [50, end], [50, 52, 53, 54, end])
+    columns = list(Engine(model, tokenizer).generate([1, 2], num_samples=3, temperature=0))
+    assert [tokens for tokens, _ in columns] == [
+        [50, 50, 50],
+        [51, end, 52],
+        [end, end, 53],
+        [end, end, 54],
+        [end, end, end],
+    ]
+    assert [masks for _, masks in columns] == [[1, 1, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 1]]
+    two = islice(Engine(model, tokenizer).generate([1, 2], num_samples=3, max_tokens=2, temperature=0), 9)
+    assert len(list(two)) == 2
+    results, masks = Engine(model, tokenizer).generate_batch([1, 2], num_samples=3, temperature=0)
+    assert results == [[1, 2, 50, 51], [1, 2, 50], [1, 2, 50, 52, 53, 54]]
+    assert masks == [[0, 0, 1, 1], [0, 0, 1], [0, 0, 1, 1, 1, 1]]
