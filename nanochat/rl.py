@@ -1,0 +1,215 @@
+"""Reinforcement learning: GRPO (Shao et al. 2024) without all that one update a step makes superfluous.
+
+A step samples several answers to each of some questions, and makes those likelier that were rewarded more
+than the question's others:
+
+    advantage = reward - mean reward of the question's samples
+    loss      = -sum over sampled tokens of advantage * log p(token | all before it) / n
+
+n counts the sampled tokens of the whole step over all ranks, so neither micro-batches nor padding change a
+gradient. Each answer teaches the very model that gave it, once: there is no ratio to clip, no reference model
+and no KL term. Nor is the advantage divided by its deviation, which would favour questions that are nearly
+always or nearly never answered (Liu et al. 2025). p is the model's own, without temperature and top-k.
+
+Questions whose samples are all rewarded alike teach nothing and cost no forward; a step of such questions
+alone changes nothing, not even by momentum.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.common import Runtime, write_report
+from nanochat.gpt import GPT
+from nanochat.hardware import describe
+from nanochat.metrics import read_metrics
+from nanochat.optim import MuonAdamW
+from nanochat.rollouts import Rollouts, Sample
+from nanochat.schedule import Cadence, Plan
+from nanochat.train_loop import _is_due, _set_schedule, _sigterm_flag
+from nanochat.train_state import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def policy_loss(model: GPT, samples: Sequence[Sample], n_tokens: float) -> Tensor:
+    """-sum of advantage * log p over the sampled tokens, divided by n_tokens; 0-D, in nats."""
+    width = max(len(sample.ids) for sample in samples) - 1
+    inputs = torch.zeros((len(samples), width), dtype=torch.int64)  # (B,T), padded on the right
+    targets = torch.full_like(inputs, -1)
+    for row, sample in enumerate(samples):
+        ids, mask = torch.tensor(sample.ids), torch.tensor(sample.mask)
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = ids[1:].where(mask[1:] == 1, -1)
+    inputs, targets = inputs.to(model.device), targets.to(model.device)
+    nats = model(inputs, targets, loss_reduction="none").view_as(targets)  # -log p; 0 at target -1
+    weights = torch.tensor([sample.advantage for sample in samples], device=nats.device, dtype=nats.dtype)
+    return (weights[:, None] * nats).sum() / n_tokens
+
+
+def accumulate(
+    model: GPT, samples: Sequence[Sample], n_tokens: float, batch_size: int, runtime: Runtime
+) -> tuple[float, float]:
+    """Leave the gradients of all ranks' samples in the model; return loss and gradient norm.
+
+    Goes batch_size rows at a time, the longest first: if memory does not suffice, that is seen at once.
+    """
+    samples = sorted((s for s in samples if s.advantage != 0), key=lambda s: len(s.ids), reverse=True)
+    total = torch.zeros((), device=runtime.device)
+    for parameter in model.parameters():  # this rank may have no samples, and the others wait for its sums
+        parameter.grad = torch.zeros_like(parameter)
+    for start in range(0, len(samples), batch_size):
+        loss = policy_loss(model, samples[start : start + batch_size], n_tokens)
+        loss.backward()
+        total += loss.detach()
+    gradients = [runtime.sum_(p.grad) for p in model.parameters()]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    return runtime.sum_(total).item(), grad_norm.item()
+
+
+def train(
+    model: GPT,
+    optimizer: MuonAdamW,
+    rollouts: Rollouts,
+    plan: Plan,
+    cadence: Cadence,
+    runtime: Runtime,
+    progress: Progress,
+    *,
+    batch_size: int,
+    save: Callable[[Progress], None],
+    evaluate: Callable[[], dict[str, Any]],
+    sample: Callable[[], None],
+    log: Callable[[dict], None],
+) -> bool:
+    """Train from progress.step to plan.num_steps; return False if SIGTERM ended it before, after saving.
+
+    The order at a boundary is train_loop's, whose loop does not serve here: it fetches the next batches
+    before the update. Raises FloatingPointError before an update that is not finite.
+    """
+    start = progress.step
+    progress.loader_state = progress.loader_state or {"next_question": 0, "positions": {}}
+    stopping = False
+    with _sigterm_flag() as sigterm:
+        while True:
+            step = progress.step
+            is_last = step == plan.num_steps
+            if step > start and (is_last or stopping or _is_due(step, cadence.save_every)):
+                save(progress)
+            if stopping and not is_last:
+                logger.info(f"SIGTERM: saved step {step}, stopping")
+                return False
+            if is_last or step == 0 or _is_due(step, cadence.eval_every):
+                found = evaluate()
+                log({"step": step, **found})
+                logger.info(
+                    f"step {step:05d} | accuracy {found['accuracy']:.4f} +- {found['standard_error']:.4f}"
+                )
+            if is_last or (step > 0 and _is_due(step, cadence.sample_every)):
+                sample()
+            if is_last:
+                return True
+
+            record = _train_step(model, optimizer, rollouts, plan, runtime, progress, batch_size)
+            log(record)
+            if progress.step == plan.num_steps or _is_due(progress.step, cadence.log_every):
+                _print_step(record, plan, progress)
+            stopping = runtime.sum_(torch.tensor(float(sigterm[0]), device=runtime.device)).item() > 0
+
+
+def _train_step(
+    model: GPT,
+    optimizer: MuonAdamW,
+    rollouts: Rollouts,
+    plan: Plan,
+    runtime: Runtime,
+    progress: Progress,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Sample, learn, update; return what metrics.jsonl says of it. `contrast`: share of samples that taught."""
+    began = time.perf_counter()
+    step, first = progress.step, progress.loader_state["next_question"]
+    multiplier = _set_schedule(optimizer, plan, step)
+    samples = rollouts.sample(step, first, runtime)
+    counted = [(1, s.reward, sum(s.mask), s.has_ended, s.advantage != 0) for s in samples]
+    sums = torch.tensor([(0.0,) * 5, *counted], device=runtime.device).sum(0)
+    n_samples, reward, n_tokens, ended, n_useful = runtime.sum_(sums).tolist()
+    loss = grad_norm = 0.0
+    if n_useful:
+        loss, grad_norm = accumulate(model, samples, n_tokens, batch_size, runtime)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}, rates x {multiplier:.3f}; "
+                "stopped before the update, so the last checkpoint is good: --resume with lower rates"
+            )
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    progress.step += 1
+    progress.train_seconds += seconds
+    progress.loader_state = {"next_question": first + rollouts.examples_per_step, "positions": {}}
+    return {
+        "step": step,
+        "reward": reward / n_samples,
+        "smooth_reward": progress.ema.update(reward / n_samples),
+        "contrast": n_useful / n_samples,
+        "length": n_tokens / n_samples,
+        "ended": ended / n_samples,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr_multiplier": multiplier,
+        "seconds": seconds,
+        "tokens_per_second": n_tokens / seconds,
+        "train_seconds": progress.train_seconds,
+    }
+
+
+def _print_step(record: dict[str, Any], plan: Plan, progress: Progress) -> None:
+    done = progress.step
+    eta = (plan.num_steps - done) * progress.train_seconds / done
+    logger.info(
+        f"step {done:05d}/{plan.num_steps} ({100 * done / plan.num_steps:.0f} %)"
+        f" | reward {record['smooth_reward']:.4f} | length {record['length']:.0f}"
+        f" | ended {100 * record['ended']:.0f} % | lr x {record['lr_multiplier']:.4f}"
+        f" | {record['seconds']:.1f} s | {record['tokens_per_second']:,.0f} tok/s | eta {eta / 60:.1f} min"
+    )
+
+
+def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, settings: dict[str, Any]) -> str:
+    """Write report/chat_rl.json of a finished run and return its one-line result.
+
+    Its rewards are means over the first and last tenth of the steps, its accuracies those before and after.
+    """
+    path = directory / "metrics.jsonl"
+    records = read_metrics(path)
+    rewards = [record["reward"] for record in records if "reward" in record]
+    measured = [record for record in records if "accuracy" in record]
+    tenth = -(-len(rewards) // 10)
+    result = {
+        "settings": settings,
+        "hardware": describe(model.device),
+        "model": asdict(model.config),
+        "steps": plan.num_steps,
+        "seconds": progress.train_seconds,
+        "first_reward": sum(rewards[:tenth]) / tenth,
+        "last_reward": sum(rewards[-tenth:]) / tenth,
+        "first_accuracy": measured[0]["accuracy"],
+        "accuracy": measured[-1]["accuracy"],
+        "standard_error": measured[-1]["standard_error"],
+        "metrics": str(path),
+    }
+    write_report("chat_rl", result)
+    return (
+        f"chat_rl: {directory.name}, {plan.num_steps} steps in {progress.train_seconds / 60:.1f} min; "
+        f"reward {result['first_reward']:.4f} -> {result['last_reward']:.4f}, accuracy "
+        f"{result['first_accuracy']:.4f} -> {result['accuracy']:.4f} +- {result['standard_error']:.4f}"
+    )

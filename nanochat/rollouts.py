@@ -1,0 +1,101 @@
+"""Rollouts: a model answers the questions of a task many times, and the task rewards its answers.
+
+Which questions a step takes and which random numbers it draws follow from its place, the seed and the rank,
+so that a resumed run samples what it would have sampled. Every epoch has the questions in another order.
+
+Sampled (mask 1) is what the model drew, the token that ended the answer included: the model would never learn
+when to stop without it. What the calculator put in the answer is not (mask 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanochat.chat_format import render_for_completion
+from nanochat.common import Runtime
+from nanochat.engine import Completion, Engine
+from tasks.common import Task
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and one answer to it."""
+
+    ids: list[int]  # prompt, completion, and the token that ended it if one did
+    mask: list[int]  # of each id: 1 if it was sampled
+    has_ended: bool
+    reward: float
+    advantage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """How the questions of a task are answered and the answers rewarded."""
+
+    task: Task
+    engine: Engine
+    examples_per_step: int  # questions, over all ranks
+    num_samples: int  # answers to each
+    max_new_tokens: int  # of an answer
+    batch_size: int  # answers decoded at a time
+    temperature: float
+    top_k: int
+    seed: int
+
+    def sample(self, step: int, first: int, runtime: Runtime) -> list[Sample]:
+        """Answer this rank's share of the questions from place `first` on; samples of one are adjacent."""
+        numbers = range(first + runtime.rank, first + self.examples_per_step, runtime.world_size)
+        conversations = [self.task[shuffled(number, len(self.task), self.seed)] for number in numbers]
+        tokenizer = self.engine.tokenizer
+        room = self.engine.model.config.sequence_len - self.max_new_tokens
+        prompts = [render_for_completion(tokenizer, c, room) for c in conversations]
+        completions = self.engine.complete(
+            prompts,
+            max_tokens=self.max_new_tokens,
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            seed=step_seed(self.seed, step, runtime.rank),
+            temperature=self.temperature,
+            top_k=self.top_k,
+        )
+        samples = []
+        for i, (conversation, prompt) in enumerate(zip(conversations, prompts, strict=True)):
+            group = completions[i * self.num_samples : (i + 1) * self.num_samples]
+            rewards = [self.task.reward(conversation, tokenizer.decode(c.tokens)) for c in group]
+            samples += map(_sample, [prompt] * len(group), group, rewards, advantages(rewards))
+        return samples
+
+
+def _sample(prompt: list[int], completion: Completion, reward: float, advantage: float) -> Sample:
+    has_ended = completion.end_token is not None
+    end = [completion.end_token] if has_ended else []
+    return Sample(
+        ids=[*prompt, *completion.tokens, *end],
+        mask=[0] * len(prompt) + completion.mask + [1] * len(end),
+        has_ended=has_ended,
+        reward=reward,
+        advantage=advantage,
+    )
+
+
+def shuffled(number: int, size: int, seed: int) -> int:
+    """Return which of `size` questions is at place `number`, counted over epochs of different orders."""
+    epoch, place = divmod(number, size)
+    return int(np.random.default_rng((seed, epoch)).permutation(size)[place])
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of the samples that a rank draws in a step."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """How much each reward is above the mean; exactly 0 where all are equal, whatever the mean rounds to."""
+    if len(set(rewards)) == 1:
+        return [0.0] * len(rewards)
+    mean = math.fsum(rewards) / len(rewards)
+    return [reward - mean for reward in rewards]

@@ -1,0 +1,193 @@
+"""Reinforcement learning: try to answer, and learn from which tries were right.
+
+    python -m scripts.chat_rl --data=embedded
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --model-tag=d20 --run=d20
+
+What is learned is in nanochat/rl.py, how answers are sampled in nanochat/rollouts.py. Checkpoints and
+metrics.jsonl go to $NANOCHAT_BASE_DIR/chatrl_checkpoints/<model tag>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Annotated
+
+import tyro
+
+from nanochat.common import parse, run, setup_runtime
+from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRLConfig:
+    """Settings of reinforcement learning."""
+
+    run: str = "dummy"
+    """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    """stage whose model is trained: sft or mid"""
+    data: str = "auto"
+    """questions: hub (GSM8K), embedded (arithmetic) or auto; a path of your own text counts as embedded"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is"""
+    model_tag: str = ""
+    """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
+    step: int = -1
+    """which checkpoint to start from; -1: the newest"""
+    seed: int = 42
+    """of the order of the questions and of the samples"""
+
+    num_epochs: int = 1
+    """passes over the questions; the last step is filled up from the next pass"""
+    num_steps: int = -1
+    """optimizer steps; -1: as many as num_epochs take"""
+    examples_per_step: int = 16
+    """questions of one optimizer step, over all devices"""
+    num_samples: int = 16
+    """answers to each question"""
+    max_new_tokens: int = 256
+    """tokens of an answer, at most; half of the context at most"""
+    temperature: float = 1.0
+    """of sampling"""
+    top_k: int = 50
+    """sample from the so many likeliest tokens; 0: from all"""
+    rollout_batch_size: int = 256
+    """answers decoded at a time on one device; lower it when memory runs out in sampling or evaluation"""
+    device_batch_size: int = 8
+    """answers of one forward to learn from on one device; lower it when memory runs out in learning"""
+
+    warm_start: bool = False
+    """start with the optimizer state of the stage before, if it was saved"""
+    init_lr_frac: float = 0.05
+    """factor on all learning rates, which fall from there linearly to 0"""
+    rates: LearningRates = field(default_factory=LearningRates)
+    eval_examples: int = 400
+    """test questions of an evaluation, at most all"""
+    cadence: Cadence = field(
+        default_factory=partial(Cadence, eval_every=60, sample_every=60, save_every=60, log_every=1)
+    )
+    resume: bool = False
+    """go on from the newest checkpoint of this stage, if there is one"""
+    overwrite: bool = False
+    """delete the checkpoints that this stage has under this model tag and start anew"""
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "num_samples": 2, "top_k": 0}  # one sample alone is never better than the mean
+        ones = ("num_epochs", "examples_per_step", "max_new_tokens", "device_batch_size", "eval_examples")
+        for name, minimum in {**least, **dict.fromkeys(ones, 1)}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")
+        if self.num_steps < 1 and self.num_steps != -1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1, or -1")
+        if self.rollout_batch_size < self.num_samples:
+            raise ValueError(
+                f"rollout_batch_size={self.rollout_batch_size} must hold the num_samples={self.num_samples} "
+                "of a question"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0: greedy answers do not differ")
+        if self.source not in ("mid", "sft"):
+            raise ValueError(f"source={self.source!r} must be sft or mid; to go on with rl, --resume")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; leaves checkpoints, metrics.jsonl and report/chat_rl.json."""
+    config = parse(ChatRLConfig, argv)
+
+    from nanochat.chat_eval import evaluate_task
+    from nanochat.checkpoint_manager import checkpoint_dir, load_model, resolve_tag
+    from nanochat.engine import Engine
+    from nanochat.metrics import MetricsLog
+    from nanochat.optim import build_optimizer
+    from nanochat.rl import report_rl, train
+    from nanochat.rollouts import Rollouts
+    from nanochat.samples import print_replies
+    from nanochat.train_state import save_progress, start_or_resume, warm_start
+    from tasks.recipes import rl_tasks
+
+    train_task, test_task = rl_tasks(config.data)
+    runtime = setup_runtime(config.device_type)
+    tag = resolve_tag(config.source, config.model_tag)
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(config.source, runtime.device, "train", tag, step)
+    model.compute_dtype = runtime.compute_dtype
+    optimizer = build_optimizer(model, config.rates)
+    if config.warm_start:
+        warm_start(checkpoint_dir(config.source, tag), meta["step"], optimizer, runtime)
+    directory = checkpoint_dir("rl", tag)
+    progress = start_or_resume(
+        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+    )
+
+    max_new_tokens = min(config.max_new_tokens, model.config.sequence_len // 2)
+    if max_new_tokens < config.max_new_tokens and runtime.is_main:
+        print(f"max_new_tokens: {max_new_tokens}, half of the context, not {config.max_new_tokens}")
+    rollouts = Rollouts(
+        task=train_task,
+        engine=Engine(model, tokenizer),
+        examples_per_step=config.examples_per_step,
+        num_samples=config.num_samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=config.rollout_batch_size,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=config.seed,
+    )
+    num_steps = -(-config.num_epochs * len(train_task) // config.examples_per_step)
+    plan = Plan(
+        num_steps=num_steps if config.num_steps == -1 else config.num_steps,
+        accumulation=1,
+        tokens_per_step=config.examples_per_step * config.num_samples * max_new_tokens,  # at most
+        lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
+    )
+    settings = asdict(config)
+    log = MetricsLog(
+        directory / "metrics.jsonl",
+        runtime,
+        resume_step=progress.step,
+        wandb_run=config.run,
+        config=settings,
+    )
+    is_finished = train(
+        model,
+        optimizer,
+        rollouts,
+        plan,
+        config.cadence,
+        runtime,
+        progress,
+        batch_size=config.device_batch_size,
+        save=partial(
+            save_progress,
+            directory,
+            model,
+            optimizer,
+            runtime,
+            settings=settings,
+            keep_last=config.cadence.keep_last,
+        ),
+        evaluate=partial(
+            evaluate_task,
+            test_task,
+            model,
+            tokenizer,
+            runtime,
+            batch_size=config.rollout_batch_size,
+            max_new_tokens=max_new_tokens,
+            max_problems=config.eval_examples,
+        ),
+        sample=partial(print_replies, model, tokenizer, runtime, test_task, max_tokens=max_new_tokens),
+        log=log,
+    )
+    log.close()
+    if is_finished and runtime.is_main:
+        print(report_rl(model, plan, progress, directory, settings))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,220 @@
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from nanochat.common import Runtime
+from nanochat.optim import build_optimizer
+from nanochat.rl import accumulate, policy_loss, train
+from nanochat.rollouts import Rollouts, Sample
+from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
+from nanochat.train_state import Progress
+from tests.models import random_model, small_config
+from tests.test_rollouts import FakeEngine, rollouts_of
+from tests.vocabulary import train_tokenizer
+from tests.wordtask import WordTask
+
+RUNTIME = Runtime.cpu()
+
+
+def a_sample(ids, mask, advantage):
+    return Sample(ids=ids, mask=mask, has_ended=True, reward=0.0, advantage=advantage)
+
+
+@pytest.fixture
+def samples():
+    """Of different lengths, prompts and advantages; the second has a forced token, the third teaches nothing."""
+    return [
+        a_sample([3, 4, 5, 6, 7], [0, 0, 0, 1, 1], 0.75),
+        a_sample([3, 9, 8, 7, 6, 5, 4, 3, 2], [0, 0, 1, 1, 0, 1, 1, 1, 1], -0.25),
+        a_sample([1, 2, 3], [0, 1, 1], 0.0),
+        a_sample([11, 12, 13, 14], [0, 0, 1, 1], -0.5),
+        a_sample([21, 22, 1, 49, 0, 2], [0, 1, 1, 1, 1, 1], 1.5),
+    ]
+
+
+def model_64():
+    return random_model(small_config()).double()
+
+
+def slow_gradients(samples):
+    """Loss and gradients, one token and one forward of its own past at a time; nothing padded."""
+    model = model_64()
+    terms, n_tokens = [], 0
+    for sample in samples:
+        for t, is_sampled in enumerate(sample.mask):
+            if is_sampled:
+                log_p = model(torch.tensor([sample.ids[:t]]))[0, -1].log_softmax(-1)[sample.ids[t]]
+                terms.append(-sample.advantage * log_p)
+                n_tokens += 1
+    loss = sum(terms) / n_tokens
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters()], n_tokens
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_gradients_equal_a_slow_reference_whatever_the_micro_batch(samples, batch_size):
+    expected_loss, expected, n_tokens = slow_gradients(samples)
+    model = model_64()
+    loss, norm = accumulate(model, samples, n_tokens, batch_size, RUNTIME)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)  # summed in float32
+    assert_same([p.grad for p in model.parameters()], expected)
+    assert norm == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected)))
+
+
+def test_gradients_of_ranks_add_up(samples):
+    """A rank's samples are divided by the tokens of all; a rank without samples still has gradients to add."""
+    _, expected, n_tokens = slow_gradients(samples)
+    parts = [model_64() for _ in range(3)]
+    for model, share in zip(parts, (samples[:2], samples[2:], []), strict=True):
+        accumulate(model, share, n_tokens, 8, RUNTIME)
+    sums = [sum(p.grad for p in same) for same in zip(*(model.parameters() for model in parts), strict=True)]
+    assert_same(sums, expected)
+
+
+def test_an_advantage_raises_the_sampled_tokens_and_no_other(samples):
+    """What is learned is the mask: the token that ends the answer is, the calculator's result is not."""
+    head_rows = {}
+    for masked in ([0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]):
+        model = model_64()
+        policy_loss(model, [a_sample([3, 4, 30, 40], masked, 1.0)], 2).backward()
+        head_rows[tuple(masked)] = model.lm_head.weight.grad
+    whole, without_end, without_first = head_rows.values()
+    assert_same([whole], [without_end + without_first])
+    assert not torch.equal(whole[40], without_end[40])
+
+
+def test_samples_without_advantage_cost_no_forward(samples):
+    model = model_64()
+    widths = []
+    model.register_forward_pre_hook(lambda module, inputs: widths.append(tuple(inputs[0].shape)))
+    accumulate(model, samples, 20, 2, RUNTIME)
+    assert widths == [(2, 8), (2, 4)]  # the longest first; the one of length 3 is not there
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+def run_steps(rollouts, num_steps, *, peak=0.05, rates=None, cadence=None, **hooks):
+    model = rollouts.engine.model
+    optimizer = build_optimizer(model, rates or LearningRates())
+    records, progress = [], Progress()
+    accuracy = {"accuracy": 0.5, "standard_error": 0.1}
+    given = {
+        "save": lambda p: None,
+        "evaluate": lambda: accuracy,
+        "sample": lambda: None,
+        "log": records.append,
+    }
+    plan = Plan(
+        num_steps=num_steps,
+        accumulation=1,
+        tokens_per_step=1,
+        lr_multiplier=partial(lr_multiplier, peak=peak, warmdown=1.0),
+    )
+    finished = train(
+        model,
+        optimizer,
+        rollouts,
+        plan,
+        cadence or Cadence(eval_every=2),
+        RUNTIME,
+        progress,
+        batch_size=3,
+        **{**given, **hooks},
+    )
+    return finished, records, progress
+
+
+def test_reward_rises(tokenizer):
+    """The sign of the gradient, and that the right tokens get it: a few steps teach a random model to say e."""
+    rollouts = rollouts_of(tokenizer, examples_per_step=8, num_samples=8)
+    _, records, _ = run_steps(rollouts, 15, peak=1.0)
+    rewards = [r["reward"] for r in records if "reward" in r]
+    assert sum(rewards[:2]) / 2 < 0.7
+    assert sum(rewards[-3:]) / 3 > 0.95
+
+
+def test_the_record_of_a_step(tokenizer):
+    rollouts = rollouts_of(tokenizer, examples_per_step=3)
+    samples = rollouts.sample(0, 0, RUNTIME)
+    finished, records, progress = run_steps(rollouts, 2)
+    assert finished
+    record = records[1]  # after the first evaluation
+    n_tokens = sum(sum(s.mask) for s in samples)
+    assert record["reward"] == pytest.approx(sum(s.reward for s in samples) / 12)
+    assert record["length"] == pytest.approx(n_tokens / 12)
+    assert record["ended"] == pytest.approx(sum(s.has_ended for s in samples) / 12)
+    assert record["contrast"] == pytest.approx(sum(s.advantage != 0 for s in samples) / 12)
+    assert record["tokens_per_second"] == pytest.approx(n_tokens / record["seconds"])
+    assert record["grad_norm"] > 0
+    assert [r["lr_multiplier"] for r in records if "reward" in r] == pytest.approx([0.05, 0.025])
+    assert [r["step"] for r in records if "accuracy" in r] == [0, 2]
+    assert progress.loader_state["next_question"] == 6
+
+
+def test_checkpoint_first_evaluation_after(tokenizer):
+    """An evaluation that failed before the checkpoint was written used to lose the run."""
+    events = []
+    run_steps(
+        rollouts_of(tokenizer, examples_per_step=1),
+        3,
+        cadence=Cadence(eval_every=2, save_every=2),
+        save=lambda progress: events.append(("save", progress.step)),
+        evaluate=lambda: events.append("evaluate") or {"accuracy": 0.0, "standard_error": 0.0},
+        sample=lambda: events.append("sample"),
+    )
+    assert events == ["evaluate", ("save", 2), "evaluate", ("save", 3), "evaluate", "sample"]
+
+
+def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
+    """Not even by the momentum of the steps before; a mean of 0/0 would be worse."""
+    rollouts = rollouts_of(tokenizer, examples_per_step=2)
+    all_alike = replace(rollouts, engine=FakeEngine(rollouts.engine.model, tokenizer))
+    before = [p.clone() for p in rollouts.engine.model.parameters()]
+    _, records, progress = run_steps(all_alike, 3, peak=1.0)
+    assert all(map(torch.equal, before, rollouts.engine.model.parameters()))
+    steps = [r for r in records if "reward" in r]
+    assert [(r["reward"], r["contrast"], r["loss"], r["grad_norm"]) for r in steps] == [(1.0, 0, 0, 0)] * 3
+    assert progress.step == 3
+
+
+def test_not_a_number_stops_before_the_update(tokenizer):
+    class Infinite(WordTask):
+        def reward(self, conversation, completion):
+            return math.inf if self.evaluate(conversation, completion) else 0.0
+
+    rollouts = replace(rollouts_of(tokenizer, examples_per_step=4), task=Infinite())
+    before = [p.clone() for p in rollouts.engine.model.parameters()]
+    with pytest.raises(FloatingPointError, match="stopped before the update"):
+        run_steps(rollouts, 3)
+    assert all(map(torch.equal, before, rollouts.engine.model.parameters()))
+
+
+def test_sigterm_saves_and_stops(tokenizer):
+    import os
+    import signal
+
+    saved = []
+    finished, _, _ = run_steps(
+        rollouts_of(tokenizer, examples_per_step=1),
+        9,
+        cadence=Cadence(eval_every=0),
+        save=lambda progress: saved.append(progress.step),
+        log=lambda record: record["step"] == 3 and os.kill(os.getpid(), signal.SIGTERM),
+    )
+    assert not finished
+    assert saved == [4]
