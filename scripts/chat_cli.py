@@ -1,0 +1,202 @@
+"""Talk to a model in the terminal.
+
+    python -m scripts.chat_cli                              # the deepest SFT model
+    python -m scripts.chat_cli -i rl -t 0
+    python -m scripts.chat_cli -p "Why is the sky blue?"    # one answer on stdout, nothing else
+    python -m scripts.chat_cli < questions.txt              # one line is one turn
+
+/clear (or /new) forgets the conversation; /quit, exit, quit or Ctrl-D leave. Ctrl-C stops an answer, of which
+what was said is kept. Use of the calculator shows as [12*7 = 84]. When the context is full the oldest turns
+fall away, and a message that is too long by itself loses its start.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from nanochat.chat_format import render_for_completion
+from nanochat.common import parse, run, setup_runtime
+from nanochat.stream_decoder import StreamDecoder
+
+if TYPE_CHECKING:
+    from nanochat.engine import Engine
+    from nanochat.tokenizer import RustBPETokenizer
+
+FORGET = ("/clear", "/new")
+LEAVE = ("/quit", "/exit", "exit", "quit")
+PART_AFTER = {
+    "<|python_start|>": "python",
+    "<|python_end|>": "text",
+    "<|output_start|>": "python_output",
+    "<|output_end|>": "text",
+}
+# Nothing that a model writes may move the cursor or set colours: no ESC, no carriage return, no 8-bit CSI.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(b"\n\t"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Whom to talk to, and how it answers."""
+
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
+    """stage of the model: sft, mid, rl or base"""
+    model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
+    """name of the checkpoint folder; empty: the deepest there is"""
+    step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
+    """which checkpoint; -1: the newest"""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """answer this and exit"""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
+    """0: always the likeliest token"""
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    """sample from the likeliest k tokens only; 0: from all"""
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    """tokens of an answer, at most; half of the context at most"""
+    seed: int | None = None
+    """the same seed gives the same answers; None: others each time"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is"""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("the prompt is empty; leave --prompt out to be asked for one")
+
+
+class Reply:
+    """A reply in the making: `parts` to remember it by, as chat_format takes them, and text to show of it."""
+
+    def __init__(self, tokenizer: RustBPETokenizer, is_dim: bool):
+        self.parts = [{"type": "text", "text": ""}]  # stays so if nothing is said, which is a reply too
+        self._shown = self.parts[0]  # the part that the screen is in
+        self._brackets = ("\033[2m[", "]\033[0m") if is_dim else ("[", "]")
+        self._decoder = StreamDecoder(tokenizer)
+        self._part_after = {tokenizer.encode_special(name): kind for name, kind in PART_AFTER.items()}
+        specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
+        self.ends = set(specials) - set(self._part_after)  # its end, or what can only come after it
+
+    def add(self, token: int) -> str:
+        """Take one more token and return what to show for it."""
+        if token not in self._part_after:
+            return self._show(self._decoder.feed(token))
+        rest = self._show(self._decoder.flush())
+        self.parts.append({"type": self._part_after[token], "text": ""})
+        return rest
+
+    def close(self) -> str:
+        """Return what remains to be shown."""
+        rest = self._show(self._decoder.flush())
+        return rest if self._shown["type"] == "text" else rest + self._brackets[1]
+
+    def _show(self, text: str) -> str:
+        part, before = self.parts[-1], self._shown
+        part["text"] += text
+        marks = ""
+        if text and part is not before:  # only now is it known whether the call before had a result
+            opening, closing = self._brackets
+            if before["type"] == "python" and part["type"] == "python_output":
+                marks = " = "
+            else:
+                marks = closing * (before["type"] != "text") + opening * (part["type"] != "text")
+            self._shown = part
+        return marks + text.translate(CONTROLS)
+
+
+class Chat:
+    """A conversation with the model of an engine; settings are those of Engine.generate."""
+
+    def __init__(self, engine: Engine, max_tokens: int, **settings: Any):
+        context = engine.model.config.sequence_len
+        self.engine, self.settings = engine, settings
+        self.max_tokens = min(max_tokens, context // 2)
+        self.room = context - self.max_tokens
+        self.history: list[dict[str, Any]] = []
+
+    def answer(self, text: str) -> None:
+        """Print the reply to a message as it comes. However it ends, what was said of it is remembered."""
+        self.history.append({"role": "user", "content": text})
+        reply = Reply(self.engine.tokenizer, is_dim=sys.stdout.isatty())
+        try:
+            prompt = render_for_completion(self.engine.tokenizer, {"messages": self.history}, self.room)
+            for (token,), _ in self.engine.generate(
+                prompt, num_samples=1, max_tokens=self.max_tokens, **self.settings
+            ):
+                if token in reply.ends:
+                    break
+                print(reply.add(token), end="", flush=True)
+        finally:
+            print(reply.close(), flush=True)
+            self.history.append({"role": "assistant", "content": reply.parts})
+
+
+def converse(chat: Chat, greeting: str) -> None:
+    """Take turns, one line each, until the user leaves or the input ends; a pipe sees the answers alone."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
+        with suppress(ImportError):  # there is none on Windows
+            import readline  # noqa: F401  # gives input() its line editing and history
+        print(greeting)
+    else:
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            text = input("\n> " if is_terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if text in LEAVE:
+            return
+        if text in FORGET:
+            chat.history.clear()
+        elif text:
+            try:
+                chat.answer(text)
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+    if is_terminal:
+        print()  # the shell's prompt gets a line of its own
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer the prompt, or whatever is said on stdin."""
+    config = parse(ChatConfig, argv)
+
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.engine import Engine
+    from nanochat.sampling import check_sampling
+
+    check_sampling(config.temperature, config.top_k, top_p=None, repetition_penalty=1.0)
+    runtime = setup_runtime(config.device_type)
+    step = None if config.step == -1 else config.step
+    model, tokenizer, meta = load_model(config.source, runtime.device, "eval", config.model_tag, step)
+    model.compute_dtype = runtime.compute_dtype
+    chat = Chat(
+        Engine(model, tokenizer),
+        config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=config.seed,
+    )
+    if chat.max_tokens < config.max_tokens:
+        print(f"answers have {chat.max_tokens} tokens at most, half of the context", file=sys.stderr)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
+    if config.prompt is not None:
+        chat.answer(config.prompt)
+    else:
+        who = f"{config.source}, step {meta['step']}, on {runtime.device}"
+        converse(chat, f"{who}; /clear forgets, /quit leaves")
+    return 0
+
+
+if __name__ == "__main__":
+    # Before run does it for stdout, which is the assistant's alone.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    run(main)

@@ -1,0 +1,325 @@
+"""chat_cli: what is shown, what is remembered, and how it starts and ends."""
+
+import io
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
+from nanochat.common import run
+from nanochat.engine import Engine
+from scripts import chat_cli
+from scripts.chat_cli import Chat, converse
+from tests.models import random_model, small_config
+from tests.vocabulary import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+STOP_HERE = object()  # in a script: Ctrl-C
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+class ScriptedEngine:
+    """Says what it is told to, and keeps the prompts and settings that it was given."""
+
+    def __init__(self, tokenizer, *replies, context=200):
+        self.tokenizer, self.replies = tokenizer, iter(replies)
+        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=context))
+        self.prompts, self.settings = [], []
+
+    def generate(self, tokens, **settings):
+        self.prompts.append(self.tokenizer.decode(tokens))
+        self.settings.append(settings)
+        for piece in next(self.replies):
+            if piece is STOP_HERE:
+                raise KeyboardInterrupt
+            is_special = piece in self.tokenizer.get_special_tokens()
+            ids = [self.tokenizer.encode_special(piece)] if is_special else self.tokenizer.encode(piece)
+            yield from (([id], [1]) for id in ids)
+
+
+def say(*pieces):
+    return [*pieces, "<|assistant_end|>", "never shown"]
+
+
+CALL = ("<|python_start|>", "12*7", "<|python_end|>", "<|output_start|>", "84", "<|output_end|>")
+
+
+def shown(tokenizer, capsys, *pieces):
+    Chat(ScriptedEngine(tokenizer, pieces), max_tokens=50).answer("hello")
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that sits a user at a terminal and has them type lines; KeyboardInterrupt is Ctrl-C."""
+
+    def sit(*lines):
+        typed = iter(lines)
+
+        def read(prompt):
+            line = next(typed, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr("builtins.input", read)
+        for stream in (sys.stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+
+    return sit
+
+
+def pipe(monkeypatch, content):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def test_characters_are_whole(tokenizer, capsys, monkeypatch):
+    """It decoded token by token, which broke emoji and CJK."""
+    written = []
+    monkeypatch.setattr("builtins.print", lambda text, **_: written.append(text))
+    Chat(ScriptedEngine(tokenizer, say("\u732b \U0001f63a!")), max_tokens=50).answer("hello")
+    assert "".join(written) == "\u732b \U0001f63a!"
+    assert [text for text in written if text] == ["\u732b", " ", "\U0001f63a", "!"]  # each when it is whole
+
+
+def test_a_character_that_is_never_finished(tokenizer, capsys):
+    chat = Chat(ScriptedEngine(tokenizer, say(), say("yes")), max_tokens=50)
+    chat.engine.generate = lambda *_, **__: iter([([id], [1]) for id in tokenizer.encode("a\U0001f63a")[:-1]])
+    chat.answer("hello")
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
+def test_nothing_after_the_end(tokenizer, capsys):
+    assert shown(tokenizer, capsys, *say("yes")) == "yes\n"
+    assert shown(tokenizer, capsys, "yes", "<|bos|>", "a document") == "yes\n"
+    assert shown(tokenizer, capsys, "yes", "<|user_start|>", "what I would say") == "yes\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (("It is ", *CALL, " then."), "It is [12*7 = 84] then.\n"),
+        (CALL, "[12*7 = 84]\n"),
+        ((*CALL, *CALL), "[12*7 = 84][12*7 = 84]\n"),
+        ((*CALL[:3], " or so"), "[12*7] or so\n"),  # the calculator had no answer
+        ((*CALL[:3], *CALL), "[12*7][12*7 = 84]\n"),
+        (CALL[:2], "[12*7]\n"),
+        (("<|python_start|>", "<|python_end|>", "none"), "none\n"),
+        (CALL[3:], "[84]\n"),  # a result of nothing, which the model made up
+    ],
+)
+def test_calculator(tokenizer, capsys, pieces, expected):
+    assert shown(tokenizer, capsys, *say(*pieces)) == expected
+
+
+def test_calculator_is_dim_on_a_terminal(tokenizer, capsys, terminal):
+    terminal()
+    assert shown(tokenizer, capsys, *say("so ", *CALL, ".")) == "so \033[2m[12*7 = 84]\033[0m.\n"
+    assert shown(tokenizer, capsys, *CALL[:2]) == "\033[2m[12*7]\033[0m\n"  # never left dim
+
+
+def test_no_text_controls_the_terminal(tokenizer, capsys):
+    """Escape sequences, also one that is split over tokens or written in the 8-bit form of ESC [."""
+    evil = "a\x1b[31mb\x1b]0;title\x07c\rd\x08e\x9b2Jf\x7fg\x00h"
+    assert shown(tokenizer, capsys, *say(evil)) == "a[31mb]0;titlecde2Jfgh\n"
+    assert shown(tokenizer, capsys, *say("<|python_start|>", "1\x1b[0m")) == "[1[0m]\n"
+    assert shown(tokenizer, capsys, *say("x\ty\n\u00e9t\u00e9\u200d")) == "x\ty\n\u00e9t\u00e9\u200d\n"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is remembered
+
+
+def test_history(tokenizer, capsys):
+    """The model sees again exactly what was said, calls and results included."""
+    engine = ScriptedEngine(tokenizer, say("It is ", *CALL, "."), say("yes"))
+    chat = Chat(engine, max_tokens=100, temperature=0.5, top_k=7, seed=3)
+    chat.answer("12 times 7?")
+    chat.answer("really?")
+    first = "<|bos|><|user_start|>12 times 7?<|user_end|><|assistant_start|>"
+    reply = f"It is {''.join(CALL)}.<|assistant_end|>"
+    second = "<|user_start|>really?<|user_end|><|assistant_start|>"
+    assert engine.prompts == [first, first + reply + second]
+    settings = {"num_samples": 1, "max_tokens": 100, "temperature": 0.5, "top_k": 7, "seed": 3}
+    assert engine.settings == [settings] * 2
+
+
+def test_an_empty_reply_does_not_break_the_next_turn(tokenizer, capsys):
+    """The renderer refuses a message without content."""
+    engine = ScriptedEngine(tokenizer, say(), [STOP_HERE], say("yes"))
+    chat = Chat(engine, max_tokens=50)
+    chat.answer("one")
+    with pytest.raises(KeyboardInterrupt):
+        chat.answer("two")
+    chat.answer("three")
+    assert capsys.readouterr().out == "\n\nyes\n"
+    assert engine.prompts[-1].endswith("<|user_start|>three<|user_end|><|assistant_start|>")
+    assert engine.prompts[-1].count("<|assistant_start|><|assistant_end|>") == 2
+
+
+def test_old_turns_fall_away(tokenizer, capsys):
+    engine = ScriptedEngine(tokenizer, *itertools.repeat(say("the river"), 30), context=64)
+    chat = Chat(engine, max_tokens=1000)
+    assert (chat.max_tokens, chat.room) == (32, 32)
+    for turn in range(30):
+        chat.answer(f"turn {turn} ")
+    lengths = [len(tokenizer.enc.encode(prompt, allowed_special="all")) for prompt in engine.prompts]
+    assert max(lengths) <= 32
+    assert "turn 29 " in engine.prompts[-1]
+    assert "turn 28 " in engine.prompts[-1]
+    assert "turn 0 " not in engine.prompts[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The conversation
+
+
+@pytest.mark.parametrize("command", ["/clear", "/new", " /clear "])
+def test_forget(tokenizer, capsys, terminal, command):
+    engine = ScriptedEngine(tokenizer, say("yes"), say("no"))
+    terminal("one", command, "", "two")
+    converse(Chat(engine, max_tokens=50), "hello")
+    assert engine.prompts[1] == "<|bos|><|user_start|>two<|user_end|><|assistant_start|>"
+
+
+@pytest.mark.parametrize("leave", ["/quit", "exit", "quit", EOFError, KeyboardInterrupt])
+def test_leave(tokenizer, capsys, terminal, leave):
+    engine = ScriptedEngine(tokenizer, say("yes"))
+    terminal("one", leave, "two")
+    converse(Chat(engine, max_tokens=50), "hello")
+    assert len(engine.prompts) == 1
+    assert capsys.readouterr().out.startswith("hello\nyes\n")
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(tokenizer, capsys, terminal):
+    engine = ScriptedEngine(tokenizer, ["the river", STOP_HERE, " and more"], say("yes"))
+    terminal("one", "two")
+    converse(Chat(engine, max_tokens=50), "hello")
+    assert capsys.readouterr().out == "hello\nthe river\nyes\n\n"
+    assert "<|assistant_start|>the river<|assistant_end|><|user_start|>two" in engine.prompts[1]
+
+
+def test_ctrl_c_ends_a_run_over_a_pipe(tokenizer, capsys, monkeypatch):
+    pipe(monkeypatch, b"one\ntwo\n")
+    with pytest.raises(KeyboardInterrupt):
+        converse(Chat(ScriptedEngine(tokenizer, [STOP_HERE]), max_tokens=50), "hello")
+
+
+def test_a_pipe_sees_the_answers_alone(tokenizer, capsys, monkeypatch):
+    """One line is one turn; bytes that are no UTF-8 are not the end, and a last line needs no newline."""
+    pipe(monkeypatch, "one \u732b\n\n".encode() + b"t\xffwo\nquit please")
+    engine = ScriptedEngine(tokenizer, say("yes"), say("no"), say("well"))
+    converse(Chat(engine, max_tokens=50), "hello")
+    assert capsys.readouterr().out == "yes\nno\nwell\n"
+    for prompt, text in zip(engine.prompts, ("one \u732b", "t\ufffdwo", "quit please"), strict=True):
+        assert prompt.endswith(f"<|user_start|>{text}<|user_end|><|assistant_start|>")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The script
+
+
+@pytest.fixture
+def checkpoint(tokenizer, base_dir):
+    """Models of the SFT and the mid stage; the convolutions of the first are dead, which loading warns of."""
+    tokenizer.save(base_dir / "tokenizer")
+    config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
+    for seed, (stage, step) in enumerate((("sft", 3), ("sft", 7), ("mid", 5))):
+        model = random_model(config, seed)
+        if stage == "sft":
+            for name, parameter in model.named_parameters():
+                parameter.data *= "conv1d" not in name
+        save_checkpoint(checkpoint_dir(stage, "d4"), step, model, None, {})
+
+
+def greedy(text, source="sft", step=None, max_tokens=20):
+    """What the model says, through the engine alone; only plain text is asked for."""
+    model, tokenizer, _ = load_model(source, torch.device("cpu"), "eval", step=step)
+    prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]}, 44)
+    (row,) = Engine(model, tokenizer).complete([prompt], max_tokens=max_tokens, temperature=0)
+    text = tokenizer.decode(row.tokens)
+    assert text
+    assert "<|" not in text
+    return text.translate(chat_cli.CONTROLS)
+
+
+def test_prompt(checkpoint, capsys):
+    flags = ["-t", "0", "-m", "20", "--device-type=cpu"]
+    assert chat_cli.main([*flags, "-p", "the river"]) == 0
+    assert capsys.readouterr() == (greedy("the river") + "\n", "")
+    assert chat_cli.main([*flags, "-p", "the river", "-i", "mid", "-g", "d4"]) == 0
+    assert capsys.readouterr().out == greedy("the river", "mid") + "\n"
+    assert chat_cli.main([*flags, "-p", "the river", "-s", "3"]) == 0
+    assert capsys.readouterr().out == greedy("the river", step=3) + "\n"
+
+
+def test_answers_differ_unless_seeded(checkpoint, capsys):
+    """The engine's seed was always 42: answers were identical at any temperature."""
+
+    def answers(*flags):
+        for _ in range(2):
+            chat_cli.main(["-p", "the river", "-t", "2", "-k", "0", "-m", "20", "--device-type=cpu", *flags])
+            yield capsys.readouterr().out
+
+    assert len(set(answers())) == 2
+    assert len(set(answers("--seed=1"))) == 1
+
+
+def test_half_of_the_context_stays_for_the_prompt(checkpoint, capsys, monkeypatch):
+    pipe(monkeypatch, b"the river\nthe bridge\n")
+    assert chat_cli.main(["--device-type=cpu", "-t", "0"]) == 0
+    assert capsys.readouterr().err == "answers have 32 tokens at most, half of the context\n"
+
+
+def test_only_the_answer_is_on_stdout(checkpoint, base_dir):
+    """Warnings of loading go to stderr, from the script as users start it."""
+    command = [sys.executable, "-m", "scripts.chat_cli", "-p", "the river", "-t", "0", "-m", "20"]
+    done = subprocess.run([*command, "--device-type=cpu"], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout.decode() == greedy("the river") + "\n"
+    assert b"every convolution weight is zero" in done.stderr
+
+
+def test_no_checkpoint(capsys, base_dir):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: chat_cli.main(["--device-type=cpu"]))
+    assert str(end.value).startswith(f"error: no model dN in {base_dir}")  # Python prints it, with status 1
+    assert "\n" not in str(end.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-m", "0"], "max_tokens=0"),
+        (["-p", " "], "the prompt is empty"),
+        (["-t", "-1"], "temperature=-1"),
+        (["-k", "-1"], "top_k=-1"),
+        (["-i", "big"], "'big' is not one of base, mid, sft, rl"),
+        (["-g", "d9"], "no checkpoint in .*d9"),
+        (["-s", "4"], "no checkpoint of step 4"),
+    ],
+)
+def test_settings_that_cannot_be(flags, message, checkpoint):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        chat_cli.main(["--device-type=cpu", *flags])
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "scripts.chat_cli", "--help"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    assert time.perf_counter() - start < 2
