@@ -1,13 +1,13 @@
 """Conversations as training batches: packed for midtraining, padded and masked for supervised finetuning.
 
 A plan says which conversations lie in which row. It is made once, from the lengths of all conversations, and
-depends on nothing else: not on ranks, micro-batch size or place of a resume. So an epoch is so many rows, each
-rank takes its share of every step's, and the state of the loader is a row number.
+depends on nothing else: not on ranks, micro-batch size or place of a resume. So an epoch is so many rows,
+each rank takes its share of every step's, and the state of the loader is a row number.
 
-    packed      rows of seq_len tokens, conversations laid end to end by best fit; one that is longer than a row
-                is cut into pieces, so that every token is learned and none is cropped away
-    padded      one conversation a row, as wide as the widest of its micro-batch; only what the assistant has to
-                say is learned; a conversation of more than seq_len tokens loses what chat_format says
+    packed      rows of seq_len tokens, conversations laid end to end by best fit; one that is longer than a
+                row is cut into pieces, so that every token is learned and none is cropped away
+    padded      one conversation a row, as wide as the widest of its micro-batch; only what the assistant has
+                to say is learned; a conversation of more places than seq_len loses what chat_format says
 
 The target of a token is the next token of its conversation, so a conversation of n tokens fills n - 1 places.
 Rows that a last step lacks are empty: they have no targets and add nothing to the loss.
@@ -48,15 +48,18 @@ class Conversations:
         ids, mask = render_conversation(self.tokenizer, self.task[index], max_tokens)
         return ids, [1] * len(ids) if self.packed else mask
 
-    def plan(self, runtime: Runtime) -> list[list[Piece]]:
-        """Lay out all rows; every rank measures its share of the conversations."""
-        share = range(runtime.rank, len(self.task), runtime.world_size)
+    def plan(self, runtime: Runtime, max_conversations: int | None = None) -> list[list[Piece]]:
+        """Lay out all rows of the first max_conversations (None: all); every rank measures its share."""
+        n = len(self.task) if max_conversations is None else min(max_conversations, len(self.task))
+        if n == 0:
+            raise ValueError(f"{type(self.task).__name__} has no conversations")
+        share = range(runtime.rank, n, runtime.world_size)
         progress = tqdm(share, "measuring conversations", disable=not runtime.is_main, leave=False)
         shares = runtime.gather([len(self.render(index)[0]) - 1 for index in progress])
-        n_places = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(len(self.task))]
+        n_places = [shares[i % runtime.world_size][i // runtime.world_size] for i in range(n)]
         if self.packed:
             return pack(n_places, self.seq_len)
-        return [[(index, 0, n)] for index, n in enumerate(n_places)]
+        return [[(index, 0, end)] for index, end in enumerate(n_places)]
 
     def batches(
         self,
@@ -69,8 +72,8 @@ class Conversations:
     ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """Yield inputs, targets (B,T) int64 on the device, and the state after them, from row start to stop.
 
-        Rows are counted over ranks and epochs: after the last one of the plan comes the first again. Rows from
-        stop on (None: never) are empty.
+        Rows are counted over ranks and epochs: after the last one of the plan comes the first again. Rows
+        from stop on (None: never) are empty.
         """
         while True:
             mine = range(start + runtime.rank * batch_size, start + (runtime.rank + 1) * batch_size)
@@ -100,7 +103,8 @@ class Conversations:
 def pack(n_places: Sequence[int], capacity: int) -> list[list[Piece]]:
     """Lay conversations of so many places into rows of capacity, each into the open row that it fills best.
 
-    (Best fit, Johnson 1973, over the OPEN_ROWS newest rows.) Rows come in the order in which they were begun.
+    (Best fit, Johnson 1973, over at most OPEN_ROWS open rows; the fullest is closed first.) Rows come in the
+    order in which they were begun.
     """
     rows: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (places left, row) of the open rows, in order

@@ -258,6 +258,7 @@ def test_an_end_that_is_sampled_where_a_token_is_forced_is_no_end(write, spell):
         ("<|python_start|>", "1/0", "<|python_end|>", "ok"),
         ("<|python_start|>", "import os", "<|python_end|>", "ok"),
         ("2+3", "<|python_end|>", "ok"),  # never begun
+        ("<|python_start|>", "2+", "<|python_end|>", "3", "<|python_end|>", "ok"),
         ("<|output_start|>", "2+3", "<|output_end|>", "ok"),
     ],
 )
