@@ -135,7 +135,7 @@ def _train_step(
     progress: Progress,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Sample, learn, update; return what metrics.jsonl says of it. `contrast`: share of samples that taught."""
+    """Sample, learn, update; return what metrics.jsonl says of it."""
     began = time.perf_counter()
     step, first = progress.step, progress.loader_state["next_question"]
     multiplier = _set_schedule(optimizer, plan, step)
@@ -161,7 +161,7 @@ def _train_step(
         "step": step,
         "reward": reward / n_samples,
         "smooth_reward": progress.ema.update(reward / n_samples),
-        "contrast": n_useful / n_samples,
+        "contrast": n_useful / n_samples,  # share of samples that were better or worse than others
         "length": n_tokens / n_samples,
         "ended": ended / n_samples,
         "loss": loss,

@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -8,13 +10,12 @@ import torch
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
 from nanochat.rl import accumulate, policy_loss, train
-from nanochat.rollouts import Rollouts, Sample
+from nanochat.rollouts import Sample
 from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
 from nanochat.train_state import Progress
 from tests.models import random_model, small_config
-from tests.test_rollouts import FakeEngine, rollouts_of
 from tests.vocabulary import train_tokenizer
-from tests.wordtask import WordTask
+from tests.wordtask import WordTask, rollouts_of
 
 RUNTIME = Runtime.cpu()
 
@@ -25,7 +26,7 @@ def a_sample(ids, mask, advantage):
 
 @pytest.fixture
 def samples():
-    """Of different lengths, prompts and advantages; the second has a forced token, the third teaches nothing."""
+    """Of several lengths and advantages; the second has a forced token, the third teaches nothing."""
     return [
         a_sample([3, 4, 5, 6, 7], [0, 0, 0, 1, 1], 0.75),
         a_sample([3, 9, 8, 7, 6, 5, 4, 3, 2], [0, 0, 1, 1, 0, 1, 1, 1, 1], -0.25),
@@ -70,7 +71,7 @@ def test_gradients_equal_a_slow_reference_whatever_the_micro_batch(samples, batc
 
 
 def test_gradients_of_ranks_add_up(samples):
-    """A rank's samples are divided by the tokens of all; a rank without samples still has gradients to add."""
+    """Each rank divides by the tokens of all; one without samples still has gradients to add."""
     _, expected, n_tokens = slow_gradients(samples)
     parts = [model_64() for _ in range(3)]
     for model, share in zip(parts, (samples[:2], samples[2:], []), strict=True):
@@ -113,12 +114,8 @@ def run_steps(rollouts, num_steps, *, peak=0.05, rates=None, cadence=None, **hoo
     optimizer = build_optimizer(model, rates or LearningRates())
     records, progress = [], Progress()
     accuracy = {"accuracy": 0.5, "standard_error": 0.1}
-    given = {
-        "save": lambda p: None,
-        "evaluate": lambda: accuracy,
-        "sample": lambda: None,
-        "log": records.append,
-    }
+    given = {"save": lambda progress: None, "sample": lambda: None}
+    given |= {"evaluate": lambda: accuracy, "log": records.append}
     plan = Plan(
         num_steps=num_steps,
         accumulation=1,
@@ -140,12 +137,12 @@ def run_steps(rollouts, num_steps, *, peak=0.05, rates=None, cadence=None, **hoo
 
 
 def test_reward_rises(tokenizer):
-    """The sign of the gradient, and that the right tokens get it: a few steps teach a random model to say e."""
-    rollouts = rollouts_of(tokenizer, examples_per_step=8, num_samples=8)
+    """The sign of the gradient, and its place: a few steps teach a random model to say e."""
+    rollouts = rollouts_of(tokenizer, examples_per_step=8, num_samples=8, max_new_tokens=4)
     _, records, _ = run_steps(rollouts, 15, peak=1.0)
     rewards = [r["reward"] for r in records if "reward" in r]
-    assert sum(rewards[:2]) / 2 < 0.7
-    assert sum(rewards[-3:]) / 3 > 0.95
+    assert sum(rewards[:2]) / 2 < 0.5
+    assert sum(rewards[-3:]) / 3 > 0.9
 
 
 def test_the_record_of_a_step(tokenizer):
@@ -167,7 +164,7 @@ def test_the_record_of_a_step(tokenizer):
 
 
 def test_checkpoint_first_evaluation_after(tokenizer):
-    """An evaluation that failed before the checkpoint was written used to lose the run."""
+    """An evaluation that failed used to lose the run."""
     events = []
     run_steps(
         rollouts_of(tokenizer, examples_per_step=1),
@@ -181,14 +178,30 @@ def test_checkpoint_first_evaluation_after(tokenizer):
 
 
 def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
-    """Not even by the momentum of the steps before; a mean of 0/0 would be worse."""
-    rollouts = rollouts_of(tokenizer, examples_per_step=2)
-    all_alike = replace(rollouts, engine=FakeEngine(rollouts.engine.model, tokenizer))
-    before = [p.clone() for p in rollouts.engine.model.parameters()]
-    _, records, progress = run_steps(all_alike, 3, peak=1.0)
-    assert all(map(torch.equal, before, rollouts.engine.model.parameters()))
-    steps = [r for r in records if "reward" in r]
-    assert [(r["reward"], r["contrast"], r["loss"], r["grad_norm"]) for r in steps] == [(1.0, 0, 0, 0)] * 3
+    """Not even by the momentum of the step before it."""
+
+    class Fickle(WordTask):
+        is_pleased = False
+
+        def evaluate(self, conversation, completion):
+            return self.is_pleased or super().evaluate(conversation, completion)
+
+    rollouts = rollouts_of(tokenizer, task=Fickle())
+    model, records, after_first = rollouts.engine.model, [], []
+
+    def log(record):
+        if "reward" not in record:
+            return
+        records.append(record)
+        if not rollouts.task.is_pleased:
+            rollouts.task.is_pleased = True
+            after_first.extend(p.clone() for p in model.parameters())
+
+    _, _, progress = run_steps(rollouts, 3, peak=1.0, log=log)
+    assert records[0]["grad_norm"] > 0
+    assert all(map(torch.equal, after_first, model.parameters()))
+    nothing = [(r["reward"], r["contrast"], r["loss"], r["grad_norm"]) for r in records[1:]]
+    assert nothing == [(1.0, 0, 0, 0)] * 2
     assert progress.step == 3
 
 
@@ -205,9 +218,6 @@ def test_not_a_number_stops_before_the_update(tokenizer):
 
 
 def test_sigterm_saves_and_stops(tokenizer):
-    import os
-    import signal
-
     saved = []
     finished, _, _ = run_steps(
         rollouts_of(tokenizer, examples_per_step=1),

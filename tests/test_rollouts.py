@@ -3,10 +3,9 @@ from dataclasses import replace
 import pytest
 
 from nanochat.common import Runtime
-from nanochat.engine import Completion, Engine
-from nanochat.rollouts import Rollouts, advantages, shuffled, step_seed
+from nanochat.rollouts import advantages, shuffled, step_seed
 from tests.vocabulary import train_tokenizer
-from tests.wordtask import WordTask, small_chat_model
+from tests.wordtask import FakeEngine, WordTask, rollouts_of
 
 RUNTIME = Runtime.cpu()
 
@@ -14,31 +13,6 @@ RUNTIME = Runtime.cpu()
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer()
-
-
-class FakeEngine(Engine):
-    """Says "e 7" to everything, where 7 is a result of the calculator; the last sample is cut off."""
-
-    def complete(self, prompts, *, num_samples, **settings):
-        e, seven, end = self.tokenizer.encode("e7") + [self.special["<|assistant_end|>"]]
-        answers = [Completion([e, seven], [1, 0], end) for _ in range(len(prompts) * num_samples)]
-        answers[-1].end_token = None
-        return answers
-
-
-def rollouts_of(tokenizer, **changes):
-    settings = {
-        "task": WordTask(),
-        "engine": Engine(small_chat_model(tokenizer), tokenizer),
-        "examples_per_step": 4,
-        "num_samples": 4,
-        "max_new_tokens": 12,
-        "batch_size": 64,
-        "temperature": 1.0,
-        "top_k": 50,
-        "seed": 42,
-    }
-    return Rollouts(**{**settings, **changes})
 
 
 def test_the_end_token_is_learned_and_forced_tokens_are_not(tokenizer):
@@ -88,9 +62,8 @@ def test_ranks_share_the_questions(tokenizer, world_size):
     def prompts(samples):
         return sorted({tuple(s.ids[: s.mask.index(1)]) for s in samples})
 
-    shares = [
-        rollouts.sample(0, 3, replace(RUNTIME, rank=r, world_size=world_size)) for r in range(world_size)
-    ]
+    ranks = [replace(RUNTIME, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [rollouts.sample(0, 3, runtime) for runtime in ranks]
     together = [s for share in shares for s in share]
     assert len(together) == 14
     assert prompts(together) == prompts(rollouts.sample(0, 3, RUNTIME))

@@ -1,6 +1,8 @@
-"""A task for tests of reinforcement learning, and a checkpoint to start from."""
+"""For tests of reinforcement learning: an easy task, rollouts of it, and a model to start from."""
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat.engine import Completion, Engine
+from nanochat.rollouts import Rollouts
 from tasks.common import Task
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
@@ -25,6 +27,31 @@ class WordTask(Task):
 
 def small_chat_model(tokenizer):
     return random_model(small_config(vocab_size=tokenizer.get_vocab_size(), n_layer=2))
+
+
+class FakeEngine(Engine):
+    """Says "e 7" to everything, where 7 is a result of the calculator; the last sample is cut off."""
+
+    def complete(self, prompts, *, num_samples, **settings):
+        e, seven, end = [*self.tokenizer.encode("e7"), self.special["<|assistant_end|>"]]
+        answers = [Completion([e, seven], [1, 0], end) for _ in range(len(prompts) * num_samples)]
+        answers[-1].end_token = None
+        return answers
+
+
+def rollouts_of(tokenizer, **changes):
+    settings = {
+        "task": WordTask(),
+        "engine": Engine(small_chat_model(tokenizer), tokenizer),
+        "examples_per_step": 4,
+        "num_samples": 4,
+        "max_new_tokens": 12,
+        "batch_size": 64,
+        "temperature": 1.0,
+        "top_k": 50,
+        "seed": 42,
+    }
+    return Rollouts(**{**settings, **changes})
 
 
 def write_sft_checkpoint(base_dir):

@@ -1,0 +1,152 @@
+"""chat_rl from an SFT checkpoint to a better one, on a task and a model that are both tiny."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_tensors, model_path
+from nanochat.metrics import read_metrics
+from scripts import chat_rl
+from tasks import recipes
+from tests.wordtask import WordTask, write_sft_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--device-type=cpu", "--examples-per-step=4", "--num-samples=8", "--max-new-tokens=4"]
+SMALL += ["--init-lr-frac=1", "--eval-every=0", "--sample-every=0", "--save-every=0"]
+
+
+@pytest.fixture(autouse=True)
+def sft_checkpoint(base_dir, monkeypatch):
+    write_sft_checkpoint(base_dir)
+    monkeypatch.setattr(recipes, "rl_tasks", lambda data: (WordTask(10), WordTask(stop=6)))
+
+
+def weights(step, tag="d2"):
+    return load_tensors(model_path(checkpoint_dir("rl", tag), step), "cpu")
+
+
+def steps_of(tag="d2"):
+    """The lines of metrics.jsonl, but for what is measured by the clock."""
+    records = read_metrics(checkpoint_dir("rl", tag) / "metrics.jsonl")
+    return [{key: r[key] for key in r if "second" not in key} for r in records]
+
+
+def test_train_and_report(base_dir, capsys):
+    assert chat_rl.main([*SMALL, "--num-steps=20", "--eval-every=10"]) == 0
+    result = json.loads((base_dir / "report" / "chat_rl.json").read_text())
+    records = steps_of()
+    rewards = [r["reward"] for r in records if "reward" in r]
+    assert len(rewards) == 20
+    assert result["steps"] == 20
+    assert result["first_reward"] == pytest.approx(sum(rewards[:2]) / 2)
+    assert result["last_reward"] == pytest.approx(sum(rewards[-2:]) / 2)
+    assert result["last_reward"] > result["first_reward"] + 0.3
+    measured = [(r["step"], r["accuracy"], r["n"]) for r in records if "accuracy" in r]
+    assert [(step, n) for step, _, n in measured] == [(0, 6), (10, 6), (20, 6)]
+    assert (result["first_accuracy"], result["accuracy"]) == (measured[0][1], measured[-1][1])
+    assert result["accuracy"] == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("chat_rl: d2, 20 steps in ")
+    assert f"reward {result['first_reward']:.4f} -> {result['last_reward']:.4f}, accuracy" in last
+    _, _, meta = load_model("rl", torch.device("cpu"), "eval")
+    assert (meta["step"], meta["user_config"]["num_samples"]) == (20, 8)
+
+
+def test_resume_is_bitwise():
+    """Two steps, stop, two more: questions, samples, weights and metrics equal those of four in one go."""
+    (checkpoint_dir("sft", "whole")).symlink_to(checkpoint_dir("sft", "d2"))
+    flags = [*SMALL, "--num-steps=4", "--save-every=2", "--eval-every=2"]
+    chat_rl.main([*flags, "--model-tag=whole"])
+    chat_rl.main(flags)
+    for path in checkpoint_dir("rl", "d2").glob("*_000004*"):
+        path.unlink()
+    chat_rl.main([*flags, "--resume"])
+    assert all(torch.equal(one, weights(4)[key]) for key, one in weights(4, "whole").items())
+    assert steps_of("whole") == steps_of()
+    assert len(steps_of()) == 7
+
+
+def test_steps_of_an_epoch():
+    """Ten questions, four a step: the third step takes two of the next epoch."""
+    chat_rl.main([*SMALL, "--max-new-tokens=2"])
+    assert complete_steps(checkpoint_dir("rl", "d2")) == [3]
+
+
+def test_odd_sizes():
+    """num_samples // device_batch_size was 0 for a batch larger than the samples, and cut off a remainder."""
+    for samples, batch in ((3, 64), (5, 3)):
+        flags = [f"--num-samples={samples}", f"--device-batch-size={batch}", "--num-steps=1", "--overwrite"]
+        assert chat_rl.main([*SMALL, *flags]) == 0
+
+
+def test_two_ranks():
+    """Both learn from their own questions and keep the same weights; one may have nothing to teach."""
+    code = """
+import sys
+from nanochat import rl
+from scripts import chat_rl
+from tasks import recipes
+from tests.wordtask import WordTask
+recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=6))
+step = rl._train_step
+def checked(model, optimizer, rollouts, plan, runtime, progress, batch_size):
+    record = step(model, optimizer, rollouts, plan, runtime, progress, batch_size)
+    found = runtime.gather([p.double().sum().item() for p in model.parameters()])
+    assert found[0] == found[1]
+    return record
+rl._train_step = checked
+chat_rl.main(sys.argv[1:])
+"""
+    script = Path(os.environ["NANOCHAT_BASE_DIR"]) / "two_ranks.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(script), *SMALL, "--examples-per-step=3", "--num-steps=12"]
+    env = {**os.environ, "RANK": "", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, check=True, env=env, timeout=120)
+    rewards = [r["reward"] for r in steps_of() if "reward" in r]
+    assert len(rewards) == 12
+    assert rewards[0] * 24 == pytest.approx(round(rewards[0] * 24), abs=1e-4)  # the samples of both ranks
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-samples=1"], "num_samples=1 must be at least 2"),
+        (["--num-samples=300"], "rollout_batch_size=256 must hold the num_samples=300"),
+        (["--temperature=0"], "temperature=0.0 must be above 0"),
+        (["--examples-per-step=0"], "examples_per_step=0 must be at least 1"),
+        (["--num-steps=0"], "num_steps=0 must be at least 1, or -1"),
+        (["--source=rl"], "source='rl' must be sft or mid"),
+        (["--resume", "--overwrite"], "exclude each other"),
+    ],
+)
+def test_settings_that_cannot_work(flags, message):
+    with pytest.raises(ValueError, match=message):
+        chat_rl.main([*SMALL, *flags])
+    assert not checkpoint_dir("rl", "d2").exists()
+
+
+def test_too_many_new_tokens_are_said(capsys):
+    chat_rl.main([*SMALL, "--max-new-tokens=256", "--num-steps=1"])
+    assert "max_new_tokens: 16, half of the context, not 256" in capsys.readouterr().out
+
+
+def test_checkpoints_are_not_overwritten_unasked():
+    chat_rl.main([*SMALL, "--num-steps=1"])
+    with pytest.raises(ValueError, match="--resume"):
+        chat_rl.main([*SMALL, "--num-steps=2"])
+
+
+def test_help_is_quick():
+    began = time.monotonic()
+    command = [sys.executable, "-m", "scripts.chat_rl", "--help"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - began < 2
+    assert "--num-samples INT" in out.stdout
