@@ -42,8 +42,12 @@ class ScriptedEngine:
         for piece in next(self.replies):
             if piece is STOP_HERE:
                 raise KeyboardInterrupt
-            is_special = piece in self.tokenizer.get_special_tokens()
-            ids = [self.tokenizer.encode_special(piece)] if is_special else self.tokenizer.encode(piece)
+            if isinstance(piece, int):
+                ids = [piece]
+            elif piece in self.tokenizer.get_special_tokens():
+                ids = [self.tokenizer.encode_special(piece)]
+            else:
+                ids = self.tokenizer.encode(piece)
             yield from (([id], [1]) for id in ids)
 
 
@@ -97,10 +101,9 @@ def test_characters_are_whole(tokenizer, capsys, monkeypatch):
 
 
 def test_a_character_that_is_never_finished(tokenizer, capsys):
-    chat = Chat(ScriptedEngine(tokenizer, say(), say("yes")), max_tokens=50)
-    chat.engine.generate = lambda *_, **__: iter([([id], [1]) for id in tokenizer.encode("a\U0001f63a")[:-1]])
-    chat.answer("hello")
-    assert capsys.readouterr().out == "a\ufffd\n"
+    start = tokenizer.encode("\U0001f63a")[:-1]
+    assert shown(tokenizer, capsys, *say("a", *start)) == "a\ufffd\n"
+    assert shown(tokenizer, capsys, *say("a", *start, *CALL)) == "a\ufffd[12*7 = 84]\n"
 
 
 def test_nothing_after_the_end(tokenizer, capsys):
