@@ -1,8 +1,8 @@
 """Chat evaluation: how many conversations of a task the model answers rightly.
 
-Categorical tasks take one forward a batch of prompts, sorted by length and padded on the right; only the hidden
-state of each prompt's last token meets the head, and of that only the rows of the letters. Generative tasks are
-decoded greedily, many rows at a time, by the engine. Each rank takes every world_size-th conversation.
+Categorical tasks take one forward a batch of prompts, sorted by length and padded on the right; only the
+hidden state of each prompt's last token meets the head, and of that only the rows of the letters. Generative
+tasks are decoded greedily, many rows at a time, by the engine. Each rank takes every world_size-th conversation.
 
 ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for guessing, 1 for knowing.
 """
@@ -40,7 +40,8 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Answer the first max_problems conversations of a task (-1: all); return its figures.
 
-    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 where nothing is to choose from), seconds.
+    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 where there is nothing to choose from),
+    seconds.
     """
     began = time.perf_counter()
     n = len(task) if max_problems == -1 else min(max_problems, len(task))
@@ -94,8 +95,9 @@ def _choose_letters(
         idx = torch.full((len(batch), max(len(prompts[i]) for i in batch)), tokenizer.get_bos_token_id())
         for row, i in enumerate(batch):
             idx[row, : len(prompts[i])] = torch.tensor(prompts[i])
-        lengths = torch.tensor([len(prompts[i]) for i in batch], device=model.device)
-        hidden = model.hidden(idx.to(model.device))[torch.arange(len(batch), device=model.device), lengths - 1]
+        rows = torch.arange(len(batch), device=model.device)
+        last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=model.device)
+        hidden = model.hidden(idx.to(model.device))[rows, last]
         letters = sorted({letter for i in batch for letter in conversations[i]["letters"]})
         ids = [letter_id(tokenizer, letter) for letter in letters]
         logits = head_logits(hidden, model.lm_head.weight[ids]).tolist()

@@ -1,0 +1,209 @@
+"""Chat evaluation: batched is alone is by hand, and the figures are what they say."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from nanochat.chat_eval import chatcore, evaluate_task, letter_id
+from nanochat.chat_format import render_for_completion
+from nanochat.common import Runtime
+from tasks.common import Task
+from tests.models import random_model, small_config
+from tests.vocabulary import VOCAB_SIZE, WORDS, train_tokenizer
+
+SEQ_LEN = 128
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+def attentive_model(**plan):
+    """A model that looks at more than the last token, which is the same in every prompt."""
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, sequence_len=SEQ_LEN, **plan))
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_proj.weight *= 5
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return attentive_model()
+
+
+class Choices(Task):
+    """Multiple choice of 2 to 5 letters, prompts of many lengths; notes what it is asked to judge."""
+
+    eval_type = "categorical"
+
+    def __init__(self, n=23, alphabet="ABCDE"):
+        super().__init__()
+        self.n, self.alphabet, self.chosen = n, alphabet, {}
+
+    def num_examples(self):
+        return self.n
+
+    def get_example(self, index):
+        rng = random.Random(index)
+        letters = list(self.alphabet[: rng.randint(2, 5)])
+        messages = [
+            {"role": "user", "content": " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 12])))},
+            {"role": "assistant", "content": rng.choice(letters)},
+        ]
+        return {"messages": messages, "letters": letters, "index": index}
+
+    def evaluate(self, conversation, completion):
+        self.chosen[conversation["index"]] = completion
+        return super().evaluate(conversation, completion)
+
+
+class Echo(Task):
+    """A generative task whose judge wants what the model, asked alone and greedily, writes."""
+
+    def __init__(self, model, tokenizer, n=9):
+        super().__init__()
+        self.model, self.tokenizer, self.n, self.replies = model, tokenizer, n, {}
+
+    def num_examples(self):
+        return self.n
+
+    def get_example(self, index):
+        text = " ".join(random.Random(index).choices(WORDS, k=1 + 3 * index))
+        return {"index": index, "messages": [{"role": "user", "content": text}]}
+
+    def evaluate(self, conversation, completion):
+        self.replies[conversation["index"]] = completion
+        prompt = render_for_completion(self.tokenizer, conversation, SEQ_LEN - 10)
+        tokens = list(self.model.generate(torch.tensor([prompt]), 10, temperature=0))
+        return conversation["index"] % 3 != 0 and completion == self.tokenizer.decode(tokens)
+
+
+def evaluate(task, model, tokenizer, batch_size=8, runtime=None, **settings):
+    settings = {"max_new_tokens": 10, **settings}
+    return evaluate_task(task, model, tokenizer, runtime or Runtime.cpu(), batch_size=batch_size, **settings)
+
+
+def without_time(result):
+    assert result["seconds"] > 0
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+@torch.no_grad()
+def by_hand(model, tokenizer, conversation):
+    prompt = render_for_completion(tokenizer, conversation, SEQ_LEN)
+    logits = model(torch.tensor([prompt]))[0, -1]
+    return max(conversation["letters"], key=lambda letter: logits[letter_id(tokenizer, letter)])
+
+
+@pytest.mark.parametrize("plan", [{}, {"slc_rate": 0}, {"slc_rate": 2, "n_kernel": 5}])
+def test_letters_of_a_batch_are_those_of_full_forwards(plan, tokenizer):
+    model = attentive_model(**plan)
+    expected = {c["index"]: by_hand(model, tokenizer, c) for c in map(Choices().get_example, range(23))}
+    assert len(set(expected.values())) > 2
+    for batch_size in (1, 4, 64):
+        task = Choices()
+        evaluate(task, model, tokenizer, batch_size)
+        assert task.chosen == expected
+
+
+def test_figures_of_a_categorical_task(model, tokenizer):
+    task = Choices()
+    result = evaluate(task, model, tokenizer)
+    n_right = sum(task.chosen[c["index"]] == c["messages"][-1]["content"] for c in task)
+    assert 0 < n_right < 23
+    accuracy = n_right / 23
+    assert without_time(result) == {
+        "accuracy": pytest.approx(accuracy),
+        "standard_error": pytest.approx((accuracy * (1 - accuracy) / 23) ** 0.5),
+        "n": 23,
+        "chance": pytest.approx(sum(1 / len(c["letters"]) for c in task) / 23),
+    }
+
+
+def test_generative_task(model, tokenizer):
+    task = Echo(model, tokenizer)
+    result = evaluate(task, model, tokenizer, batch_size=4)
+    assert len(set(task.replies.values())) > 4
+    assert without_time(result) == {
+        "accuracy": pytest.approx(6 / 9),
+        "standard_error": pytest.approx((6 / 9 * 3 / 9 / 9) ** 0.5),
+        "n": 9,
+        "chance": 0,
+    }
+    alone = Echo(model, tokenizer)
+    assert without_time(evaluate(alone, model, tokenizer, batch_size=1)) == without_time(result)
+    assert alone.replies == task.replies
+
+
+def test_prompts_leave_room_for_the_reply(model, tokenizer):
+    """A prompt of more than the context less the reply loses its start, and what was said is still asked."""
+    task = Echo(model, tokenizer, n=1)
+    long = {"index": 1, "messages": [{"role": "user", "content": " ".join(WORDS * 9)}]}
+    task.get_example = lambda index: long
+    assert evaluate(task, model, tokenizer)["accuracy"] == 1
+
+
+def test_max_problems(model, tokenizer):
+    choices, echo = Choices(), Echo(model, tokenizer)
+    result = evaluate(choices, model, tokenizer, max_problems=4)
+    assert result["n"] == evaluate(echo, model, tokenizer, max_problems=4)["n"] == 4
+    assert sorted(choices.chosen) == sorted(echo.replies) == [0, 1, 2, 3]
+    assert result["chance"] == pytest.approx(sum(1 / len(choices[i]["letters"]) for i in range(4)) / 4)
+    assert evaluate(Choices(), model, tokenizer, max_problems=100)["n"] == 23
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneOfRanks(Runtime):
+    """Notes what it would send to the others."""
+
+    sent: list
+
+    def sum_(self, tensor):
+        self.sent.append(tensor.clone())
+        return tensor
+
+
+@pytest.mark.parametrize("make", [lambda m, t: Choices(n=5), lambda m, t: Echo(m, t, n=5)])
+@pytest.mark.parametrize("world_size", [2, 7])
+def test_ranks_share_the_conversations(make, world_size, model, tokenizer):
+    """Seven ranks for five conversations: two of them have nothing to do, and still take part in the sum."""
+    whole = evaluate(make(model, tokenizer), model, tokenizer)
+    sent = []
+    for rank in range(world_size):
+        cpu = {"device": torch.device("cpu"), "compute_dtype": torch.float32, "sent": sent}
+        runtime = OneOfRanks(rank=rank, world_size=world_size, **cpu)
+        assert evaluate(make(model, tokenizer), model, tokenizer, runtime=runtime)["n"] == 5
+    assert len(sent) == world_size
+    n_right, guesses = sum(sent).tolist()
+    assert (n_right / 5, guesses / 5) == pytest.approx((whole["accuracy"], whole["chance"]))
+
+
+def test_a_letter_must_be_one_token(model, tokenizer):
+    assert tokenizer.decode([letter_id(tokenizer, "A")]) == "A"
+    with pytest.raises(ValueError, match="the letter '\u03a9' is 2 tokens"):
+        letter_id(tokenizer, "\u03a9")
+    with pytest.raises(ValueError, match="is 2 tokens; a choice must be named by one"):
+        evaluate(Choices(alphabet="A\u03a9\u03a8\u03a6\u0394"), model, tokenizer)
+
+
+def test_nothing_to_evaluate(model, tokenizer):
+    with pytest.raises(ValueError, match="Choices has no conversations"):
+        evaluate(Choices(n=0), model, tokenizer)
+    with pytest.raises(ValueError, match="Pick has no conversations"):
+        evaluate(Choices(), model, tokenizer, max_problems=0, name="Pick")
+
+
+def test_chatcore_by_hand():
+    tasks = {
+        "choice": {"accuracy": 0.625, "chance": 0.25},
+        "bee": {"accuracy": 0.9, "chance": 0.0},
+        "worse than guessing": {"accuracy": 0.2, "chance": 0.5},
+    }
+    assert chatcore(tasks) == pytest.approx((0.5 + 0.9 - 0.6) / 3)
+    assert chatcore(tasks, without=["bee", "not there"]) == pytest.approx((0.5 - 0.6) / 2)
+    assert chatcore(tasks, without=list(tasks)) is None
+    assert chatcore({}) is None
