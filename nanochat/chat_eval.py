@@ -2,7 +2,8 @@
 
 Categorical tasks take one forward a batch of prompts, sorted by length and padded on the right; only the
 hidden state of each prompt's last token meets the head, and of that only the rows of the letters. Generative
-tasks are decoded greedily, many rows at a time, by the engine. Each rank takes every world_size-th conversation.
+tasks are decoded greedily, many rows at a time, by the engine. Each rank takes every world_size-th
+conversation.
 
 ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for guessing, 1 for knowing.
 """
@@ -40,8 +41,7 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Answer the first max_problems conversations of a task (-1: all); return its figures.
 
-    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 where there is nothing to choose from),
-    seconds.
+    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 with nothing to choose from), seconds.
     """
     began = time.perf_counter()
     n = len(task) if max_problems == -1 else min(max_problems, len(task))
