@@ -30,7 +30,9 @@ def test_the_end_token_is_learned_and_forced_tokens_are_not(tokenizer):
 
 
 def test_rewards_and_advantages_are_those_of_the_question(tokenizer):
-    samples = rollouts_of(tokenizer, examples_per_step=5, num_samples=6).sample(0, 0, RUNTIME)
+    samples = rollouts_of(tokenizer, examples_per_step=5, num_samples=6, max_new_tokens=4).sample(
+        0, 0, RUNTIME
+    )
     assert len(samples) == 30
     start = tokenizer.encode_special("<|assistant_start|>")
     for i in range(0, 30, 6):
