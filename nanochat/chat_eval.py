@@ -41,7 +41,7 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Answer the first max_problems conversations of a task (-1: all); return its figures.
 
-    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 with nothing to choose from), seconds.
+    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 without a choice), seconds.
     """
     began = time.perf_counter()
     n = len(task) if max_problems == -1 else min(max_problems, len(task))

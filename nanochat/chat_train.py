@@ -1,11 +1,15 @@
-"""What midtraining and supervised finetuning share: a model that is there, conversations, one pass over them.
+"""What midtraining and supervised finetuning share: a model that is there, conversations, a pass over them.
 
-Both start from the newest checkpoint of another stage, with its optimizer's momentum if that was saved, and end
-when every conversation has been seen `num_epochs` times. They differ in what ChatStage says.
+Both start from the newest checkpoint of another stage, with its optimizer's momentum if that was saved, and
+end when every conversation has been seen `num_epochs` times. They differ in what train_on_conversations is
+told: the tasks, whether rows are packed, how many make a step, and the schedule.
+
+Everything that settings can get wrong is told before a checkpoint is deleted or a conversation is measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,6 +19,8 @@ from nanochat.common import Runtime
 from nanochat.schedule import Cadence, LearningRates, Plan
 
 if TYPE_CHECKING:
+    from nanochat.conversations import Piece
+    from nanochat.train_state import Progress
     from tasks.common import Task
 
 
@@ -60,6 +66,8 @@ class ChatTrainConfig:
         for name in ("num_iterations", "max_seq_len"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or -1")
+        if not 0 < self.init_lr_frac < math.inf:
+            raise ValueError(f"init_lr_frac={self.init_lr_frac} must be above 0 and finite")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
@@ -100,6 +108,13 @@ def train_on_conversations(
     optimizer = build_optimizer(model, config.rates)
     if config.warm_start:
         warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
+    seq_len = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
+    if seq_len > model.config.sequence_len:
+        raise ValueError(
+            f"max_seq_len={seq_len} must be at most {model.config.sequence_len}, the model's context"
+        )
+    n_rows = rows_per_step(seq_len)
+    accumulation = accumulation_steps(n_rows, device_batch_size, runtime)
     directory = checkpoint_dir(stage, tag)
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
@@ -107,17 +122,16 @@ def train_on_conversations(
     if config.compile:
         model.compile_blocks()
 
-    seq_len = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
     form = partial(Conversations, tokenizer=tokenizer, seq_len=seq_len, packed=packed)
     train_set, val_set = form(task=train_task), form(task=val_task)
-    rows, val_rows = train_set.plan(runtime), val_set.plan(runtime)
-    plan = make_plan(config, runtime, rows, rows_per_step(seq_len), device_batch_size, schedule)
-    micro_batch = device_batch_size * runtime.world_size
+    rows, val_rows = train_set.plan(runtime), val_set.plan(runtime, config.val_conversations)
+    plan = make_plan(config, rows, n_rows, accumulation, schedule)
+    val_steps = -(-len(val_rows) // (device_batch_size * runtime.world_size))
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
 
     def evaluate() -> float:
         batches = val_set.batches(val_rows, device_batch_size, runtime, stop=len(val_rows))
-        return evaluate_bpb(model, batches, -(-len(val_rows) // micro_batch), token_bytes)
+        return evaluate_bpb(model, batches, val_steps, token_bytes)
 
     settings = asdict(config)
     log = MetricsLog(
@@ -134,7 +148,7 @@ def train_on_conversations(
             rows,
             device_batch_size,
             runtime,
-            start=(progress.loader_state or {"next_row": 0})["next_row"],
+            start=first_row(progress, rows, n_rows),
             stop=config.num_epochs * len(rows) if config.num_iterations == -1 else None,
         ),
         plan,
@@ -161,26 +175,48 @@ def train_on_conversations(
     return report_training(name, plan, model, progress, directory, settings)
 
 
-def make_plan(
-    config: ChatTrainConfig,
-    runtime: Runtime,
-    rows: Sequence[Sequence[tuple[int, int, int]]],
-    rows_per_step: int,
-    device_batch_size: int,
-    schedule: Callable[[float], float],
-) -> Plan:
-    """Derive accumulation and steps; ValueError when the rows of a step do not divide."""
+def accumulation_steps(rows_per_step: int, device_batch_size: int, runtime: Runtime) -> int:
+    """Micro-batches of a step on this rank; ValueError when the rows of a step do not divide."""
+    if device_batch_size < 1:
+        raise ValueError(f"device_batch_size={device_batch_size} must be at least 1")
     micro_batch = device_batch_size * runtime.world_size
     if rows_per_step < 1 or rows_per_step % micro_batch:
         raise ValueError(
             f"a step of {rows_per_step} rows must be a multiple of device_batch_size x ranks = "
-            f"{device_batch_size} x {runtime.world_size}; try {max(1, rows_per_step // micro_batch) * micro_batch}"
+            f"{device_batch_size} x {runtime.world_size}; "
+            f"try {max(1, rows_per_step // micro_batch) * micro_batch}"
         )
+    return rows_per_step // micro_batch
+
+
+def make_plan(
+    config: ChatTrainConfig,
+    rows: Sequence[list[Piece]],
+    rows_per_step: int,
+    accumulation: int,
+    schedule: Callable[[float], float],
+) -> Plan:
+    """Derive the steps from the rows of an epoch."""
     num_steps = -(-config.num_epochs * len(rows) // rows_per_step)
     n_places = sum(end - begin for row in rows for _, begin, end in row)
     return Plan(
         num_steps=num_steps if config.num_iterations == -1 else config.num_iterations,
-        accumulation=rows_per_step // micro_batch,
-        tokens_per_step=max(1, n_places * rows_per_step // max(1, len(rows))),  # on average, without padding
+        accumulation=accumulation,
+        tokens_per_step=max(1, n_places * rows_per_step // len(rows)),  # on average, without padding
         lr_multiplier=schedule,
     )
+
+
+def first_row(progress: Progress, rows: Sequence[list[Piece]], rows_per_step: int) -> int:
+    """Where a run begins or goes on; ValueError when it was begun with other rows or other steps."""
+    state = progress.loader_state
+    if state is None:
+        return 0
+    begun = {"n_rows": state["n_rows"], "rows_per_step": state["next_row"] // progress.step}
+    if begun != {"n_rows": len(rows), "rows_per_step": rows_per_step}:
+        raise ValueError(
+            f"the run was begun with {begun['n_rows']} rows an epoch and {begun['rows_per_step']} a step, "
+            f"these settings make {len(rows)} and {rows_per_step}: resume with the data, max_seq_len and "
+            "batch size that it was begun with"
+        )
+    return state["next_row"]

@@ -81,7 +81,8 @@ class Conversations:
             inputs, targets = self._lay_out(
                 [rows[row % len(rows)] if stop is None or row < stop else [] for row in mine]
             )
-            state = {"next_row": start, "positions": {}}  # no positions that are a rank's own
+            # no positions that are a rank's own
+            state = {"next_row": start, "n_rows": len(rows), "positions": {}}
             yield inputs.to(runtime.device), targets.to(runtime.device), state
 
     def _lay_out(self, rows: list[list[Piece]]) -> tuple[Tensor, Tensor]:

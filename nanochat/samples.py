@@ -49,9 +49,13 @@ def print_samples(model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime) -> 
 def print_replies(
     model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime, task: Task, n: int = 6, max_tokens: int = 64
 ) -> None:
-    """Show the greedy replies to the first n conversations of a task; only the main rank samples."""
+    """Show the greedy replies to the first n conversations of a task; only the main rank samples.
+
+    A reply has max_tokens at most, and half of the context at most.
+    """
     if not runtime.is_main:
         return
+    max_tokens = min(max_tokens, model.config.sequence_len // 2)
     room = model.config.sequence_len - max_tokens
     prompts = [render_for_completion(tokenizer, task[i], room) for i in range(min(n, len(task)))]
     completions = Engine(model, tokenizer).complete(prompts, max_tokens=max_tokens, temperature=0)

@@ -3,8 +3,8 @@
     python -m scripts.chat_sft --data=embedded
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --model-tag=d20 --run=d20
 
-Only the assistant's tokens are learned, each counting the same wherever it stands. Checkpoints and metrics.jsonl
-go to $NANOCHAT_BASE_DIR/chatsft_checkpoints/<model tag>.
+Only the assistant's tokens are learned, each counting the same wherever it stands. Checkpoints and
+metrics.jsonl go to $NANOCHAT_BASE_DIR/chatsft_checkpoints/<model tag>.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from nanochat.chat_train import ChatTrainConfig, train_on_conversations
 from nanochat.common import parse, run, setup_runtime
@@ -22,8 +23,8 @@ from nanochat.schedule import lr_multiplier
 class ChatSFTConfig(ChatTrainConfig):
     """Settings of supervised finetuning."""
 
-    source: str = "mid"
-    """stage whose model is finetuned: mid or base"""
+    source: Literal["mid", "base"] = "mid"
+    """stage whose model is finetuned"""
     device_batch_size: int = 4
     """conversations of one forward on one device; lower it when memory runs out"""
     conversations_per_step: int = 32

@@ -3,8 +3,8 @@
     python -m scripts.mid_train --data=embedded
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --model-tag=d20 --run=d20
 
-Conversations are packed into full rows and every token of them is learned. Checkpoints and metrics.jsonl go to
-$NANOCHAT_BASE_DIR/mid_checkpoints/<model tag>.
+Conversations are packed into full rows and every token of them is learned. Checkpoints and metrics.jsonl go
+to $NANOCHAT_BASE_DIR/mid_checkpoints/<model tag>.
 """
 
 from __future__ import annotations
@@ -29,6 +29,21 @@ class MidTrainConfig(ChatTrainConfig):
     warmdown_ratio: float = 0.2
     """last share of training, over which the learning rates fall to 0"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.warmdown_ratio <= 1:
+            raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
+
+    def rows_per_step(self, seq_len: int) -> int:
+        """How many rows hold the tokens of a step; ValueError when they do not divide."""
+        n_rows = self.total_batch_size // seq_len
+        if n_rows * seq_len != self.total_batch_size:
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} must be a multiple of {seq_len}, the tokens of a "
+                f"row; try {max(1, n_rows) * seq_len}"
+            )
+        return n_rows
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/mid_train.json."""
@@ -45,11 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_task=train_task,
         val_task=val_task,
         packed=True,
-        rows_per_step=lambda seq_len: config.total_batch_size // seq_len,
+        rows_per_step=config.rows_per_step,
         device_batch_size=config.device_batch_size,
-        schedule=partial(
-            lr_multiplier, peak=config.init_lr_frac, warmdown=config.warmdown_ratio
-        ),
+        schedule=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=config.warmdown_ratio),
     )
     if result:
         print(result)
