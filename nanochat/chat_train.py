@@ -93,7 +93,7 @@ def train_on_conversations(
     import torch
 
     from nanochat.checkpoint_manager import checkpoint_dir, load_model, resolve_tag
-    from nanochat.conversations import Conversations
+    from nanochat.conversations import Conversations, by_width
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.metrics import MetricsLog
     from nanochat.optim import build_optimizer
@@ -124,7 +124,8 @@ def train_on_conversations(
 
     form = partial(Conversations, tokenizer=tokenizer, seq_len=seq_len, packed=packed)
     train_set, val_set = form(task=train_task), form(task=val_task)
-    rows, val_rows = train_set.plan(runtime), val_set.plan(runtime, config.val_conversations)
+    rows = by_width(train_set.plan(runtime), n_rows)
+    val_rows = by_width(val_set.plan(runtime, config.val_conversations), config.val_conversations)
     plan = make_plan(config, rows, n_rows, accumulation, schedule)
     val_steps = -(-len(val_rows) // (device_batch_size * runtime.world_size))
     token_bytes = torch.from_numpy(tokenizer.token_bytes())

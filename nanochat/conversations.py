@@ -86,8 +86,7 @@ class Conversations:
             yield inputs.to(runtime.device), targets.to(runtime.device), state
 
     def _lay_out(self, rows: list[list[Piece]]) -> tuple[Tensor, Tensor]:
-        widest = max(sum(end - begin for _, begin, end in row) for row in rows)
-        width = self.seq_len if self.packed else max(1, widest)
+        width = self.seq_len if self.packed else max(1, *map(_places, rows))
         inputs = torch.full((len(rows), width), self.tokenizer.get_bos_token_id())
         targets = torch.full((len(rows), width), -1)
         for i, row in enumerate(rows):
@@ -99,6 +98,16 @@ class Conversations:
                 targets[i, there] = ids[begin + 1 : end + 1].where(mask[begin + 1 : end + 1] == 1, -1)
                 place = there.stop
         return inputs, targets
+
+
+def by_width(rows: Sequence[list[Piece]], rows_per_step: int) -> list[list[Piece]]:
+    """Sort the rows of each step by length: what a step learns stays, but micro-batches are padded less."""
+    steps = (rows[first : first + rows_per_step] for first in range(0, len(rows), rows_per_step))
+    return [row for step in steps for row in sorted(step, key=_places)]
+
+
+def _places(row: list[Piece]) -> int:
+    return sum(end - begin for _, begin, end in row)
 
 
 def pack(n_places: Sequence[int], capacity: int) -> list[list[Piece]]:

@@ -1,8 +1,8 @@
 """Measure a chat model: multiple choice by the likeliest letter, everything else by what it writes.
 
-    python -m scripts.chat_eval -i sft
-    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft -a "ARC-Easy|GSM8K" -b 64
-    python -m scripts.chat_eval -i sft --bench     # also answer one at a time, and compare the speeds
+python -m scripts.chat_eval -i sft
+torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft -a "ARC-Easy|GSM8K" -b 64
+python -m scripts.chat_eval -i sft --bench     # also answer one at a time, and compare the speeds
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class ChatEvalConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}: at least 1 each")
+            raise ValueError(
+                f"batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}: at least 1 each"
+            )
         if self.max_problems < 1 and self.max_problems != -1:
             raise ValueError(f"max_problems={self.max_problems} must be at least 1, or -1 for all")
 

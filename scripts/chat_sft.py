@@ -30,7 +30,9 @@ class ChatSFTConfig(ChatTrainConfig):
     conversations_per_step: int = 32
     """conversations of one optimizer step, over all devices"""
     init_lr_frac: float = 0.02
-    """factor on all learning rates, which fall from there linearly to 0"""
+    """factor on all learning rates"""
+    warmdown_ratio: float = 1.0
+    """last share of training, over which the learning rates fall to 0"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         packed=False,
         rows_per_step=lambda seq_len: config.conversations_per_step,
         device_batch_size=config.device_batch_size,
-        schedule=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
+        schedule=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=config.warmdown_ratio),
     )
     if result:
         print(result)

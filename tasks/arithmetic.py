@@ -25,7 +25,10 @@ FORMS = (
     ("{name} has {a} {thing} and gives away {b}. How many {thing} are left?", "{a}-{b}"),
     ("There are {a} boxes with {b} {thing} each. How many {thing} is that?", "{a}*{b}"),
     ("{name} has {a} boxes with {b} {thing} each and loses {c} {thing}. How many are left?", "{a}*{b}-{c}"),
-    ("{name} buys {a} {thing} at {b} dollars each and pays {c} dollars for a bag. What is the price?", "{a}*{b}+{c}"),
+    (
+        "{name} buys {a} {thing} at {b} dollars each and pays {c} dollars for a bag. What is the price?",
+        "{a}*{b}+{c}",
+    ),
 )
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Max")
 THINGS = ("files", "lines", "strings", "names", "pages", "bytes")
@@ -66,4 +69,6 @@ class Arithmetic(Task):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the number after #### is the right one."""
-        return extract_answer(completion) == extract_answer(conversation["messages"][-1]["content"][-1]["text"])
+        return extract_answer(completion) == extract_answer(
+            conversation["messages"][-1]["content"][-1]["text"]
+        )

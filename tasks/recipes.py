@@ -36,7 +36,7 @@ def mid_tasks(data: str) -> tuple[Task, Task]:
     """Return what midtraining learns from and what it is validated on."""
     data = source(data)
     if data == "embedded":
-        return _embedded("train"), _embedded("test")
+        return _embedded("train", 16_000, alphabetical=1.0), _embedded("test", 800, alphabetical=1.0)
     if data != "hub":
         return _own(data)
     words = word_list("hub")
@@ -56,7 +56,7 @@ def sft_tasks(data: str) -> tuple[Task, Task]:
     """Return what supervised finetuning learns from and what it is validated on."""
     data = source(data)
     if data == "embedded":
-        return _embedded("train"), _embedded("test")
+        return _embedded("train", 40_000, alphabetical=0.5), _embedded("test", 800, alphabetical=0.5)
     if data != "hub":
         return _own(data)
     words = word_list("hub")
@@ -98,16 +98,15 @@ def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
     }
 
 
-def _embedded(split: str) -> Task:
+def _embedded(split: str, size: int, alphabetical: float) -> Task:
+    """Mix about size conversations, in shares that a d4 learns all of them from (dev/LOG.md)."""
     words = _short_words()
-    sizes = {"train": (1000, 1000, 1000, 1000), "test": (100, 100, 100, 100)}[split]
-    spelling, bee, arithmetic, choice = sizes
     tasks = [
-        SimpleSpelling(words, spelling, split),
-        SpellingBee(words, bee, split),
-        Arithmetic(arithmetic, split),
-        DocChoice(choice, split),
-        DocQuestion(split),
+        SimpleSpelling(words, round(0.32 * size), split),
+        SpellingBee(words, round(0.07 * size), split),
+        Arithmetic(round(0.06 * size), split),
+        DocChoice(round(0.53 * size), split, alphabetical=alphabetical),
+        DocQuestion(split, stop=round(0.02 * size)),
     ]
     return TaskMixture(tasks)
 

@@ -35,9 +35,7 @@ def word_list(data: str, min_length: int = 3, max_length: int = 20, n_batches: i
     for texts in islice(parquets_iter_batched("train", data=data), n_batches):
         for text in texts:
             counts.update(re.findall(r"\b[a-z]+\b", text))
-    return [
-        word for word, n in counts.most_common() if n > 1 and min_length <= len(word) <= max_length
-    ]
+    return [word for word, n in counts.most_common() if n > 1 and min_length <= len(word) <= max_length]
 
 
 class _WordTask(Task):
@@ -90,4 +88,6 @@ class SpellingBee(_WordTask):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the number after #### is the right one."""
-        return extract_answer(completion) == extract_answer(conversation["messages"][-1]["content"][-1]["text"])
+        return extract_answer(completion) == extract_answer(
+            conversation["messages"][-1]["content"][-1]["text"]
+        )
