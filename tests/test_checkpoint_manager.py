@@ -153,3 +153,12 @@ def test_the_deepest_model_is_found_by_number(base_dir):
     (stage / "d12" / "meta_000001.json").write_text(json.dumps({}))
     with pytest.raises(FileNotFoundError, match="d12"):
         cm.load_model("base", torch.device("cpu"), "eval")
+
+
+def test_a_name_goes_before_the_deepest_model(base_dir):
+    with pytest.raises(FileNotFoundError, match=r"no model dN in .*mid_checkpoints"):
+        cm.resolve_tag("mid", None)
+    for stage, name in (("base", "d40"), ("mid", "d4"), ("mid", "d12"), ("mid", "mine")):
+        cm.checkpoint_dir(stage, name).mkdir(parents=True)
+    tags = [cm.resolve_tag("mid", tag) for tag in (None, "", "mine", "d4", "new")]
+    assert tags == ["d12", "d12", "mine", "d4", "new"]

@@ -1,0 +1,104 @@
+"""For tests of midtraining and finetuning: a base model to start from, conversations to learn, short runs."""
+
+import random
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, load_tensors, model_path, save_checkpoint
+from nanochat.gpt import GPT
+from nanochat.metrics import read_metrics
+from nanochat.optim import build_optimizer
+from nanochat.schedule import LearningRates
+from scripts import chat_sft, mid_train
+from tasks import recipes
+from tasks.common import Task
+from tests.models import small_config
+from tests.vocabulary import train_tokenizer
+
+QUIET = ["--device-type=cpu", "--eval-every=0", "--sample-every=0", "--save-every=0"]
+SCRIPTS = {
+    "mid": (mid_train, [*QUIET, "--device-batch-size=2", "--total-batch-size=192"]),  # 4 rows a step
+    "sft": (chat_sft, [*QUIET, "--source=base", "--device-batch-size=2", "--conversations-per-step=4"]),
+}
+both_stages = pytest.mark.parametrize("stage", ["mid", "sft"])
+
+
+class ColourTask(Task):
+    """What colour has a thing? Answered by a letter, or at greater or lesser length; some need two rows."""
+
+    eval_type = "categorical"
+
+    def __init__(self, size: int = 20, seed: int = 0):
+        super().__init__()
+        self.size, self.seed = size, seed
+
+    def num_examples(self):
+        return self.size
+
+    def get_example(self, index):
+        rng = random.Random(1000 * self.seed + index)
+        things = ["river", "stone,", "light", "bridge", "water"]
+        question = " ".join(rng.choices(things, k=rng.randint(1, 12)))
+        letter = "AB"["stone" in question]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": letter}]
+        if index % 4 == 0:
+            messages = [*messages, *messages, *messages]
+        return {"messages": messages, "letters": ["A", "B"]}
+
+
+class Unanswered(ColourTask):
+    """The same, and every other time nobody answers: there is nothing to learn from."""
+
+    def get_example(self, index):
+        conversation = super().get_example(index)
+        return conversation if index % 2 else {**conversation, "messages": conversation["messages"][:1]}
+
+
+def write_base_checkpoint(base_dir, tag="d2", with_optimizer=True):
+    """Three steps of a model whose n_kernel and slc_rate are not the usual ones, on random tokens."""
+    tokenizer = train_tokenizer()
+    tokenizer.save(base_dir / "tokenizer")
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_embd": 32, "n_kernel": 4, "slc_rate": 2, "sequence_len": 48}
+    model = GPT(small_config(vocab_size=tokenizer.get_vocab_size(), **shape))
+    model.init_weights()
+    optimizer = build_optimizer(model, LearningRates())
+    for _ in range(3):
+        ids = torch.randint(0, 300, (2, 17))
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        model.zero_grad()
+    state = optimizer.state_dict() if with_optimizer else None
+    save_checkpoint(checkpoint_dir("base", tag), 3, model, state, {})
+
+
+def learn(monkeypatch, task):
+    """Let both stages learn from a task."""
+    for name in ("mid_tasks", "sft_tasks"):
+        monkeypatch.setattr(recipes, name, lambda data: (task, ColourTask(5, seed=1)))
+
+
+def train(stage, *flags):
+    script, usual = SCRIPTS[stage]
+    return script.main([*usual, *flags])
+
+
+def records(stage, tag="d2"):
+    return read_metrics(checkpoint_dir(stage, tag) / "metrics.jsonl")
+
+
+def losses(stage, tag="d2"):
+    return [r["loss"] for r in records(stage, tag) if "loss" in r]
+
+
+def weights(stage, step, tag="d2"):
+    return load_tensors(model_path(checkpoint_dir(stage, tag), step), "cpu")
+
+
+def same(one, two):
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+def copy_base(tag):
+    checkpoint_dir("base", tag).symlink_to(checkpoint_dir("base", "d2"))
