@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# From raw text to a trained base model, on whatever machine this is:
+# From raw text to a model that one can talk to, on whatever machine this is:
 #
-#   with GPUs    FineWeb-EDU from the hub; a d20 on 8 of them, a d12 on fewer
-#   without      a small model on the documentation of your own Python, in about eight minutes on two cores
+#   with GPUs    FineWeb-EDU and chat data from the hub; a d20 on 8 of them, a d12 on fewer
+#   without      a small model on the documentation of your own Python, in about twenty minutes on two cores
 #
 #   bash speedrun.sh            run, or go on where the last run stopped
 #   bash speedrun.sh --fresh    do every stage again
 #
 # Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE, WANDB_RUN, DATA (hub, embedded or a path of your own texts), DEPTH,
-# DEVICE_BATCH_SIZE (rows of one forward).
+# DEVICE_BATCH_SIZE (rows of one forward), SEED (of the initial weights), RL=1 (reinforcement learning, too),
+# CORE_BUNDLE (folder or address of the CORE evaluation bundle; without it CORE is not measured), DOLLARS_PER_HOUR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -21,6 +22,7 @@ mkdir -p "$state" 2>/dev/null && [ -w "$state" ] || fail "cannot write to $NANOC
 [ -z "${1:-}" ] || rm -f "$state"/*.done
 bash dev/setup.sh
 python=.venv/bin/python
+seed=${SEED:-42}
 
 # ---- the machine and the run it is good for
 
@@ -30,21 +32,28 @@ n = torch.cuda.device_count()
 print(n, min((torch.cuda.get_device_properties(i).total_memory for i in range(n)), default=0) >> 30)')
 ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 data=${DATA:-$([ "$gpus" -gt 0 ] && echo hub || echo embedded)}
+chat_data=$([ "$data" = hub ] && echo hub || echo embedded) # what is learned after pretraining
 if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     depth=${DEPTH:-$((ranks >= 8 ? 20 : 12))}
     # rows of 2,048 tokens for a d12 (dev/LOG.md), half as many beyond; powers of two, so that the batch divides
     rows=$((gib >= 75 ? 32 : gib >= 38 ? 16 : gib >= 22 ? 8 : gib >= 14 ? 4 : 2))
     rows=${DEVICE_BATCH_SIZE:-$((depth > 12 ? rows / 2 : rows))}
     vocab=65536
-    flags=()
+    base=() mid=() sft=("--device-batch-size=$((rows < 4 ? rows : 4))") evals=() rl=()
 else
     depth=${DEPTH:-4}
     rows=${DEVICE_BATCH_SIZE:-8}
     vocab=4096
-    flags=(--max-seq-len=256 --total-batch-size=8192 --num-iterations=110)
-    flags+=(--warmdown-ratio=0.5 --eval-every=50 --save-every=50)
+    base=(--max-seq-len=256 --total-batch-size=8192 --num-iterations=80)
+    base+=(--warmdown-ratio=0.5 --eval-every=40 --save-every=40)
+    mid=(--total-batch-size=4096 --eval-every=0 --save-every=40)
+    sft=(--conversations-per-step=128 --device-batch-size=$((4 * rows)))
+    sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
+    evals=(--max-new-tokens=40 --batch-size=128)
+    rl=(--num-steps=40 --max-new-tokens=40 --eval-every=0 --save-every=20)
 fi
 echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
+export NPROC_PER_NODE=$ranks
 
 # ---- stages
 
@@ -54,35 +63,56 @@ redone=no
 stage() {
     local name=$1 module=$2 ranks=$3
     shift 3
-    local done_file=$state/$name.done again=()
+    local done_file=$state/$name.done again=""
     if [ "$redone" = no ] && [ "$(cat "$done_file" 2>/dev/null)" = "$ranks $*" ]; then
         echo "== $name: done before"
         return
     fi
     echo "== $name"
     rm -f "$done_file"
-    if [ "$name" = base_train ]; then again=("$([ "$redone" = yes ] && echo --overwrite || echo --resume)"); fi
+    case $name in base_train | mid_train | chat_sft | chat_rl)
+        again=$([ "$redone" = yes ] && echo --overwrite || echo --resume) ;;
+    esac
     local launch=("$python" -m "$module")
     if [ "$ranks" -gt 1 ]; then
         launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module")
     fi
-    "${launch[@]}" "$@" "${again[@]}" | tee "$state/$name.log" || return 1
-    if [ "$name" = base_train ] && ! tail -n 1 "$state/$name.log" | grep -q '^base_train:'; then
-        fail "base_train was told to stop and has saved; run again to go on"
+    "${launch[@]}" "$@" ${again:+"$again"} | tee "$state/$name.log" || return 1
+    if [ -n "$again" ] && ! tail -n 1 "$state/$name.log" | grep -q "^$name:"; then
+        fail "$name was told to stop and has saved; run again to go on"
     fi
     echo "$ranks $*" >"$done_file"
     [ "$name" = download ] || redone=yes # more shards do not change what was learnt from the first
 }
 
-model=("--data=$data" "--device-batch-size=$rows" "--model-tag=d$depth")
+# name of a wandb run: one a stage
+wandb() { echo "--run=$([ -n "${WANDB_RUN:-}" ] && echo "$WANDB_RUN-$1" || echo dummy)"; }
+
+[ -z "${1:-}" ] && [ -f "$NANOCHAT_BASE_DIR/report/start.json" ] || $python -m nanochat.report reset
+tag=--model-tag=d$depth
+base_model=("--data=$data" "--device-batch-size=$rows" "$tag")
 if [ "$data" = hub ]; then # a shard is about 50 M tokens, and 20 tokens a parameter are wanted
     stage download nanochat.dataset 1 -n $((depth * depth * 6 / 10 + 8)) -w 4 \
         || fail "no data from the hub; run again to go on, or start with DATA=embedded or DATA=<your texts>"
 fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"
-stage base_train scripts.base_train "$ranks" "--depth=$depth" "--run=${WANDB_RUN:-dummy}" "${model[@]}" "${flags[@]}"
-stage base_loss scripts.base_loss "$ranks" "${model[@]}"
-
-echo "== results (details in $NANOCHAT_BASE_DIR/report)"
-for name in tok_train tok_eval base_train base_loss; do tail -n 1 "$state/$name.log"; done
+stage base_train scripts.base_train "$ranks" "--depth=$depth" "--seed=$seed" "$(wandb base)" \
+    "${base_model[@]}" "${base[@]}"
+stage base_loss scripts.base_loss "$ranks" "${base_model[@]}"
+if [ -n "${CORE_BUNDLE:-}" ]; then
+    case $CORE_BUNDLE in *://*) bundle=--bundle-url=$CORE_BUNDLE ;; *) bundle=--bundle=$CORE_BUNDLE ;; esac
+    stage base_eval scripts.base_eval "$ranks" "$tag" "$bundle"
+fi
+stage mid_train scripts.mid_train "$ranks" "--data=$chat_data" "$tag" "$(wandb mid)" \
+    "--device-batch-size=$rows" "${mid[@]}"
+stage chat_eval_mid scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i mid "${evals[@]}"
+stage chat_sft scripts.chat_sft "$ranks" "--data=$chat_data" "$tag" "$(wandb sft)" "${sft[@]}"
+stage chat_eval_sft scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i sft "${evals[@]}"
+if [ -n "${RL:-}" ]; then
+    stage chat_rl scripts.chat_rl "$ranks" "--data=$chat_data" "$tag" "$(wandb rl)" "${rl[@]}"
+    stage chat_eval_rl scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i rl "${evals[@]}"
+fi
+echo "== report"
+$python -m nanochat.report generate "--dollars-per-hour=${DOLLARS_PER_HOUR:-$((3 * gpus))}"
+echo "talk to it: $python -m scripts.chat_cli   (or with -p 'What is 12 times 7?')"

@@ -5,9 +5,9 @@ last K-1 inputs of its convolution, which do not. At d20 in bfloat16 that is 7 *
 a token plus 66,560 bytes a sequence, where 20 attention layers would keep 102,400 bytes a token.
 
 The cache belongs to the batch, never to the model: modules hold parameters only, so two conversations cannot
-mix. `pos` counts the tokens that each row has seen; GPT.forward advances it once, after the last layer. Rows may
-be of different lengths: a forward over rows that are padded on the right is told how many tokens of each are
-real, and what the padding left behind is masked until real tokens overwrite it.
+mix. `pos` counts the tokens that each row has seen; GPT.forward advances it once, after the last layer. Rows
+may be of different lengths: a forward over rows that are padded on the right is told how many tokens of each
+are real, and what the padding left behind is masked until real tokens overwrite it.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class ChatTrainConfig:
     """conversations: auto, hub, embedded, or a .jsonl file of your own"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
-    compile: bool = False
-    """compile the blocks with torch.compile"""
+    compile: bool | None = None
+    """compile the blocks with torch.compile; None: on CUDA only"""
     model_tag: str = ""
     """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
     step: int = -1
@@ -119,7 +119,7 @@ def train_on_conversations(
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
-    if config.compile:
+    if config.compile or (config.compile is None and runtime.device.type == "cuda"):
         model.compile_blocks()
 
     form = partial(Conversations, tokenizer=tokenizer, seq_len=seq_len, packed=packed)

@@ -121,7 +121,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_report(stage: str, result: dict[str, Any]) -> None:
-    """Write what a stage found to report/<stage>.json, with the seconds since this process began to import us."""
+    """Write what a stage found to report/<stage>.json, with the time and the seconds that it took."""
     stamps = {"finished_at": time.time(), "wall_seconds": time.monotonic() - _STARTED}
     write_json(base_dir() / "report" / f"{stage}.json", {**result, **stamps})
 

@@ -96,7 +96,7 @@ def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[Ten
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B,T,H,D) by the angles of cos, sin (T,D/2) or (B,T,D/2): its halves are the two coordinates."""
+    """Rotate x (B,T,H,D), its halves as coordinates, by the angles of cos, sin (T,D/2) or (B,T,D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
@@ -254,7 +254,8 @@ class GPT(nn.Module):
     def next_logits(self, idx: Tensor, cache: HybridCache, lengths: Tensor | None = None) -> Tensor:
         """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache.
 
-        lengths (B,) int64, on the device, says how many tokens of each row are real, from the left, one at least.
+        lengths (B,) int64, on the device, says how many tokens of each row are real, one at least; padding
+        comes after them.
         """
         x = self.hidden(idx, cache, lengths)
         last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]

@@ -35,7 +35,7 @@ from nanochat.metrics import read_metrics
 from nanochat.optim import MuonAdamW
 from nanochat.rollouts import Rollouts, Sample
 from nanochat.schedule import Cadence, Plan
-from nanochat.train_loop import _is_due, _set_schedule, _sigterm_flag
+from nanochat.train_loop import is_due, set_schedule, sigterm_flag
 from nanochat.train_state import Progress
 
 logger = logging.getLogger(__name__)
@@ -99,29 +99,29 @@ def train(
     start = progress.step
     progress.loader_state = progress.loader_state or {"next_question": 0, "positions": {}}
     stopping = False
-    with _sigterm_flag() as sigterm:
+    with sigterm_flag() as sigterm:
         while True:
             step = progress.step
             is_last = step == plan.num_steps
-            if step > start and (is_last or stopping or _is_due(step, cadence.save_every)):
+            if step > start and (is_last or stopping or is_due(step, cadence.save_every)):
                 save(progress)
             if stopping and not is_last:
                 logger.info(f"SIGTERM: saved step {step}, stopping")
                 return False
-            if is_last or step == 0 or _is_due(step, cadence.eval_every):
+            if is_last or step == 0 or is_due(step, cadence.eval_every):
                 found = evaluate()
                 log({"step": step, **found})
                 logger.info(
                     f"step {step:05d} | accuracy {found['accuracy']:.4f} +- {found['standard_error']:.4f}"
                 )
-            if is_last or (step > 0 and _is_due(step, cadence.sample_every)):
+            if is_last or (step > 0 and is_due(step, cadence.sample_every)):
                 sample()
             if is_last:
                 return True
 
             record = _train_step(model, optimizer, rollouts, plan, runtime, progress, batch_size)
             log(record)
-            if progress.step == plan.num_steps or _is_due(progress.step, cadence.log_every):
+            if progress.step == plan.num_steps or is_due(progress.step, cadence.log_every):
                 _print_step(record, plan, progress)
             stopping = runtime.sum_(torch.tensor(float(sigterm[0]), device=runtime.device)).item() > 0
 
@@ -138,7 +138,7 @@ def _train_step(
     """Sample, learn, update; return what metrics.jsonl says of it."""
     began = time.perf_counter()
     step, first = progress.step, progress.loader_state["next_question"]
-    multiplier = _set_schedule(optimizer, plan, step)
+    multiplier = set_schedule(optimizer, plan, step)
     samples = rollouts.sample(step, first, runtime)
     counted = [(1, s.reward, sum(s.mask), s.has_ended, s.advantage != 0) for s in samples]
     sums = torch.tensor([(0.0,) * 5, *counted], device=runtime.device).sum(0)

@@ -32,8 +32,8 @@ def short_conv(
     """Depthwise causal convolution as K shifted multiply-adds, summed in float32 (float64 stays float64).
 
     u (B,T,E); weight (E,1,K); window (B,K-1,E) holds the values before u, oldest first (None: zeros), and is
-    overwritten with the last K-1 values of [window, u], or of its first lengths (B,) values of u where rows are
-    padded on the right. Returns z (B,T,E) in u's dtype.
+    overwritten with the last K-1 values of [window, u]. Of rows that are padded on the right, lengths (B,)
+    says how many values of u count as such. Returns z (B,T,E) in u's dtype.
     """
     T, K = u.size(1), weight.size(-1)
     past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)  # (B, K-1+T, E)

@@ -55,25 +55,25 @@ def train(
     flops_per_step = model.flops_per_token() * plan.tokens_per_step / runtime.world_size
     peak = peak_flops(runtime.device)
     micro_batches = list(islice(batches, plan.accumulation))
-    with _sigterm_flag() as sigterm, _garbage_collector_stop() as stop_garbage_collector:
+    with sigterm_flag() as sigterm, _garbage_collector_stop() as stop_garbage_collector:
         stopping = False
         while True:
             step = progress.step
             is_last = step == plan.num_steps
-            if step > start and (is_last or stopping or _is_due(step, cadence.save_every)):
+            if step > start and (is_last or stopping or is_due(step, cadence.save_every)):
                 save(progress)
             if stopping and not is_last:
                 logger.info(f"SIGTERM: saved step {step}, stopping")
                 return False
-            if is_last or step == 0 or _is_due(step, cadence.eval_every):
+            if is_last or step == 0 or is_due(step, cadence.eval_every):
                 _evaluate(evaluate, progress, log)
-            if is_last or (step > 0 and _is_due(step, cadence.sample_every)):
+            if is_last or (step > 0 and is_due(step, cadence.sample_every)):
                 sample()
             if is_last:
                 return True
 
             began = time.perf_counter()
-            multiplier = _set_schedule(optimizer, plan, step)
+            multiplier = set_schedule(optimizer, plan, step)
             last_state = micro_batches[-1][2]
             loss, grad_norm, stopping, micro_batches = _accumulate(
                 model, micro_batches, batches, runtime, sigterm
@@ -102,13 +102,13 @@ def train(
                 "train_seconds": progress.train_seconds,
             }
             log(record)
-            if progress.step == plan.num_steps or _is_due(progress.step, cadence.log_every):
+            if progress.step == plan.num_steps or is_due(progress.step, cadence.log_every):
                 _print_step(record, plan)
             if step == start:
                 stop_garbage_collector()
 
 
-def _set_schedule(optimizer: MuonAdamW, plan: Plan, step: int) -> float:
+def set_schedule(optimizer: MuonAdamW, plan: Plan, step: int) -> float:
     multiplier = plan.lr_multiplier(step / plan.num_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
@@ -161,12 +161,12 @@ def _print_step(record: dict[str, Any], plan: Plan) -> None:
     )
 
 
-def _is_due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
 @contextmanager
-def _sigterm_flag() -> Iterator[list[bool]]:
+def sigterm_flag() -> Iterator[list[bool]]:
     """A one-element list that turns true on SIGTERM, instead of dying in the middle of a step."""
     flag = [False]
 

@@ -165,7 +165,8 @@ def report_training(
     }
     write_report(stage, result)
     return (
-        f"{stage}: {directory.name}, {parameters['total'] / 1e6:.1f} M parameters, {tokens / 1e6:.1f} M tokens "
-        f"in {progress.train_seconds / 60:.1f} min; validation bpb {progress.first_val_bpb:.4f} -> "
-        f"{progress.val_bpb:.4f} ({100 * progress.val_bpb / progress.first_val_bpb:.1f} % of step 0)"
+        f"{stage}: {directory.name}, {parameters['total'] / 1e6:.1f} M parameters, "
+        f"{tokens / 1e6:.1f} M tokens in {progress.train_seconds / 60:.1f} min; "
+        f"validation bpb {progress.first_val_bpb:.4f} -> {progress.val_bpb:.4f} "
+        f"({100 * progress.val_bpb / progress.first_val_bpb:.1f} % of step 0)"
     )

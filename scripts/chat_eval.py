@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if runtime.is_main:
             print(
                 f"{name}: {100 * result['accuracy']:.1f} +- {100 * result['standard_error']:.1f} % of "
-                f"{result['n']} (chance {100 * result['chance']:.0f} %), {result['n'] / result['seconds']:.1f}/s"
+                f"{result['n']} (chance {100 * result['chance']:.0f} %), "
+                f"{result['n'] / result['seconds']:.1f}/s"
             )
         if config.bench:
             alone = answer(task, batch_size=1, name=f"{name}, one at a time")

@@ -25,6 +25,8 @@ class ChatSFTConfig(ChatTrainConfig):
 
     source: Literal["mid", "base"] = "mid"
     """stage whose model is finetuned"""
+    compile: bool | None = False
+    """compile the blocks with torch.compile; off, since micro-batches differ in width"""
     device_batch_size: int = 4
     """conversations of one forward on one device; lower it when memory runs out"""
     conversations_per_step: int = 32

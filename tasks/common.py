@@ -7,8 +7,8 @@ learn. Tasks are measured in one of two ways:
     categorical    the conversation has "letters", one of which the last message is; the model is only asked
                    which of them it finds likeliest as the first token of its reply
 
-An index always gives the same conversation, on every machine and in every order of access: what is random in a
-task is drawn from a generator seeded with split and index.
+An index always gives the same conversation, on every machine and in every order of access: what is random in
+a task is drawn from a generator seeded with split and index.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def item_random(split: str, index: int) -> random.Random:
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """Lay out a multiple-choice question, one choice a line.
 
-    A letter stands at the start of its line, where it is the same token as at the start of a reply, and before
-    its choice, so that every token of the choice can know its letter.
+    A letter stands at the start of its line, where it is the same token as at the start of a reply, and
+    before its choice, so that every token of the choice can know its letter.
     """
     lines = (f"{letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
-    return "\n".join([question, *lines, "Answer with the letter alone."])
+    return "\n".join([question, *lines])

@@ -18,7 +18,7 @@ from nanochat.common import base_dir
 from nanochat.dataset import source
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task, TaskMixture, TaskSequence
+from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval

@@ -1,8 +1,8 @@
-"""Spelling: SimpleSpelling asks for the letters of a word, SpellingBee for how often one of them occurs in it.
+"""Spelling: SimpleSpelling asks for the letters of a word, SpellingBee for how often it has one of them.
 
-A model sees tokens, not letters, so what it spells it must have learned of its tokens; and it counts badly, so
-SpellingBee teaches it to hand word and letter to the calculator. Words are split, not only questions: one in
-eight, by a hash of it, is kept for the tests, and no training item of either task asks about it.
+A model sees tokens, not letters, so what it spells it must have learned of its tokens; and it counts badly,
+so SpellingBee teaches it to hand word and letter to the calculator. Words are split, not only questions: one
+in eight, by a hash of it, is kept for the tests, and no training item of either task asks about it.
 
 The words are those of the training text (word_list), so there is nothing to download. In the answer's call a
 space comes before the quoted word: there it has the tokens that it has in the question.
@@ -30,7 +30,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def word_list(data: str, min_length: int = 3, max_length: int = 20, n_batches: int = 40) -> list[str]:
-    """Return the lower-case words that occur twice or more in the first training text, the most frequent first."""
+    """Return the lower-case words that the first training text has twice or more, most frequent first."""
     counts: Counter[str] = Counter()
     for texts in islice(parquets_iter_batched("train", data=data), n_batches):
         for text in texts:

@@ -1,8 +1,8 @@
 """Conversations about the standard library, made of the docstrings of the Python that runs this.
 
     DocQuestion    "What does shutil.copytree do?" and the first sentence of its docstring
-    DocChoice      four-way multiple choice: is it a class, an exception, a function or a module that has this
-                   name, or this first sentence?
+    DocChoice      four-way multiple choice: is it a class, an exception, a function or a module that has
+                   this name, or this first sentence?
 
 One name in six, by a hash of it, is kept for the tests: they ask about names and sentences that no training
 question had. The four choices come in random order, so a letter has to be read off the question; a small model
@@ -83,7 +83,7 @@ class DocQuestion(Task):
 class DocChoice(Task):
     """Size four-way questions, each kind as often right as the others.
 
-    alphabetical is the share of questions whose choices are in alphabetical order rather than in random order.
+    alphabetical is the share of questions whose choices are in alphabetical order, not in random order.
     """
 
     eval_type = "categorical"

@@ -318,7 +318,7 @@ def test_fork_serves_many_rows_from_one_prefill():
 @torch.no_grad()
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_rows_of_different_lengths_are_as_if_alone(plan):
-    """Padding on the right is neither attended to nor convolved, in prefill, chunks, decode and after select."""
+    """Padding on the right is neither attended to nor convolved, in prefill, chunks and decode."""
     config = small_config(**plan)
     model = random_model(config)
     idx = torch.randint(0, 50, (4, 20))

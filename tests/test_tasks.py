@@ -69,7 +69,7 @@ def test_arc_has_letters_whatever_its_labels(tokenizer, rows, texts, labels, key
     conversation = task[0]
     assert conversation == {
         "messages": [
-            {"role": "user", "content": f"Which floats?\n{listed}\nAnswer with the letter alone."},
+            {"role": "user", "content": f"Which floats?\n{listed}"},
             {"role": "assistant", "content": answer},
         ],
         "letters": list(letters),
@@ -95,7 +95,7 @@ def test_mmlu_by_hand(tokenizer, rows):
     conversation = task[0]
     assert conversation == {
         "messages": [
-            {"role": "user", "content": "2+2?\nA) 3\nB) 5\nC) 4\nD) 6\nAnswer with the letter alone."},
+            {"role": "user", "content": "2+2?\nA) 3\nB) 5\nC) 4\nD) 6"},
             {"role": "assistant", "content": "C"},
         ],
         "letters": ["A", "B", "C", "D"],

@@ -75,7 +75,7 @@ def test_items_of_train_and_test_share_no_generator():
 
 def test_multiple_choice_verbatim():
     assert render_mc("Which is a bird?", "ABC", ["a cat", "an owl", "a cod"]) == (
-        "Which is a bird?\nA) a cat\nB) an owl\nC) a cod\nAnswer with the letter alone."
+        "Which is a bird?\nA) a cat\nB) an owl\nC) a cod"
     )
     with pytest.raises(ValueError, match="zip"):
         render_mc("?", "ABCD", ["one", "two"])

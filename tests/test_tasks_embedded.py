@@ -1,0 +1,188 @@
+"""Tasks that need no network: splits that share nothing, answers by hand, judges that can say no."""
+
+import json
+import re
+
+import pytest
+
+from nanochat.tools import calculate
+from tasks import recipes
+from tasks.arithmetic import Arithmetic
+from tasks.common import render_mc
+from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
+from tasks.stdlib import KINDS, DocChoice, DocQuestion, entries
+from tests.vocabulary import train_tokenizer
+
+WORDS = [a + b + c for a in "bcdfg" for b in "aeiou" for c in "lmnrst"]
+
+
+def user(conversation):
+    return conversation["messages"][0]["content"]
+
+
+def reply(conversation):
+    return conversation["messages"][-1]["content"]
+
+
+def words_of(task):
+    return {re.findall(r'"(\w+)"', user(task[i]))[-1] for i in range(len(task))}
+
+
+@pytest.mark.parametrize("task_class", [SimpleSpelling, SpellingBee])
+def test_no_word_is_asked_about_in_both_splits(task_class):
+    """Upstream's test items were its training items, one place on: random.Random(-n) is random.Random(n)."""
+    train, test = (words_of(task_class(WORDS, 300, split)) for split in ("train", "test"))
+    assert min(len(train), len(test)) > 10
+    assert not train & test
+
+
+def test_spelling():
+    task = SimpleSpelling(["tree"], 5, "train")
+    assert reply(task[0]) == "t r e e"
+    assert '"tree"' in user(task[0])
+    assert task.evaluate(task[0], " t r e e\n")
+    for wrong in ("t r e", "t r e e e", "tree", ""):
+        assert not task.evaluate(task[0], wrong)
+    with pytest.raises(ValueError, match="give more words"):
+        SimpleSpelling(["tree"], 5, "test")
+
+
+def test_letters_are_counted_by_the_calculator():
+    task = SpellingBee(WORDS, 50, "train")
+    counts = set()
+    for i in range(50):
+        call, output, text = reply(task[i])
+        letter, word = re.search(r'"(\w)".*"(\w+)"', user(task[i])).groups()
+        assert call["text"] == f' "{word}".count("{letter}")'
+        assert output["text"] == calculate(call["text"]) == str(word.count(letter))
+        assert text["text"] == f"#### {output['text']}"
+        counts.add(output["text"])
+    assert counts == {"0", "1"}
+    right = reply(task[0])[1]["text"]
+    assert task.evaluate(task[0], f"#### {right}")
+    assert not task.evaluate(task[0], f"#### {int(right) + 1}")
+    assert not task.evaluate(task[0], "I do not know")
+
+
+def test_a_word_has_the_same_tokens_in_the_question_and_in_the_call():
+    tokenizer = train_tokenizer()
+    question, call = (tokenizer.encode(text) for text in ('Count the "r" in "river".', ' "river".count("r")'))
+    word = tokenizer.encode("river")
+    inside = [question[i : i + len(word)] == word for i in range(len(question))]
+    assert any(inside)
+    quote = tokenizer.encode(' "')
+    assert call[: len(quote) + len(word)] == quote + word
+
+
+def test_word_list_is_of_the_training_text(monkeypatch):
+    monkeypatch.setattr(
+        "tasks.spellingbee.parquets_iter_batched",
+        lambda split, data: iter([["the cat and the dog", "a cat; The dog"], ["the cat x2y Zed zed"]]),
+    )
+    assert word_list("any") == ["the", "cat", "dog"]
+    assert word_list("any", max_length=2) == []
+    assert word_list("any", n_batches=1) == ["the", "cat", "dog"]
+
+
+def test_arithmetic():
+    task = Arithmetic(400, "train")
+    for i in range(0, 400, 7):
+        call, output, text = reply(task[i])
+        numbers = [int(n) for n in re.findall(r"\d+", user(task[i]))]
+        assert sorted(numbers) == sorted(int(n) for n in re.findall(r"\d+", call["text"]))
+        assert output["text"] == calculate(call["text"])
+        assert text["text"] == f"#### {output['text']}"
+        assert task.evaluate(task[i], text["text"])
+        assert not task.evaluate(task[i], text["text"] + "1")
+        assert not task.evaluate(task[i], "")
+    by_hand = next(task[i] for i in range(400) if re.fullmatch(r"What is \d+ minus \d+\?", user(task[i])))
+    a, b = (int(n) for n in re.findall(r"\d+", user(by_hand)))
+    assert reply(by_hand)[1]["text"] == str(a - b)
+
+
+def test_no_pair_of_numbers_is_in_both_splits():
+    pairs = [
+        {tuple(re.findall(r"\d+", user(task[i]))[:2]) for i in range(1000)}
+        for task in (Arithmetic(1000, "train"), Arithmetic(1000, "test"))
+    ]
+    assert not pairs[0] & pairs[1]
+
+
+def test_documentation_questions_of_the_splits_share_no_name():
+    train, test = DocQuestion("train"), DocQuestion("test")
+    names = [{user(task[i]) for i in range(len(task))} for task in (train, test)]
+    assert min(map(len, names)) > 100
+    assert not names[0] & names[1]
+    known = {entry.name: entry for entry in entries()}
+    assert known["json.dumps"].text.startswith("Serialize ``obj``")
+    kinds = ("json.dumps", "json", "json.decoder.JSONDecodeError", "json.decoder.JSONDecoder")
+    assert [known[name].kind for name in kinds if name in known] == [
+        kind
+        for name, kind in zip(kinds, ("function", "module", "exception", "class"), strict=True)
+        if name in known
+    ]
+
+
+def test_multiple_choice_is_balanced_and_its_letter_is_right():
+    task = DocChoice(400, "test")
+    known = {entry.name: entry.kind for entry in entries()} | {entry.text: None for entry in entries()}
+    letters, orders = [], set()
+    for i in range(400):
+        question, *lines = user(task[i]).split("\n")
+        choices = {line[0]: line[3:] for line in lines}
+        assert set(choices.values()) == set(KINDS)
+        subject = question.removeprefix("What is this? ").removeprefix("What is ")
+        assert known.get(subject.removesuffix("?"), choices[reply(task[i])]) in (
+            choices[reply(task[i])],
+            None,
+        )
+        letters.append(reply(task[i]))
+        orders.add(tuple(choices.values()))
+    assert len(orders) == 24
+    assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
+    assert task.evaluate(task[0], reply(task[0]))
+    assert not task.evaluate(task[0], next(x for x in "ABCD" if x != reply(task[0])))
+
+
+def test_alphabetical_choices():
+    task = DocChoice(50, "train", alphabetical=1.0)
+    assert all(
+        user(task[i]).split("\n")[1:] == ["A) class", "B) exception", "C) function", "D) module"]
+        for i in range(50)
+    )
+    with pytest.raises(ValueError, match="share"):
+        DocChoice(50, "train", alphabetical=2)
+
+
+def test_render_mc():
+    assert render_mc("Which?", "AB", ["one", "two"]) == "Which?\nA) one\nB) two"
+
+
+def test_items_do_not_depend_on_the_order_of_access():
+    task = Arithmetic(10, "train")
+    backwards = [task[i] for i in reversed(range(10))]
+    assert backwards[::-1] == [task[i] for i in range(10)]
+
+
+def test_recipes_of_a_file_of_your_own(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    roles = (("user", "q"), ("assistant", "a"))
+    chats = [[{"role": role, "content": f"{x}{i}"} for role, x in roles] for i in range(41)]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    for make in (recipes.mid_tasks, recipes.sft_tasks):
+        train, val = make(str(path))
+        questions = [{user(task[i]) for i in range(len(task))} for task in (train, val)]
+        assert questions[1] == {"q0", "q20", "q40"}
+        assert questions[0] == {f"q{i}" for i in range(41)} - questions[1]
+
+
+def test_recipes_of_the_embedded_data(monkeypatch):
+    monkeypatch.setattr(recipes, "word_list", lambda data, max_length: WORDS)
+    tokenizer = train_tokenizer()
+    for make in (recipes.mid_tasks, recipes.sft_tasks):
+        train, val = make("embedded")
+        assert len(train) > 10_000 > len(val) > 500
+        for i in range(50):
+            tokenizer.render_conversation(train[i])
+    tasks = recipes.eval_tasks("embedded")
+    assert all(len(make()) >= 500 for make in tasks.values())
