@@ -5,9 +5,9 @@
                    this name, or this first sentence?
 
 One name in six, by a hash of it, is kept for the tests: they ask about names and sentences that no training
-question had. The four choices come in random order, so a letter has to be read off the question; a small model
-takes long to find that out, and finds it out much sooner if it has first learned, from questions with the
-choices in alphabetical order, what the answer is (dev/LOG.md).
+question had. The four choices come in random order, so a letter has to be read off the question. A small model
+is long in finding that out, and much sooner if it has first learned, from questions with the choices in
+alphabetical order, what the answers are (dev/LOG.md).
 """
 
 from __future__ import annotations
