@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from nanochat.cache import HybridCache
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
 from nanochat.schedule import LearningRates
-from scripts import base_train, tok_train
+from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
+from tasks import recipes
+from tests import chats
 from tests.models import random_model, small_config
+from tests.vocabulary import train_tokenizer
+from tests.wordtask import WordTask
 
 pytestmark = pytest.mark.gpu
 
@@ -123,3 +128,31 @@ def test_train_and_resume(tmp_path, base_dir):
     resumed = [r["loss"] for r in read_metrics(directory / "metrics.jsonl") if "loss" in r]
     assert resumed[:20] == losses[:20]
     assert resumed[20:] == pytest.approx(losses[20:], rel=0.05)
+
+
+def test_batch_of_prompts_of_different_lengths_is_each_alone():
+    """In float32: bfloat16 kernels differ with the batch. Rows end, and leave the batch, at different times."""
+    tokenizer = train_tokenizer()
+    model = random_model(small_config(vocab_size=tokenizer.get_vocab_size(), n_embd=64)).cuda()
+    model.compute_dtype = torch.float32
+    engine = Engine(model, tokenizer)
+    prompts = [tokenizer.encode("the river " * n, prepend="<|bos|>") for n in (1, 7, 2, 5)]
+    together = engine.complete(prompts, max_tokens=24, temperature=0)
+    alone = [engine.complete([prompt], max_tokens=24, temperature=0)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_midtraining_to_reinforcement_learning(base_dir, monkeypatch):
+    """Every later stage in bfloat16, midtraining compiled; the report has all of them."""
+    chats.write_base_checkpoint(base_dir)
+    chats.learn(monkeypatch, chats.ColourTask(60))
+    monkeypatch.setattr(recipes, "eval_tasks", lambda data: {"Colour": lambda: chats.ColourTask(30, seed=2)})
+    monkeypatch.setattr(recipes, "rl_tasks", lambda data: (WordTask(), WordTask()))
+    mid_train.main(["--device-batch-size=4", "--total-batch-size=384", "--num-iterations=20"])
+    chat_sft.main(["--conversations-per-step=8", "--num-iterations=20", "--init-lr-frac=1"])
+    chat_eval.main(["-i", "sft", "--bench"])
+    chat_rl.main(["--num-steps=3", "--examples-per-step=2", "--num-samples=4", "--max-new-tokens=8"])
+    for stage in ("mid_train", "chat_sft", "chat_eval_sft", "chat_rl"):
+        assert (base_dir / "report" / f"{stage}.json").exists()
+    result = json.loads((base_dir / "report" / "mid_train.json").read_text())
+    assert result["val_bpb"] < 0.8 * result["first_val_bpb"]
