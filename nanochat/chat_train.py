@@ -50,6 +50,8 @@ class ChatTrainConfig:
     """start with the optimizer state of the stage before, if it was saved"""
     init_lr_frac: float = 1.0
     """factor on all learning rates"""
+    warmdown_ratio: float = 0.2
+    """last share of training, over which the learning rates fall to 0"""
     rates: LearningRates = field(default_factory=LearningRates)
     cadence: Cadence = field(default_factory=Cadence)
     val_conversations: int = 5000
@@ -68,6 +70,8 @@ class ChatTrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or -1")
         if not 0 < self.init_lr_frac < math.inf:
             raise ValueError(f"init_lr_frac={self.init_lr_frac} must be above 0 and finite")
+        if not 0 < self.warmdown_ratio <= 1:
+            raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 

@@ -26,13 +26,6 @@ class MidTrainConfig(ChatTrainConfig):
     """rows of one forward on one device; lower it when memory runs out"""
     total_batch_size: int = 524_288
     """tokens of one optimizer step, over all devices"""
-    warmdown_ratio: float = 0.2
-    """last share of training, over which the learning rates fall to 0"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.warmdown_ratio <= 1:
-            raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
 
     def rows_per_step(self, seq_len: int) -> int:
         """How many rows hold the tokens of a step; ValueError when they do not divide."""

@@ -11,7 +11,7 @@ import torch
 
 from nanochat.chat_format import render_conversation
 from nanochat.common import Runtime
-from nanochat.conversations import OPEN_ROWS, Conversations, pack
+from nanochat.conversations import OPEN_ROWS, Conversations, by_width, pack
 from tasks.common import Task
 from tests.vocabulary import WORDS, train_tokenizer
 
@@ -193,6 +193,18 @@ def test_finetuning_rows_are_cut_to_their_length(tokenizer):
         is_padding[:, 0] = False
         assert (targets[is_padding] == -1).all()
         assert not is_padding.all(dim=0).any()  # as wide as the widest
+
+
+def test_rows_of_like_length_stand_together_within_their_step(tokenizer):
+    data = data_of(tokenizer, packed=False)
+    rows = data.plan(Runtime.cpu())[:59]
+    found = by_width(rows, 8)
+    for first in range(0, 59, 8):
+        ours, theirs = found[first : first + 8], rows[first : first + 8]
+        assert sorted(ours) == sorted(theirs)
+        lengths = [row[0][2] for row in ours]
+        assert lengths == sorted(lengths)
+    assert len(found) == 59
 
 
 # ---------------------------------------------------------------------------------------------------------
