@@ -88,8 +88,10 @@ FIGURES: dict[str, Sequence[tuple[str, str, Callable[[Any], str]]]] = {
     "chat_rl": (
         ("steps", "steps", count),
         ("time", "seconds", duration),
-        ("reward, first step", "first_reward", share),
-        ("reward, last step", "last_reward", share),
+        ("reward, first tenth of the steps", "first_reward", share),
+        ("reward, last tenth of the steps", "last_reward", share),
+        ("greedy accuracy, before", "first_accuracy", share),
+        ("greedy accuracy, after", "accuracy", share),
     ),
     "chat_eval_rl": CHAT_EVAL,
 }

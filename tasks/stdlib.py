@@ -5,8 +5,8 @@
                    this name, or this first sentence?
 
 One name in six, by a hash of it, is kept for the tests: they ask about names and sentences that no training
-question had. The four choices come in random order, so a letter has to be read off the question. A small model
-is long in finding that out, and much sooner if it has first learned, from questions with the choices in
+question had. The four choices come in random order, so a letter has to be read off the question. A small
+model is long in finding that out, and much sooner if it has first learned, from questions with the choices in
 alphabetical order, what the answers are (dev/LOG.md).
 """
 

@@ -131,7 +131,7 @@ def test_train_and_resume(tmp_path, base_dir):
 
 
 def test_batch_of_prompts_of_different_lengths_is_each_alone():
-    """In float32: bfloat16 kernels differ with the batch. Rows end, and leave the batch, at different times."""
+    """In float32: bfloat16 kernels differ with the batch. Rows end, and leave, at different times."""
     tokenizer = train_tokenizer()
     model = random_model(small_config(vocab_size=tokenizer.get_vocab_size(), n_embd=64)).cuda()
     model.compute_dtype = torch.float32
