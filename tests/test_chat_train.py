@@ -121,14 +121,17 @@ def test_one_step(stage, base_dir):
 @both_stages
 def test_the_micro_batch_changes_nothing(stage):
     """The loss was a mean of means: tokens counted the more, the fewer of them a micro-batch had."""
-    found = {}
+    found, bpb = {}, {}
     for size in (1, 2, 4):
         copy_base(f"of{size}")
         train(stage, "--num-iterations=5", f"--device-batch-size={size}", f"--model-tag=of{size}")
         found[size] = losses(stage, f"of{size}")
+        bpb[size] = records(stage, f"of{size}")[0]["val_bpb"]
     assert found[1] == pytest.approx(found[4], rel=1e-5)
     assert found[2] == pytest.approx(found[4], rel=1e-5)
     assert len(set(found[4])) == 5
+    assert bpb[2] == pytest.approx(bpb[1], rel=1e-5)  # and none of five conversations counts twice
+    assert bpb[4] == pytest.approx(bpb[1], rel=1e-5)
 
 
 def test_the_loss_is_the_mean_over_what_is_learned():
