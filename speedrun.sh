@@ -39,7 +39,7 @@ if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     rows=$((gib >= 75 ? 32 : gib >= 38 ? 16 : gib >= 22 ? 8 : gib >= 14 ? 4 : 2))
     rows=${DEVICE_BATCH_SIZE:-$((depth > 12 ? rows / 2 : rows))}
     vocab=65536
-    base=() mid=() sft=("--device-batch-size=$((rows < 4 ? rows : 4))") evals=() rl=()
+    base=() loss=() mid=() sft=("--device-batch-size=$((rows < 4 ? rows : 4))") evals=() rl=()
 else
     depth=${DEPTH:-4}
     rows=${DEVICE_BATCH_SIZE:-8}
@@ -50,6 +50,7 @@ else
     sft=(--conversations-per-step=128 --device-batch-size=$((4 * rows)))
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     evals=(--max-new-tokens=40 --batch-size=128)
+    loss=(--split-tokens=200000)
     rl=(--num-steps=40 --max-new-tokens=40 --eval-every=0 --save-every=20)
 fi
 echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
@@ -99,7 +100,7 @@ stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"
 stage base_train scripts.base_train "$ranks" "--depth=$depth" "--seed=$seed" "$(wandb base)" \
     "${base_model[@]}" "${base[@]}"
-stage base_loss scripts.base_loss "$ranks" "${base_model[@]}"
+stage base_loss scripts.base_loss "$ranks" "${base_model[@]}" "${loss[@]}"
 if [ -n "${CORE_BUNDLE:-}" ]; then
     case $CORE_BUNDLE in *://*) bundle=--bundle-url=$CORE_BUNDLE ;; *) bundle=--bundle=$CORE_BUNDLE ;; esac
     stage base_eval scripts.base_eval "$ranks" "$tag" "$bundle"

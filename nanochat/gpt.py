@@ -16,12 +16,14 @@ Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kerne
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.cache import ConvState, HybridCache, KVState, Span
 from nanochat.linear import Linear
@@ -31,6 +33,9 @@ from nanochat.slc2 import SLC2
 HEAD_DIM = 128
 SOFTCAP = 15.0
 NORM_EPS = 2.0**-23  # float32's epsilon, for activations of every dtype
+# Attention kernels that serve all lengths alike: cuDNN's, the fastest in training, are planned anew for each,
+# for 0.09 s on an H100 (dev/LOG.md), which decoding and evaluation would pay with nearly every call.
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # the last 9 ids are the special tokens; these two end a document and an answer (nanochat/tokenizer.py)
 BOS_FROM_END, ASSISTANT_END_FROM_END = 9, 5
 
@@ -277,11 +282,12 @@ class GPT(nn.Module):
         else:
             cos, sin = (table[span.positions] for table in tables)
         x = norm(self.transformer.wte(idx).to(self.activation_dtype))
-        for i, block in enumerate(self.transformer.h):
-            if cache is None:
-                x = block(x, cos, sin)
-            else:  # .forward: decoding changes pos with every call and must not recompile a compiled block
-                x = block.forward(x, cos, sin, cache.layers[i], span)
+        with nullcontext() if cache is None and self.training else sdpa_kernel(ANY_LENGTH):
+            for i, block in enumerate(self.transformer.h):
+                if cache is None:
+                    x = block(x, cos, sin)
+                else:  # .forward: decoding changes pos with every call, and must not recompile a block
+                    x = block.forward(x, cos, sin, cache.layers[i], span)
         if cache is not None:
             cache.advance(span)
         return norm(x)
