@@ -8,8 +8,8 @@
 #   bash speedrun.sh --fresh    do every stage again
 #
 # Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE, WANDB_RUN, DATA (hub, embedded or a path of your own texts), DEPTH,
-# DEVICE_BATCH_SIZE (rows of one forward), SEED (of the initial weights), RL=1 (reinforcement learning, too),
-# CORE_BUNDLE (folder or address of the CORE evaluation bundle; without it CORE is not measured), DOLLARS_PER_HOUR.
+# DEVICE_BATCH_SIZE (rows of one forward), SEED (of the initial weights), RL (1: reinforcement learning, too, which
+# the small run does unless it is 0), CORE_BUNDLE (folder or address of the CORE evaluation bundle; without it CORE is not measured), DOLLARS_PER_HOUR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -51,7 +51,8 @@ else
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     evals=(--max-new-tokens=40 --batch-size=128)
     loss=(--split-tokens=200000)
-    rl=(--num-steps=40 --max-new-tokens=40 --eval-every=0 --save-every=20)
+    rl=(--num-steps=60 --max-new-tokens=40 --init-lr-frac=0.5 --eval-every=30 --save-every=20)
+    RL=${RL:-1}
 fi
 echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
 export NPROC_PER_NODE=$ranks
@@ -110,7 +111,7 @@ stage mid_train scripts.mid_train "$ranks" "--data=$chat_data" "$tag" "$(wandb m
 stage chat_eval_mid scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i mid "${evals[@]}"
 stage chat_sft scripts.chat_sft "$ranks" "--data=$chat_data" "$tag" "$(wandb sft)" "${sft[@]}"
 stage chat_eval_sft scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i sft "${evals[@]}"
-if [ -n "${RL:-}" ]; then
+if [ "${RL:-0}" = 1 ]; then
     stage chat_rl scripts.chat_rl "$ranks" "--data=$chat_data" "$tag" "$(wandb rl)" "${rl[@]}"
     stage chat_eval_rl scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i rl "${evals[@]}"
 fi

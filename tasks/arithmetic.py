@@ -1,13 +1,17 @@
 """Arithmetic with the calculator: small sums and one-line stories about them, made up on the spot.
 
 The model has to find the expression; the calculator does the rest. Items are drawn with a seed of split and
-index, and the numbers of the test items never occur together in a training item: a pair (a, b) belongs to the
-split that its remainder says.
+index, and the numbers of the test items never occur together in a training item: a pair (a, b) belongs to
+the split that its remainder says.
+
+FORMS are taught with their answers. NEW_FORMS never are: reinforcement learning has to find out, by trying, how
+what was learned from the others serves for them.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from nanochat.tools import calculate
 from tasks.common import Conversation, Task, item_random
@@ -30,16 +34,24 @@ FORMS = (
         "{a}*{b}+{c}",
     ),
 )
+NEW_FORMS = (
+    ("What is {a} + {b} - {c}?", "{a}+{b}-{c}"),
+    ("What is {a} * {b} + {c}?", "{a}*{b}+{c}"),
+    ("{name} reads {a} {thing} today and {b} tomorrow. How many {thing} is that in all?", "{a}+{b}"),
+    ("{name} has {a} {thing}, gives away {b} and then gets {c} more. How many are there now?", "{a}-{b}+{c}"),
+    ("Of {a} {thing} {b} are lost. How many {thing} does {name} still have?", "{a}-{b}"),
+    ("A page has {a} lines and a book has {b} pages. How many lines does the book have?", "{a}*{b}"),
+)
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Max")
 THINGS = ("files", "lines", "strings", "names", "pages", "bytes")
 
 
 class Arithmetic(Task):
-    """Size items of FORMS with numbers from 2 to 99."""
+    """Size items of some forms, pairs of question and expression, with numbers from 2 to 99."""
 
-    def __init__(self, size: int, split: str, **slices):
-        super().__init__(**slices)
-        self.size, self.split = size, split
+    def __init__(self, size: int, split: str, forms: Sequence[tuple[str, str]] = FORMS, **bounds: int | None):
+        super().__init__(**bounds)
+        self.size, self.split, self.forms = size, split, forms
 
     def num_examples(self) -> int:
         """The size."""
@@ -48,7 +60,7 @@ class Arithmetic(Task):
     def get_example(self, index: int) -> Conversation:
         """Return item number index."""
         rng = item_random(self.split, index)
-        question, expression = rng.choice(FORMS)
+        question, expression = rng.choice(self.forms)
         numbers = dict(zip("ab", self._pair(rng), strict=True))
         numbers["c"] = rng.randint(2, 20)
         expression = expression.format(**numbers)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from nanochat.common import base_dir
 from nanochat.dataset import source
 from tasks.arc import ARC
-from tasks.arithmetic import Arithmetic
+from tasks.arithmetic import FORMS, NEW_FORMS, Arithmetic
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
@@ -76,7 +76,8 @@ def rl_tasks(data: str) -> tuple[Task, Task]:
     """Return what reinforcement learning is rewarded on, and what it is measured on."""
     if source(data) == "hub":
         return GSM8K("main", "train"), GSM8K("main", "test")
-    return Arithmetic(8000, "train"), Arithmetic(400, "test")
+    forms = (*FORMS, *NEW_FORMS)
+    return Arithmetic(8000, "train", forms), Arithmetic(400, "test", forms)
 
 
 def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
@@ -92,6 +93,7 @@ def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
         }
     return {
         "Arithmetic": lambda: Arithmetic(500, "test"),
+        "Arithmetic, new forms": lambda: Arithmetic(500, "test", NEW_FORMS),
         "SimpleSpelling": lambda: SimpleSpelling(_short_words(), 500, "test"),
         "SpellingBee": lambda: SpellingBee(_short_words(), 500, "test"),
         "DocChoice": lambda: DocChoice(1000, "test"),

@@ -41,8 +41,8 @@ def word_list(data: str, min_length: int = 3, max_length: int = 20, n_batches: i
 class _WordTask(Task):
     """Size items about the words of a split."""
 
-    def __init__(self, words: Sequence[str], size: int, split: str, **slices):
-        super().__init__(**slices)
+    def __init__(self, words: Sequence[str], size: int, split: str, **bounds: int | None):
+        super().__init__(**bounds)
         self.words = [word for word in words if (zlib.crc32(word.encode()) % 8 == 0) is (split == "test")]
         if not self.words:
             raise ValueError(f"none of the {len(words)} words falls to the split {split!r}; give more words")
