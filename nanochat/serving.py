@@ -1,0 +1,79 @@
+"""What the server and the decoding worker say to each other.
+
+The server thread makes a Request and gives it to a Backend; the backend's thread emits Tokens and, last of all
+and exactly once, an End for each of the request's samples. Whoever submits must take emits from another thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from nanochat.tokenizer import RustBPETokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and how to continue it; ValueError from submit where the settings mean nothing."""
+
+    tokens: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    repetition_penalty: float = 1.0  # 1: off
+    seed: int | None = None  # None: a fresh one
+    n: int = 1  # samples, from one prefill
+    logprobs: int | None = None  # how many alternatives to each token; None: no logprobs
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a sample."""
+
+    sample: int
+    token: int
+    is_forced: bool = False  # put there by the calculator
+    logprob: float | None = None  # of the model's own distribution, in nats
+    alternatives: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a sample, without the token that ended it."""
+
+    sample: int
+    reason: Literal["stop", "length", "cancelled", "error"]
+    message: str = ""
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait; try again later."""
+
+
+class Handle(Protocol):
+    """A request under way."""
+
+    def cancel(self) -> None:
+        """Stop decoding and free its rows; its samples that still run end as "cancelled". May come twice."""
+
+
+class Backend(Protocol):
+    """Decodes requests, many at a time. All methods may be called from any thread."""
+
+    tokenizer: RustBPETokenizer
+    context: int  # tokens of prompt and completion together
+    name: str  # of the model, say "d20-sft"
+
+    def submit(self, request: Request, emit: Callable[[Token | End], None]) -> Handle:
+        """Queue a request; ValueError if it cannot be served, QueueFull if too many wait."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters: running, waiting, slots, tokens_generated, requests_finished, requests_cancelled."""
+
+    def start(self) -> None:
+        """Start the worker."""
+
+    def close(self, drain: bool) -> None:
+        """Take no more requests; let those that run end (drain) or cancel them; return when all is over."""
