@@ -71,14 +71,11 @@ class HybridCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        self.batch_size, self.max_len = batch_size, max_len
-        self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.longest, self.is_even = (
-            0,
-            True,
-        )  # the host's knowledge of pos: its maximum, whether all are equal
         kv_shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
         conv_shape = (batch_size, config.n_kernel - 1, config.n_embd)
+        self.max_len = max_len
+        self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.lengths = [0] * batch_size  # pos as the host knows it
         # zeros: what a short row has not written is read when a longer row is, and masked, but 0 * NaN is NaN
         self.layers: list[KVState | ConvState] = [
             KVState(*(torch.zeros(kv_shape, device=device, dtype=dtype) for _ in "kv"))
@@ -87,39 +84,42 @@ class HybridCache:
             for kind in config.layer_kinds
         ]
 
-    def span(self, T: int, lengths: Tensor | None = None) -> Span:
-        """Say where T more tokens of each row go; ValueError when there is no room."""
-        end = self.longest + T
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    def span(self, T: int, lengths: Sequence[int] | None = None) -> Span:
+        """Say where T more tokens of each row go, lengths of them real; ValueError if there is no room."""
+        longest = max(self.lengths)
+        is_even = min(self.lengths) == longest
+        end = longest + T
         if end > self.max_len:
-            raise ValueError(
-                f"{T} tokens after {self.longest} do not fit a cache of {self.max_len} tokens a row"
-            )
-        positions = self.pos[:, None] + torch.arange(T, device=self.pos.device)
+            raise ValueError(f"{T} tokens after {longest} do not fit a cache of {self.max_len} tokens a row")
+        device = self.pos.device
+        positions = self.pos[:, None] + torch.arange(T, device=device)
         mask = None
-        if self.longest > 0 and not (self.is_even and T == 1):
-            mask = (torch.arange(end, device=self.pos.device) <= positions[..., None])[:, None]
+        if longest > 0 and not (is_even and T == 1):
+            mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]
         return Span(
-            start=self.longest if self.is_even else None,
+            start=longest if is_even else None,
             positions=positions,
             end=end,
             mask=mask,
-            is_causal=self.longest == 0,
-            lengths=lengths,
+            is_causal=longest == 0,
+            lengths=None if lengths is None else torch.tensor(lengths, device=device),
         )
 
-    def advance(self, span: Span) -> None:
+    def advance(self, T: int, lengths: Sequence[int] | None = None) -> None:
         """Count the tokens of a forward as seen."""
-        self.longest = span.end
-        if span.lengths is None:
-            self.pos += span.positions.size(1)
-        else:
-            self.pos += span.lengths
-            self.is_even = False
+        taken = [T] * self.batch_size if lengths is None else lengths
+        self.pos += T if lengths is None else torch.tensor(lengths, device=self.pos.device)
+        self.lengths = [seen + new for seen, new in zip(self.lengths, taken, strict=True)]
 
     def reset(self) -> None:
         """Forget everything: the next forward starts new sequences."""
         self.pos.zero_()  # keys and values beyond pos are masked or never read
-        self.longest, self.is_even = 0, True
+        self.lengths = [0] * self.batch_size
         for layer in self.layers:
             if isinstance(layer, ConvState):
                 layer.window.zero_()
@@ -127,13 +127,33 @@ class HybridCache:
     def select(self, rows: Sequence[int]) -> HybridCache:
         """Copy some rows into a new cache, in this order; a row may come several times."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.pos.device)
+        return self._of_rows(index, [self.lengths[row] for row in rows])
+
+    def first(self, n: int) -> HybridCache:
+        """Return a view of the first n rows: what is written there is written here, but for `lengths`."""
+        return self._of_rows(slice(n), self.lengths[:n])
+
+    def _of_rows(self, index: Tensor | slice, lengths: list[int]) -> HybridCache:
         chosen = object.__new__(HybridCache)
-        chosen.batch_size, chosen.max_len = len(rows), self.max_len
-        chosen.pos, chosen.longest, chosen.is_even = self.pos[index], self.longest, self.is_even
+        chosen.max_len, chosen.pos, chosen.lengths = self.max_len, self.pos[index], lengths
         chosen.layers = [
             type(layer)(*(state[index] for state in vars(layer).values())) for layer in self.layers
         ]
         return chosen
+
+    def copy_row(self, row: int, source: HybridCache, source_row: int) -> None:
+        """Let a row continue what another row, of this cache or another, has seen."""
+        length = source.lengths[source_row]
+        if length > self.max_len:
+            raise ValueError(f"a row of {length} tokens does not fit a cache of {self.max_len} tokens a row")
+        self.lengths[row] = length
+        self.pos[row] = length
+        for ours, theirs in zip(self.layers, source.layers, strict=True):
+            if isinstance(ours, ConvState):
+                ours.window[row] = theirs.window[source_row]
+            else:
+                ours.k[row, :, :length] = theirs.k[source_row, :, :length]
+                ours.v[row, :, :length] = theirs.v[source_row, :, :length]
 
     def fork(self, n: int) -> HybridCache:
         """Turn the cache of one sequence into a cache of n copies of it (prefill once, sample n times)."""

@@ -1,18 +1,13 @@
 """The engine: token ids in, sampled token ids out, many rows at a time, with the calculator in the loop.
 
 A prompt is run once through the model and its decode state copied to each of its samples; each of them draws
-its own first token. From then on one forward a step serves all rows, of whatever lengths. When a row writes a
-calculator call, <|python_start|> expression <|python_end|>, the result is put in its stream as if it had been
-sampled: those tokens are forced, and marked 0 in the masks that say what the model itself wrote.
-
-Rows end with <|assistant_end|> or <|bos|>. Once half of them have, the others go on in a smaller batch.
+its own first token. From then on one forward a step serves all rows, of whatever lengths. What a row does
+with a token, nanochat/row.py says. Once half of the rows have ended, the others go on in a smaller batch.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,62 +15,16 @@ from torch import Tensor
 
 from nanochat.cache import HybridCache
 from nanochat.gpt import GPT
+from nanochat.row import Completion, Row, special_ids
 from nanochat.sampling import check_sampling, sample
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.tools import calculate
-
-
-@dataclass
-class Completion:
-    """What a row's model wrote after the prompt, without the token that ended it."""
-
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)  # 1: sampled, 0: forced, a result of the calculator
-    end_token: int | None = None  # what it ended with; None: max_tokens were reached
-
-
-class _Row:
-    """A completion in the making: notices calculator calls and queues their results."""
-
-    def __init__(self, tokenizer: RustBPETokenizer, special: dict[str, int]):
-        self.tokenizer, self.special = tokenizer, special
-        self.completion = Completion()
-        self.last: tuple[int, int] = (special["<|bos|>"], 0)  # token and mask
-        self.forced: deque[int] = deque()
-        self.call: list[int] | None = None  # tokens since <|python_start|>
-
-    @property
-    def has_ended(self) -> bool:
-        return self.completion.end_token is not None
-
-    def take(self, sampled: int) -> None:
-        """Go on by the sampled token, or by one that is forced."""
-        token, mask = self.last = (self.forced.popleft(), 0) if self.forced else (sampled, 1)
-        special = self.special
-        if mask and token in (special["<|assistant_end|>"], special["<|bos|>"]):
-            self.completion.end_token = token
-            return
-        self.completion.tokens.append(token)
-        self.completion.mask.append(mask)
-        if token == special["<|python_start|>"]:
-            self.call = []
-        elif token == special["<|python_end|>"] and self.call is not None:
-            result = calculate(self.tokenizer.decode(self.call))
-            if result is not None:
-                start, end = special["<|output_start|>"], special["<|output_end|>"]
-                self.forced.extend([start, *self.tokenizer.encode(result), end])
-            self.call = None
-        elif self.call is not None:
-            self.call.append(token)
 
 
 class Engine:
     """Decodes with one model and its tokenizer."""
 
     def __init__(self, model: GPT, tokenizer: RustBPETokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
-        self.special = {f"<|{name}|>": tokenizer.encode_special(f"<|{name}|>") for name in names}
+        self.model, self.tokenizer, self.special = model, tokenizer, special_ids(tokenizer)
 
     def generate(
         self,
@@ -152,8 +101,8 @@ class Engine:
             on_done(len(rows))
         return completions
 
-    def _rows(self, n: int) -> list[_Row]:
-        return [_Row(self.tokenizer, self.special) for _ in range(n)]
+    def _rows(self, n: int) -> list[Row]:
+        return [Row(self.tokenizer, self.special) for _ in range(n)]
 
     def _room(self, tokens: Sequence[int], max_tokens: int | None) -> int:
         return max(1, self.model.config.sequence_len - len(tokens)) if max_tokens is None else max_tokens
@@ -168,15 +117,15 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], num_rows: int, max_tokens: int
     ) -> tuple[Tensor, HybridCache]:
         """Run the prompts; return logits (num_rows,V) of the first new token and the rows' decode state."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
         idx = torch.full((len(prompts), longest), self.special["<|bos|>"])
         for row, prompt in enumerate(prompts):
             idx[row, : len(prompt)] = torch.as_tensor(prompt)
         cache = self.model.new_cache(len(prompts), longest + max_tokens)
         device = self.model.device
-        is_even = bool((lengths == longest).all())
-        logits = self.model.next_logits(idx.to(device), cache, None if is_even else lengths.to(device))
+        is_even = min(lengths) == longest
+        logits = self.model.next_logits(idx.to(device), cache, None if is_even else lengths)
         if num_rows > len(prompts):
             copies = torch.arange(num_rows) // (num_rows // len(prompts))
             logits, cache = logits[copies.to(device)], cache.select(copies.tolist())
@@ -189,7 +138,7 @@ class Engine:
     def _steps(
         self,
         prompts: Sequence[Sequence[int]],
-        rows: list[_Row],
+        rows: list[Row],
         max_tokens: int,
         generator: torch.Generator,
         settings: dict[str, Any],

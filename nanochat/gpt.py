@@ -15,7 +15,7 @@ loss float32. State dict keys are the published ones. `__init__` gives shapes (a
 Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kernel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -256,17 +256,18 @@ class GPT(nn.Module):
             return head_logits(x, self.lm_head.weight)
         return self._head_loss(x, self.lm_head.weight, targets, loss_reduction)
 
-    def next_logits(self, idx: Tensor, cache: HybridCache, lengths: Tensor | None = None) -> Tensor:
+    def next_logits(self, idx: Tensor, cache: HybridCache, lengths: Sequence[int] | None = None) -> Tensor:
         """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache.
 
-        lengths (B,) int64, on the device, says how many tokens of each row are real, one at least; padding
-        comes after them.
+        lengths says how many tokens of each row are real, one at least; padding comes after them.
         """
         x = self.hidden(idx, cache, lengths)
-        last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
-        return head_logits(last, self.lm_head.weight)
+        ends = [-1] * len(x) if lengths is None else [length - 1 for length in lengths]
+        return head_logits(x[list(range(len(x))), ends], self.lm_head.weight)
 
-    def hidden(self, idx: Tensor, cache: HybridCache | None = None, lengths: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, cache: HybridCache | None = None, lengths: Sequence[int] | None = None
+    ) -> Tensor:
         """Final normalised hidden state (B,T,E)."""
         B, T = idx.shape
         if cache is not None and cache.batch_size != B:
@@ -289,7 +290,7 @@ class GPT(nn.Module):
                 else:  # .forward: decoding changes pos with every call, and must not recompile a block
                     x = block.forward(x, cos, sin, cache.layers[i], span)
         if cache is not None:
-            cache.advance(span)
+            cache.advance(T, lengths)
         return norm(x)
 
     def new_cache(self, batch_size: int, max_len: int) -> HybridCache:

@@ -2,10 +2,19 @@
 
 The filters come in the usual order: repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k, then
 top-p (Holtzman et al. 2020) over what top-k left.
+
+`sample` draws the rows of one call from one generator. `sample_rows` serves requests that come and go: each
+has settings and a seed of its own, and its randomness is a function of seed, place in the sequence and token
+alone (gumbel_noise), so that it says the same whoever else is being served.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_MASK = 0xFFFFFFFF
 
 
 def check_sampling(
@@ -53,3 +62,57 @@ def sample(
         return logits.argmax(dim=-1, keepdim=True)
     probs = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
     return torch.multinomial(probs, num_samples=1, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample one sequence; ValueError for settings that mean nothing."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    repetition_penalty: float = 1.0  # 1: off
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+
+
+def sample_rows(
+    logits: Tensor, params: Sequence[SamplingParams], places: Sequence[int], seen: Sequence[Sequence[int]]
+) -> list[int]:
+    """Draw the token at places[i] of sequence i, of which seen[i] came before, from row i of logits (B,V)."""
+    device = logits.device
+    for i, row in enumerate(params):
+        if row.repetition_penalty != 1:
+            ids = torch.tensor([seen[i]], device=device)
+            penalized = penalize_repetition(logits[i : i + 1], ids, row.repetition_penalty)
+            logits = torch.cat([logits[:i], penalized, logits[i + 1 :]])
+    temperature = torch.tensor([row.temperature for row in params], device=device)
+    scores = logits / temperature.clamp(min=1e-6)[:, None]
+    for top_k, top_p in {(row.top_k, row.top_p) for row in params}:
+        rows = [i for i, row in enumerate(params) if (row.top_k, row.top_p) == (top_k, top_p)]
+        scores[rows] = filter_logits(scores[rows], top_k, top_p)
+    seeds = torch.tensor([row.seed for row in params], device=device)
+    noise = gumbel_noise(seeds, torch.tensor(places, device=device), logits.size(1))
+    scores = torch.where(temperature[:, None] > 0, scores + noise, logits)
+    return scores.argmax(dim=-1).tolist()
+
+
+def gumbel_noise(seeds: Tensor, places: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise (B,size) that depends on a row's seed and place (B,), int64, alone.
+
+    The argmax of logits + noise is a draw from their softmax (Gumbel 1954). The bits are MurmurHash3's 32-bit
+    finaliser (Appleby 2011) over a counter, twice, with a key for each row.
+    """
+    key = _mix(_mix(seeds & _MASK) + 0x9E3779B9 * _mix(places & _MASK) & _MASK)[:, None]
+    bits = _mix(_mix(torch.arange(size, device=seeds.device) * 0x9E3779B1 + key & _MASK) ^ key)
+    uniform = ((bits >> 9).float() + 0.5) / 2**23  # exact in float32, never 0 or 1
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit values, kept in int64, that spreads every bit over all."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK
+    return x ^ (x >> 16)

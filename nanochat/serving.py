@@ -1,7 +1,7 @@
 """What the server and the decoding worker say to each other.
 
-The server thread makes a Request and gives it to a Backend; the backend's thread emits Tokens and, last of all
-and exactly once, an End for each of the request's samples. Whoever submits must take emits from another thread.
+The server makes a Request and gives it to a Backend; the backend's thread emits Tokens and, last of all and
+exactly once, an End for each of the samples. Whoever submits must take emits from another thread.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Backend(Protocol):
         """Queue a request; ValueError if it cannot be served, QueueFull if too many wait."""
 
     def stats(self) -> dict[str, Any]:
-        """Return counters: running, waiting, slots, tokens_generated, requests_finished, requests_cancelled."""
+        """Return model, slots, running, waiting, tokens_generated, requests_{finished,cancelled,failed}."""
 
     def start(self) -> None:
         """Start the worker."""

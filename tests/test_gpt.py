@@ -327,17 +327,49 @@ def test_rows_of_different_lengths_are_as_if_alone(plan):
     seen = torch.zeros(4, dtype=torch.long)
     order = torch.arange(4)
     for lengths in ([1, 5, 2, 6], None, [3, 1, 2, 3], None, None, [1, 3, 2, 1]):
-        lengths = lengths if lengths is None else torch.tensor(lengths)
-        taken = torch.ones(4, dtype=torch.long) if lengths is None else lengths
+        taken = torch.tensor(lengths or [1, 1, 1, 1])
         chunk = torch.full((4, int(taken.max())), 7)  # 7: what padding is made of
         for row, length in enumerate(taken):
             chunk[row, :length] = idx[order[row], seen[row] : seen[row] + length]
         logits = model.next_logits(chunk, cache, lengths)
         seen += taken
         torch.testing.assert_close(logits, full[order, seen - 1], rtol=1e-4, atol=1e-4)
-        assert cache.pos.tolist() == seen.tolist()
+        assert cache.pos.tolist() == cache.lengths == seen.tolist()
         shuffle = torch.tensor([2, 0, 3, 3])
         cache, seen, order = cache.select(shuffle.tolist()), seen[shuffle], order[shuffle]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_rows_come_go_and_move(plan):
+    """Slots as a server has them: rows of other caches copied in, moved, the first few stepped alone."""
+    config = small_config(**plan)
+    model = random_model(config)
+    idx = torch.randint(0, 50, (3, 12))
+    full = model(idx)
+    slots = model.new_cache(5, 12)
+    for row, length in enumerate((4, 1, 7)):
+        alone = model.new_cache(1, length)
+        model.next_logits(idx[row : row + 1, :length], alone)
+        slots.copy_row(row, alone, 0)
+
+    def step(rows):
+        view = slots.first(len(rows))
+        places = list(view.lengths)
+        tokens = torch.stack([idx[row, place] for row, place in zip(rows, places, strict=True)])
+        logits = model.next_logits(tokens[:, None], view)
+        slots.lengths[: len(rows)] = view.lengths
+        expected = torch.stack([full[row, place] for row, place in zip(rows, places, strict=True)])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    step([0, 1, 2])
+    step([0, 1, 2])
+    slots.copy_row(0, slots, 2)  # row 0 leaves, the last takes its place
+    step([2, 1])
+    step([2, 1])
+    assert slots.pos.tolist()[:2] == slots.lengths[:2] == [11, 5]
+    with pytest.raises(ValueError, match="does not fit"):
+        model.new_cache(1, 3).copy_row(0, slots, 0)
 
 
 def test_cache_that_is_too_small_says_so():

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from nanochat.sampling import filter_logits, penalize_repetition, sample
+from nanochat.sampling import (
+    SamplingParams,
+    filter_logits,
+    gumbel_noise,
+    penalize_repetition,
+    sample,
+    sample_rows,
+)
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]).log()
 
@@ -43,3 +50,42 @@ def test_greedy_and_seeded_draws():
     assert shares.tolist() == pytest.approx([0.5, 0.2, 0.2, 0.1], abs=0.03)
     cold = sample(logits, temperature=0.5, generator=torch.Generator().manual_seed(1))
     assert (cold == 0).float().mean() == pytest.approx(0.25 / 0.34, abs=0.03)
+
+
+def test_noise_depends_on_seed_and_place_alone():
+    seeds, places = torch.tensor([1, 2, 1, 2**40 + 5]), torch.tensor([0, 0, 3, 7])
+    noise = gumbel_noise(seeds, places, 1000)
+    assert torch.equal(noise[2], gumbel_noise(seeds[2:3], places[2:3], 1000)[0])
+    assert noise.isfinite().all()
+    correlation = torch.corrcoef(noise)
+    assert (correlation - torch.eye(4)).abs().max() < 0.12
+
+
+def test_noise_is_gumbel_and_its_argmax_a_draw_from_the_softmax():
+    noise = gumbel_noise(torch.arange(2000), torch.zeros(2000, dtype=torch.long), 4)
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.06)
+    assert noise.var().item() == pytest.approx(torch.pi**2 / 6, abs=0.15)
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drawn = (probabilities.log() + noise).argmax(-1).bincount(minlength=4) / 2000
+    torch.testing.assert_close(drawn, probabilities, rtol=0, atol=0.04)
+    steps = gumbel_noise(torch.zeros(2000, dtype=torch.long), torch.arange(2000), 4)
+    drawn = (probabilities.log() + steps).argmax(-1).bincount(minlength=4) / 2000
+    torch.testing.assert_close(drawn, probabilities, rtol=0, atol=0.04)
+
+
+def test_sample_rows_have_settings_of_their_own():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).repeat(4, 1)
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_k=1),
+        SamplingParams(top_p=0.1),
+        SamplingParams(temperature=0.0, repetition_penalty=10.0),
+    ]
+    before = logits.clone()
+    for place in range(20):
+        assert sample_rows(logits, params, [place] * 4, [[1]] * 4) == [1, 1, 1, 2]
+    assert torch.equal(logits, before)
+    free = [sample_rows(logits[:1], [SamplingParams(seed=s)], [0], [[]])[0] for s in range(200)]
+    assert set(free) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="top_k"):
+        SamplingParams(top_k=-1)

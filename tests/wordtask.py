@@ -1,7 +1,8 @@
 """For tests of reinforcement learning: an easy task, rollouts of it, and a model to start from."""
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
-from nanochat.engine import Completion, Engine
+from nanochat.engine import Engine
+from nanochat.row import Completion
 from nanochat.rollouts import Rollouts
 from tasks.common import Task
 from tests.models import random_model, small_config

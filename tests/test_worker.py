@@ -1,0 +1,248 @@
+"""Requests that come and go: each is answered as if it were alone, and leaves nothing behind."""
+
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from nanochat.engine import Engine
+from nanochat.serving import End, QueueFull, Request, Token
+from nanochat.worker import Worker
+from tests.models import random_model, small_config
+from tests.vocabulary import train_tokenizer
+
+TOKENIZER = train_tokenizer()
+
+
+def small_model(**changes):
+    shape = {"sequence_len": 64, "vocab_size": TOKENIZER.get_vocab_size(), **changes}
+    return random_model(small_config(**shape)).eval()
+
+
+@pytest.fixture
+def make_worker():
+    workers = []
+
+    def make(model=None, start=True, **settings):
+        worker = Worker(model or small_model(), TOKENIZER, "small", **settings)
+        workers.append(worker)
+        if start:
+            worker.start()
+        return worker
+
+    yield make
+    for worker in workers:
+        if worker._thread.is_alive():
+            worker.close(drain=False)
+
+
+class Reader:
+    """Collects what a request emits."""
+
+    def __init__(self, worker, **request):
+        self.events = queue.Queue()
+        self.handle = worker.submit(Request(**request), self.events.put)
+        self.n = request.get("n", 1)
+        self.tokens = [[] for _ in range(self.n)]
+        self.ends = {}
+
+    def next(self):
+        event = self.events.get(timeout=20)
+        if isinstance(event, Token):
+            assert event.sample not in self.ends
+            self.tokens[event.sample].append(event.token)
+        else:
+            assert event.sample not in self.ends
+            self.ends[event.sample] = event.reason
+        return event
+
+    def all(self):
+        while len(self.ends) < self.n:
+            self.next()
+        assert self.events.empty()
+        return self
+
+
+def prompts(n, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(300) for _ in range(rng.randint(1, 30))] for _ in range(n)]
+
+
+def test_greedy_answers_in_a_crowd_are_the_engine_s(make_worker):
+    model = small_model()
+    worker = make_worker(model, slots=5, prefill_chunk=7)
+    readers = [Reader(worker, tokens=p, max_tokens=20, temperature=0.0) for p in prompts(23)]
+    engine = Engine(model, TOKENIZER)
+    for prompt, reader in zip(prompts(23), readers, strict=True):
+        expected = engine.complete([prompt], max_tokens=20, temperature=0)[0]
+        assert reader.all().tokens[0] == expected.tokens
+        assert reader.ends[0] == ("length" if expected.end_token is None else "stop")
+    stats = worker.stats()
+    assert (stats["running"], stats["waiting"], stats["requests_finished"]) == (0, 0, 23)
+
+
+def test_a_seed_says_the_same_alone_and_in_a_crowd(make_worker):
+    model = small_model()
+    settings = {"max_tokens": 15, "temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2}
+    alone = make_worker(model, slots=1)
+    wanted = [Reader(alone, tokens=p, seed=i, **settings).all().tokens for i, p in enumerate(prompts(9))]
+    crowd = make_worker(model, slots=9)
+    readers = [Reader(crowd, tokens=p, seed=i, **settings) for i, p in enumerate(prompts(9))]
+    assert [reader.all().tokens for reader in readers] == wanted
+    fresh = [Reader(crowd, tokens=[1, 2], max_tokens=15, temperature=1.0).all().tokens for _ in range(3)]
+    assert len({tuple(tokens[0]) for tokens in fresh}) == 3
+
+
+def test_samples_of_one_prompt_differ_and_repeat_with_the_seed(make_worker):
+    worker = make_worker(slots=4)
+    first, second = (Reader(worker, tokens=[5, 6, 7], max_tokens=10, n=4, seed=3).all() for _ in range(2))
+    assert first.tokens == second.tokens
+    assert len({tuple(tokens) for tokens in first.tokens}) == 4
+
+
+def test_a_long_prompt_does_not_hold_up_others():
+    """By hand: a turn at a time, without the thread."""
+    worker = Worker(small_model(), TOKENIZER, "small", slots=3, prefill_chunk=4)
+    quick = Reader(worker, tokens=[1], max_tokens=30, temperature=0.0)
+    worker._turn()
+    Reader(worker, tokens=list(range(20)), max_tokens=5)
+    for _ in range(4):
+        before = quick.events.qsize()
+        worker._turn()
+        assert quick.events.qsize() == before + 1
+        assert len(worker._queue) == 1
+    worker._turn()
+    assert len(worker._samples) == 2
+
+
+def test_rows_that_end_free_their_slots_at_once(make_worker):
+    worker = make_worker(slots=2)
+    readers = [Reader(worker, tokens=[i + 1], max_tokens=3, temperature=0.0) for i in range(12)]
+    for reader in readers:
+        reader.all()
+    assert worker.stats()["running"] == 0
+
+
+def test_cancelled_requests_end_once_and_free_their_slots(make_worker):
+    worker = make_worker(slots=2)
+    running = Reader(worker, tokens=[1, 2], max_tokens=60, n=2, temperature=1.0)
+    waiting = Reader(worker, tokens=[3], max_tokens=3)
+    running.next()
+    running.handle.cancel()
+    running.handle.cancel()
+    running.all()
+    assert set(running.ends.values()) <= {"cancelled", "stop", "length"}
+    assert waiting.all().ends[0] in ("stop", "length")
+    assert worker.stats()["running"] == 0
+
+
+def test_a_request_that_waits_can_be_cancelled():
+    worker = Worker(small_model(), TOKENIZER, "small", slots=1)
+    Reader(worker, tokens=[1], max_tokens=50)
+    waiting = Reader(worker, tokens=[2], max_tokens=50)
+    worker._turn()
+    waiting.handle.cancel()
+    worker._turn()
+    assert waiting.next() == End(0, "cancelled")
+    assert worker.stats()["requests_cancelled"] == 1
+    assert not worker._queue
+
+
+def test_a_full_queue_says_so():
+    worker = Worker(small_model(), TOKENIZER, "small", slots=1, max_waiting=2)
+    for _ in range(2):
+        Reader(worker, tokens=[1], max_tokens=5)
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        Reader(worker, tokens=[1], max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": []}, "0 tokens"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": 64}, "do not fit"),
+        ({"n": 3}, "n=3"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ],
+    ids=str,
+)
+def test_bad_requests(changes, message):
+    worker = Worker(small_model(), TOKENIZER, "small", slots=2)
+    with pytest.raises(ValueError, match=message):
+        Reader(worker, **{"tokens": [1], "max_tokens": 5, **changes})
+
+
+def test_close_lets_requests_end_or_cancels_them(make_worker):
+    worker = make_worker(slots=1)
+    readers = [Reader(worker, tokens=[i + 1], max_tokens=10, temperature=0.0) for i in range(3)]
+    worker.close(drain=True)
+    assert all(reader.all().ends[0] in ("stop", "length") for reader in readers)
+    with pytest.raises(QueueFull, match="shutting down"):
+        Reader(worker, tokens=[1], max_tokens=5)
+    hurried = make_worker(slots=1)
+    readers = [Reader(hurried, tokens=[i + 1], max_tokens=60) for i in range(3)]
+    hurried.close(drain=False)
+    assert "cancelled" in [reader.all().ends[0] for reader in readers]
+
+
+def test_a_failing_step_ends_its_requests_and_no_others(make_worker, monkeypatch):
+    worker = make_worker(start=False, slots=2)
+    good = worker.model.next_logits
+    broken = threading.Event()
+
+    def next_logits(idx, *rest):
+        if broken.is_set() and idx.size(1) == 1:
+            raise RuntimeError("out of memory")
+        return good(idx, *rest)
+
+    monkeypatch.setattr(worker.model, "next_logits", next_logits)
+    broken.set()
+    worker.start()
+    failed = Reader(worker, tokens=[1, 2, 3], max_tokens=30, n=2).all()
+    assert set(failed.ends.values()) == {"error"}
+    broken.clear()
+    assert Reader(worker, tokens=[1, 2, 3], max_tokens=3).all().ends[0] in ("stop", "length")
+    assert worker.stats()["requests_failed"] == 1
+
+
+def test_logprobs_are_the_model_s_own(make_worker):
+    model = small_model()
+    worker = make_worker(model)
+    reader = Reader(worker, tokens=[4, 5], max_tokens=1, temperature=0.5, top_k=3, logprobs=2, seed=0)
+    event = reader.next()
+    expected = model(torch.tensor([[4, 5]]))[0, -1].log_softmax(-1)
+    assert event.logprob == pytest.approx(expected[event.token].item(), abs=1e-4)
+    best = expected.topk(2)
+    assert [token for token, _ in event.alternatives] == best.indices.tolist()
+    assert [value for _, value in event.alternatives] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_many_clients_come_and_go(make_worker):
+    """Random arrivals and cancellations: what ends by itself is right, and all slots are free in the end."""
+    model = small_model()
+    worker = make_worker(model, slots=6, prefill_chunk=16)
+    rng = random.Random(1)
+    readers = []
+    for i, prompt in enumerate(prompts(60, seed=2)):
+        readers.append(Reader(worker, tokens=prompt, max_tokens=rng.randint(1, 30), seed=i, temperature=0.8))
+        if rng.random() < 0.3:
+            rng.choice(readers).handle.cancel()
+        time.sleep(rng.random() * 0.004)
+    kept = [reader for reader in readers if reader.all().ends[0] != "cancelled"]
+    assert len(kept) > 10
+    again = make_worker(model, slots=1)
+    for reader in kept[::5]:
+        request = reader.handle.request
+        alone = Reader(
+            again, tokens=request.tokens, max_tokens=request.max_tokens, seed=request.seed, temperature=0.8
+        )
+        assert alone.all().tokens == reader.tokens
+    stats = worker.stats()
+    assert stats["running"] == stats["waiting"] == 0
+    assert stats["requests_finished"] + stats["requests_cancelled"] == 60
