@@ -4,7 +4,7 @@ The model has to find the expression; the calculator does the rest. Items are dr
 index, and the numbers of the test items never occur together in a training item: a pair (a, b) belongs to
 the split that its remainder says.
 
-FORMS are taught with their answers. NEW_FORMS never are: reinforcement learning has to find out, by trying, how
+FORMS are taught with their answers, NEW_FORMS never: reinforcement learning has to find out, by trying, how
 what was learned from the others serves for them.
 """
 
