@@ -90,7 +90,19 @@ def run(main: Callable[[], int]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    _leave_group()
     sys.exit(status)
+
+
+def _leave_group() -> None:
+    """Leave the process group, if there is one, when all ranks are done.
+
+    Not at the exit of the interpreter, where gloo can abort a rank that goes while another still works.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -199,5 +211,5 @@ def setup_runtime(device_type: str = "") -> Runtime:
         import torch.distributed as dist
 
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Runtime(device=device, compute_dtype=compute_dtype, rank=rank, world_size=world_size)
