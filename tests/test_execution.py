@@ -145,13 +145,14 @@ def test_a_long_program():
 
 
 def test_threads_may_run_programs_at_the_same_time():
+    n_threads = threading.active_count()  # other tests' included
     with ThreadPoolExecutor(4) as pool:
         began = time.monotonic()
         programs = [f"import time; time.sleep(1); print({n})" for n in range(4)]
         results = list(pool.map(execute_code, programs))
     assert [result.stdout for result in results] == [f"{n}\n" for n in range(4)]
     assert time.monotonic() - began < 3
-    assert threading.active_count() == 1
+    assert threading.active_count() <= n_threads
 
 
 @pytest.mark.parametrize(
