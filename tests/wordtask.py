@@ -2,8 +2,8 @@
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.engine import Engine
-from nanochat.row import Completion
 from nanochat.rollouts import Rollouts
+from nanochat.row import Completion
 from tasks.common import Task
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
