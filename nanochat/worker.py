@@ -166,8 +166,7 @@ class Worker:
     def _drop_cancelled(self) -> None:
         for i in reversed(range(len(self._samples))):
             if self._samples[i].job.is_cancelled:
-                self._end(self._samples[i].job, self._samples[i].number, "cancelled")
-                self._remove(i)
+                self._remove(i, "cancelled")
         for job in [job for job in self._queue if job.is_cancelled]:
             self._unqueue(job)
             for number in range(job.request.n):
@@ -187,12 +186,15 @@ class Worker:
                 _Sample(job, number, Row(self.tokenizer, self.special), _params(request, seed, number))
                 for number in range(request.n)
             ]
-            goes_on = self._advance(samples, logits.repeat(request.n, 1))
-            for sample in (s for s, goes in zip(samples, goes_on, strict=True) if goes):
+            reasons = self._advance(samples, logits.repeat(request.n, 1))
+            for sample in (s for s, reason in zip(samples, reasons, strict=True) if reason is None):
                 self._cache.copy_row(len(self._samples), job.cache, 0)
                 self._samples.append(sample)
             self._unqueue(job)
             job.cache = None
+            for sample, reason in zip(samples, reasons, strict=True):
+                if reason is not None:
+                    self._end(job, sample.number, reason)
         return len(chunk)
 
     def _step(self) -> None:
@@ -201,31 +203,28 @@ class Worker:
         tokens = torch.tensor([sample.row.last[0] for sample in self._samples], device=self.model.device)
         logits = self.model.next_logits(tokens[:, None], rows)
         self._cache.lengths[: len(self._samples)] = rows.lengths
-        goes_on = self._advance(self._samples, logits)
-        for i in reversed(range(len(goes_on))):
-            if not goes_on[i]:
-                self._remove(i)
+        reasons = self._advance(self._samples, logits)
+        for i, reason in reversed(list(enumerate(reasons))):
+            if reason is not None:
+                self._remove(i, reason)
 
-    def _advance(self, samples: Sequence[_Sample], logits: Tensor) -> list[bool]:
-        """Sample, emit, and return which samples go on; logits (len(samples),V)."""
-        said = [[*s.job.request.tokens, *s.tokens] for s in samples]
+    def _advance(self, samples: Sequence[_Sample], logits: Tensor) -> list[str | None]:
+        """Sample and emit; return why each sample is over, None if it goes on; logits (len(samples),V)."""
+        said = [  # read only where repetition has a price
+            [*s.job.request.tokens, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in samples
+        ]
         places = [len(s.tokens) for s in samples]
         drawn = sample_rows(logits, [s.params for s in samples], places, said)
         self._counts["tokens_generated"] += len(samples)
-        goes_on = []
+        reasons: list[str | None] = []
         for sample, token, row_logits in zip(samples, drawn, logits, strict=True):
             sample.row.take(token)
-            job, reason = sample.job, None
             if sample.row.has_ended:
-                reason = "stop"
-            else:
-                job.emit(_token(sample, row_logits))
-                if len(sample.tokens) == job.request.max_tokens:
-                    reason = "length"
-            if reason:
-                self._end(job, sample.number, reason)
-            goes_on.append(reason is None)
-        return goes_on
+                reasons.append("stop")
+                continue
+            sample.job.emit(_token(sample, row_logits))
+            reasons.append("length" if len(sample.tokens) == sample.job.request.max_tokens else None)
+        return reasons
 
     def _end(self, job: Job, number: int, reason: str, message: str = "") -> None:
         if number in job.ended:  # told before the step failed
@@ -235,13 +234,15 @@ class Worker:
             self._counts[{"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")] += 1
         job.emit(End(number, reason, message))
 
-    def _remove(self, i: int) -> None:
-        """Free slot i: the last sample moves into it."""
+    def _remove(self, i: int, reason: str) -> None:
+        """Free slot i, into which the last sample moves; only then tell that its sample is over."""
+        sample = self._samples[i]
         last = len(self._samples) - 1
         if i != last:
             self._cache.copy_row(i, self._cache, last)
             self._samples[i] = self._samples[last]
         self._samples.pop()
+        self._end(sample.job, sample.number, reason)
 
     def _unqueue(self, job: Job) -> None:
         with self._changed:
