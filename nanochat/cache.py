@@ -110,10 +110,11 @@ class HybridCache:
             lengths=None if lengths is None else torch.tensor(lengths, device=device),
         )
 
-    def advance(self, T: int, lengths: Sequence[int] | None = None) -> None:
-        """Count the tokens of a forward as seen."""
+    def advance(self, span: Span, lengths: Sequence[int] | None = None) -> None:
+        """Count the tokens of a forward over a span, lengths of them real, as seen."""
+        T = span.positions.size(1)
         taken = [T] * self.batch_size if lengths is None else lengths
-        self.pos += T if lengths is None else torch.tensor(lengths, device=self.pos.device)
+        self.pos += T if span.lengths is None else span.lengths
         self.lengths = [seen + new for seen, new in zip(self.lengths, taken, strict=True)]
 
     def reset(self) -> None:

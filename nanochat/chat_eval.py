@@ -11,7 +11,7 @@ ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for gue
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
-from nanochat.engine import Engine
+from nanochat.engine import Engine, of_like_length, pad_right
 from nanochat.gpt import GPT, head_logits
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.common import Conversation, Task
@@ -75,12 +75,6 @@ def chatcore(tasks: dict[str, dict[str, Any]], without: Sequence[str] = ()) -> f
     return sum(centred) / len(centred) if centred else None
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts of like length."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-
-
 @torch.inference_mode()
 def _choose_letters(
     conversations: Sequence[Conversation],
@@ -91,10 +85,8 @@ def _choose_letters(
 ) -> list[str]:
     prompts = [render_for_completion(tokenizer, c, model.config.sequence_len) for c in conversations]
     chosen = [""] * len(conversations)
-    for batch in _batches(prompts, batch_size):
-        idx = torch.full((len(batch), max(len(prompts[i]) for i in batch)), tokenizer.get_bos_token_id())
-        for row, i in enumerate(batch):
-            idx[row, : len(prompts[i])] = torch.tensor(prompts[i])
+    for batch in of_like_length(prompts, batch_size):
+        idx = pad_right([prompts[i] for i in batch], tokenizer.get_bos_token_id())
         rows = torch.arange(len(batch), device=model.device)
         last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=model.device)
         hidden = model.hidden(idx.to(model.device))[rows, last]

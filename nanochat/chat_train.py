@@ -96,22 +96,15 @@ def train_on_conversations(
     """
     import torch
 
-    from nanochat.checkpoint_manager import checkpoint_dir, load_model, resolve_tag
+    from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.conversations import Conversations, by_width
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.metrics import MetricsLog
-    from nanochat.optim import build_optimizer
     from nanochat.samples import print_replies
     from nanochat.train_loop import train
-    from nanochat.train_state import report_training, save_progress, start_or_resume, warm_start
+    from nanochat.train_state import report_training, save_progress, start_from, start_or_resume
 
-    tag = resolve_tag(source, config.model_tag)
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(source, runtime.device, "train", tag, step)
-    model.compute_dtype = runtime.compute_dtype
-    optimizer = build_optimizer(model, config.rates)
-    if config.warm_start:
-        warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
+    model, tokenizer, optimizer, tag = start_from(source, config, runtime)
     seq_len = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
     if seq_len > model.config.sequence_len:
         raise ValueError(
@@ -123,7 +116,7 @@ def train_on_conversations(
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
-    if config.compile or (config.compile is None and runtime.device.type == "cuda"):
+    if runtime.compiles(config.compile):
         model.compile_blocks()
 
     form = partial(Conversations, tokenizer=tokenizer, seq_len=seq_len, packed=packed)
@@ -160,15 +153,7 @@ def train_on_conversations(
         config.cadence,
         runtime,
         progress,
-        save=partial(
-            save_progress,
-            directory,
-            model,
-            optimizer,
-            runtime,
-            settings=settings,
-            keep_last=config.cadence.keep_last,
-        ),
+        save=partial(save_progress, directory, model, optimizer, runtime, config),
         evaluate=evaluate,
         sample=partial(print_replies, model, tokenizer, runtime, val_task),
         log=log,

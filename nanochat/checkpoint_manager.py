@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.common import atomic_write, base_dir, write_json
+from nanochat.common import Runtime, atomic_write, base_dir, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -167,6 +167,17 @@ def load_model(
     tokenizer = get_tokenizer()
     check_vocabulary(model.config, tokenizer)
     return model.to(device).train(phase == "train"), tokenizer, meta
+
+
+def load_for(
+    runtime: Runtime, source: str, phase: str, model_tag: str, step: int
+) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """load_model as commands ask for it: on the runtime's device and in its dtype; step -1 is the newest."""
+    model, tokenizer, meta = load_model(
+        source, runtime.device, phase, model_tag, None if step == -1 else step
+    )
+    model.compute_dtype = runtime.compute_dtype
+    return model, tokenizer, meta
 
 
 def check_vocabulary(config: GPTConfig, tokenizer: RustBPETokenizer) -> None:

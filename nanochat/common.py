@@ -156,6 +156,10 @@ class Runtime:
         """Whether this process does the writing and the talking."""
         return self.rank == 0
 
+    def compiles(self, setting: bool | None) -> bool:
+        """Whether to use torch.compile, given a setting that leaves it to the device if it is None."""
+        return self.device.type == "cuda" if setting is None else setting
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in place."""
         if self.world_size > 1:

@@ -20,6 +20,20 @@ from nanochat.sampling import check_sampling, sample
 from nanochat.tokenizer import RustBPETokenizer
 
 
+def of_like_length(prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[int]]:
+    """Yield the indices of all prompts, n at most at a time, from short to long."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    yield from (order[i : i + n] for i in range(0, len(order), n))
+
+
+def pad_right(prompts: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Lay prompts side by side: (len(prompts), length of the longest) int64, on the CPU."""
+    idx = torch.full((len(prompts), max(map(len, prompts))), fill)
+    for row, prompt in enumerate(prompts):
+        idx[row, : len(prompt)] = torch.as_tensor(prompt)
+    return idx
+
+
 class Engine:
     """Decodes with one model and its tokenizer."""
 
@@ -88,10 +102,8 @@ class Engine:
                 f"num_samples={num_samples} must be at least 1 and fit into batch_size={batch_size}"
             )
         completions: list[Completion] = [Completion()] * (len(prompts) * num_samples)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        n = batch_size // num_samples
         generator = self._generator(seed)
-        for chunk in (order[i : i + n] for i in range(0, len(order), n)):
+        for chunk in of_like_length(prompts, batch_size // num_samples):
             rows = self._rows(len(chunk) * num_samples)
             for _ in self._steps([prompts[i] for i in chunk], rows, max_tokens, generator, settings):
                 pass
@@ -119,9 +131,7 @@ class Engine:
         """Run the prompts; return logits (num_rows,V) of the first new token and the rows' decode state."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        idx = torch.full((len(prompts), longest), self.special["<|bos|>"])
-        for row, prompt in enumerate(prompts):
-            idx[row, : len(prompt)] = torch.as_tensor(prompt)
+        idx = pad_right(prompts, self.special["<|bos|>"])
         cache = self.model.new_cache(len(prompts), longest + max_tokens)
         device = self.model.device
         is_even = min(lengths) == longest

@@ -290,7 +290,7 @@ class GPT(nn.Module):
                 else:  # .forward: decoding changes pos with every call, and must not recompile a block
                     x = block.forward(x, cos, sin, cache.layers[i], span)
         if cache is not None:
-            cache.advance(T, lengths)
+            cache.advance(span, lengths)
         return norm(x)
 
     def new_cache(self, batch_size: int, max_len: int) -> HybridCache:

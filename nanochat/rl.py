@@ -18,7 +18,6 @@ alone changes nothing, not even by momentum.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from nanochat.metrics import read_metrics
 from nanochat.optim import MuonAdamW
 from nanochat.rollouts import Rollouts, Sample
 from nanochat.schedule import Cadence, Plan
-from nanochat.train_loop import is_due, set_schedule, sigterm_flag
+from nanochat.train_loop import check_finite, is_due, set_schedule, sigterm_flag
 from nanochat.train_state import Progress
 
 logger = logging.getLogger(__name__)
@@ -146,11 +145,7 @@ def _train_step(
     loss = grad_norm = 0.0
     if n_useful:
         loss, grad_norm = accumulate(model, samples, n_tokens, batch_size, runtime)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}, rates x {multiplier:.3f}; "
-                "stopped before the update, so the last checkpoint is good: --resume with lower rates"
-            )
+        check_finite(step, loss, grad_norm, multiplier)
         optimizer.step()
         model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began

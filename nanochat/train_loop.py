@@ -78,11 +78,7 @@ def train(
             loss, grad_norm, stopping, micro_batches = _accumulate(
                 model, micro_batches, batches, runtime, sigterm
             )
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise FloatingPointError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}, rates x {multiplier:.3f}; "
-                    "stopped before the update, so the last checkpoint is good: --resume with lower rates"
-                )
+            check_finite(step, loss, grad_norm, multiplier)
             optimizer.step()
             model.zero_grad(set_to_none=True)
             # the device may still be updating: that time falls to the next step, whose loss waits for it
@@ -159,6 +155,15 @@ def _print_step(record: dict[str, Any], plan: Plan) -> None:
         f" | {1000 * record['seconds']:.0f} ms | {record['tokens_per_second']:,.0f} tok/s{mfu}"
         f" | eta {eta / 60:.1f} min"
     )
+
+
+def check_finite(step: int, loss: float, grad_norm: float, multiplier: float) -> None:
+    """Raise FloatingPointError, before the update, unless loss and gradients are finite."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise FloatingPointError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}, rates x {multiplier:.3f}; "
+            "stopped before the update, so the last checkpoint is good: --resume with lower rates"
+        )
 
 
 def is_due(step: int, every: int) -> bool:

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint_manager import (
+    checkpoint_dir,
     complete_steps,
     delete_checkpoint,
+    load_for,
     load_optimizer_state,
     load_tensors,
     load_weights,
     model_config,
     model_path,
     read_meta,
+    resolve_tag,
     save_checkpoint,
 )
 from nanochat.common import Runtime, write_report
@@ -28,8 +31,9 @@ from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT
 from nanochat.hardware import describe
 from nanochat.metrics import read_metrics
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.schedule import Plan
+from nanochat.tokenizer import RustBPETokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +108,19 @@ def start_or_resume(
     return Progress.from_dict(meta["progress"])
 
 
+def start_from(source: str, config: Any, runtime: Runtime) -> tuple[GPT, RustBPETokenizer, MuonAdamW, str]:
+    """Take over the model of another stage: return it, its tokenizer, an optimizer for it and its model tag.
+
+    Of the config it reads model_tag, step, rates and warm_start.
+    """
+    tag = resolve_tag(source, config.model_tag)
+    model, tokenizer, meta = load_for(runtime, source, "train", tag, config.step)
+    optimizer = build_optimizer(model, config.rates)
+    if config.warm_start:
+        warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
+    return model, tokenizer, optimizer, tag
+
+
 def warm_start(directory: Path, step: int, optimizer: MuonAdamW, runtime: Runtime) -> None:
     """Take over the momentum of the stage before, if it was saved."""
     try:
@@ -123,14 +140,15 @@ def save_progress(
     model: GPT,
     optimizer: MuonAdamW,
     runtime: Runtime,
+    config: Any,
     progress: Progress,
-    settings: dict[str, Any],
-    keep_last: int,
 ) -> None:
-    """Save a checkpoint that start_or_resume can go on from; settings are what the user asked for."""
+    """Save a checkpoint that start_or_resume can go on from, with the config that the user asked for."""
     loader_state = merge_states(runtime.gather(progress.loader_state))
     if runtime.is_main:
-        meta = {"user_config": settings, "progress": {**asdict(progress), "loader_state": loader_state}}
+        saved = {**asdict(progress), "loader_state": loader_state}
+        meta = {"user_config": asdict(config), "progress": saved}
+        keep_last = config.cadence.keep_last
         save_checkpoint(directory, progress.step, model, optimizer.state_dict(), meta, keep_last)
         logger.info(f"step {progress.step:05d} | saved to {directory}")
     runtime.gather(None)  # no rank runs ahead, or ends the job, before the checkpoint is there

@@ -51,20 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; leaves report/base_eval.json, or base_eval_mid.json and so on for the other stages."""
     config = parse(BaseEvalConfig, argv)
 
-    from nanochat.checkpoint_manager import load_model
+    from nanochat.checkpoint_manager import load_for
     from nanochat.core_bundle import N_CORE_TASKS, find_bundle, load_bundle
     from nanochat.core_eval import evaluate_core
 
     runtime = setup_runtime(config.device_type)
     bundle = load_bundle(find_bundle(runtime, config.bundle, config.bundle_url, config.bundle_sha256))
-    model, tokenizer, meta = load_model(
-        config.source,
-        runtime.device,
-        "eval",
-        model_tag=config.model_tag or None,
-        step=None if config.step == -1 else config.step,
-    )
-    model.compute_dtype = runtime.compute_dtype
+    model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
     started = time.monotonic()
     result = evaluate_core(model, tokenizer, bundle, runtime, config.max_per_task, config.device_batch_size)
     seconds = time.monotonic() - started

@@ -36,21 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from nanochat.checkpoint_manager import load_model
+    from nanochat.checkpoint_manager import load_for
     from nanochat.dataloader import packed_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.samples import print_samples
 
     runtime = setup_runtime(config.device_type)
-    model, tokenizer, meta = load_model(
-        "base",
-        runtime.device,
-        "eval",
-        model_tag=config.model_tag or None,
-        step=None if config.step == -1 else config.step,
-    )
-    model.compute_dtype = runtime.compute_dtype
+    model, tokenizer, meta = load_for(runtime, "base", "eval", config.model_tag, config.step)
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     seq_len = model.config.sequence_len
     steps = -(-config.split_tokens // (config.device_batch_size * seq_len * runtime.world_size))

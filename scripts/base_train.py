@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
-    if config.compile or (config.compile is None and runtime.device.type == "cuda"):
+    if runtime.compiles(config.compile):
         model.compile_blocks()
 
     batches = partial(
@@ -153,15 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.cadence,
         runtime,
         progress,
-        save=partial(
-            save_progress,
-            directory,
-            model,
-            optimizer,
-            runtime,
-            settings=asdict(config),
-            keep_last=config.cadence.keep_last,
-        ),
+        save=partial(save_progress, directory, model, optimizer, runtime, config),
         evaluate=evaluate,
         sample=partial(print_samples, model, tokenizer, runtime),
         log=log,

@@ -169,15 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answer the prompt, or whatever is said on stdin."""
     config = parse(ChatConfig, argv)
 
-    from nanochat.checkpoint_manager import load_model
+    from nanochat.checkpoint_manager import load_for
     from nanochat.engine import Engine
     from nanochat.sampling import check_sampling
 
     check_sampling(config.temperature, config.top_k, top_p=None, repetition_penalty=1.0)
     runtime = setup_runtime(config.device_type)
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, runtime.device, "eval", config.model_tag, step)
-    model.compute_dtype = runtime.compute_dtype
+    model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
     chat = Chat(
         Engine(model, tokenizer),
         config.max_tokens,

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ChatEvalConfig, argv)
 
     from nanochat.chat_eval import chatcore, evaluate_task
-    from nanochat.checkpoint_manager import load_model
+    from nanochat.checkpoint_manager import load_for
     from tasks.recipes import eval_tasks
 
     known = eval_tasks(config.data)
@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown tasks {', '.join(unknown)}; there are {'|'.join(known)}")
     runtime = setup_runtime(config.device_type)
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, runtime.device, "eval", config.model_tag, step)
-    model.compute_dtype = runtime.compute_dtype
+    model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
     answer = partial(
         evaluate_task,
         model=model,

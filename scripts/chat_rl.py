@@ -99,25 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ChatRLConfig, argv)
 
     from nanochat.chat_eval import evaluate_task
-    from nanochat.checkpoint_manager import checkpoint_dir, load_model, resolve_tag
+    from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.engine import Engine
     from nanochat.metrics import MetricsLog
-    from nanochat.optim import build_optimizer
     from nanochat.rl import report_rl, train
     from nanochat.rollouts import Rollouts
     from nanochat.samples import print_replies
-    from nanochat.train_state import save_progress, start_or_resume, warm_start
+    from nanochat.train_state import save_progress, start_from, start_or_resume
     from tasks.recipes import rl_tasks
 
     train_task, test_task = rl_tasks(config.data)
     runtime = setup_runtime(config.device_type)
-    tag = resolve_tag(config.source, config.model_tag)
-    step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, runtime.device, "train", tag, step)
-    model.compute_dtype = runtime.compute_dtype
-    optimizer = build_optimizer(model, config.rates)
-    if config.warm_start:
-        warm_start(checkpoint_dir(config.source, tag), meta["step"], optimizer, runtime)
+    model, tokenizer, optimizer, tag = start_from(config.source, config, runtime)
     directory = checkpoint_dir("rl", tag)
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
@@ -161,15 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime,
         progress,
         batch_size=config.device_batch_size,
-        save=partial(
-            save_progress,
-            directory,
-            model,
-            optimizer,
-            runtime,
-            settings=settings,
-            keep_last=config.cadence.keep_last,
-        ),
+        save=partial(save_progress, directory, model, optimizer, runtime, config),
         evaluate=partial(
             evaluate_task,
             test_task,

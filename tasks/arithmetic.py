@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from nanochat.tools import calculate
 from tasks.common import Conversation, Task, item_random
-from tasks.gsm8k import extract_answer
+from tasks.gsm8k import is_right_number
 
 # question and expression; c is a small number
 FORMS = (
@@ -80,7 +80,5 @@ class Arithmetic(Task):
                 return a, b
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the number after #### is the right one."""
-        return extract_answer(completion) == extract_answer(
-            conversation["messages"][-1]["content"][-1]["text"]
-        )
+        """See is_right_number."""
+        return is_right_number(conversation, completion)

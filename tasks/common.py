@@ -13,6 +13,7 @@ a task is drawn from a generator seeded with split and index.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from itertools import accumulate
@@ -30,6 +31,15 @@ class Task:
     eval_type = "generative"
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
+        self._set_bounds(start, stop, step)
+
+    def slice(self, start: int = 0, stop: int | None = None, step: int = 1) -> Task:
+        """Return a task of other conversations of the same data set, which is not read again."""
+        other = copy.copy(self)
+        other._set_bounds(start, stop, step)
+        return other
+
+    def _set_bounds(self, start: int, stop: int | None, step: int) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
             raise ValueError(
                 f"start={start}, stop={stop}, step={step}: needs 0 <= start <= stop and step >= 1"

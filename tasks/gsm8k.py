@@ -49,10 +49,15 @@ class GSM8K(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion's number after #### has the value of the solution's."""
-        solution = conversation["messages"][-1]["content"][-1]["text"]
-        answer = extract_answer(completion)
-        return answer is not None and answer == extract_answer(solution)
+        """See is_right_number."""
+        return is_right_number(conversation, completion)
+
+
+def is_right_number(conversation: Conversation, completion: str) -> bool:
+    """Whether the completion's number after #### has the value of the solution's, which is its last part."""
+    solution = conversation["messages"][-1]["content"][-1]["text"]
+    answer = extract_answer(completion)
+    return answer is not None and answer == extract_answer(solution)
 
 
 def extract_answer(text: str) -> Decimal | None:

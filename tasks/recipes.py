@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 from nanochat.common import base_dir
 from nanochat.dataset import source
@@ -35,10 +36,8 @@ SHORT = 6  # letters of a word that the embedded tasks ask about
 def mid_tasks(data: str) -> tuple[Task, Task]:
     """Return what midtraining learns from and what it is validated on."""
     data = source(data)
-    if data == "embedded":
-        return _embedded("train", 16_000, alphabetical=1.0), _embedded("test", 800, alphabetical=1.0)
     if data != "hub":
-        return _own(data)
+        return _local(data, 16_000, alphabetical=1.0)
     words = word_list("hub")
     train = [
         SmolTalk("train"),
@@ -55,10 +54,8 @@ def mid_tasks(data: str) -> tuple[Task, Task]:
 def sft_tasks(data: str) -> tuple[Task, Task]:
     """Return what supervised finetuning learns from and what it is validated on."""
     data = source(data)
-    if data == "embedded":
-        return _embedded("train", 40_000, alphabetical=0.5), _embedded("test", 800, alphabetical=0.5)
     if data != "hub":
-        return _own(data)
+        return _local(data, 40_000, alphabetical=0.5)
     words = word_list("hub")
     train = [
         ARC("ARC-Easy", "train"),
@@ -91,18 +88,25 @@ def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
             "HumanEval": HumanEval,
             "SpellingBee": lambda: SpellingBee(word_list("hub"), 256, "test"),
         }
+    words = cache(_short_words)
     return {
         "Arithmetic": lambda: Arithmetic(500, "test"),
         "Arithmetic, new forms": lambda: Arithmetic(500, "test", NEW_FORMS),
-        "SimpleSpelling": lambda: SimpleSpelling(_short_words(), 500, "test"),
-        "SpellingBee": lambda: SpellingBee(_short_words(), 500, "test"),
+        "SimpleSpelling": lambda: SimpleSpelling(words(), 500, "test"),
+        "SpellingBee": lambda: SpellingBee(words(), 500, "test"),
         "DocChoice": lambda: DocChoice(1000, "test"),
     }
 
 
-def _embedded(split: str, size: int, alphabetical: float) -> Task:
-    """Mix about size conversations, in shares that a d4 learns all of them from (dev/LOG.md)."""
+def _local(data: str, size: int, alphabetical: float) -> tuple[Task, Task]:
+    if data != "embedded":
+        return _own(data)
     words = _short_words()
+    return _embedded(words, "train", size, alphabetical), _embedded(words, "test", 800, alphabetical)
+
+
+def _embedded(words: list[str], split: str, size: int, alphabetical: float) -> Task:
+    """Mix about size conversations, in shares that a d4 learns all of them from (dev/LOG.md)."""
     tasks = [
         SimpleSpelling(words, round(0.32 * size), split),
         SpellingBee(words, round(0.07 * size), split),
@@ -118,8 +122,9 @@ def _short_words() -> list[str]:
 
 
 def _own(path: str) -> tuple[Task, Task]:
-    train = [CustomJSON(path, start=i, step=VAL_EVERY) for i in range(1, VAL_EVERY)]
-    return TaskMixture(train), CustomJSON(path, step=VAL_EVERY)
+    conversations = CustomJSON(path)
+    train = [conversations.slice(start=i, step=VAL_EVERY) for i in range(1, VAL_EVERY)]
+    return TaskMixture(train), conversations.slice(step=VAL_EVERY)
 
 
 def _identity() -> list[Task]:

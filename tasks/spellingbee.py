@@ -18,7 +18,7 @@ from itertools import islice
 
 from nanochat.dataset import parquets_iter_batched
 from tasks.common import Conversation, Task, item_random
-from tasks.gsm8k import extract_answer
+from tasks.gsm8k import is_right_number
 
 SPELL = ('Spell the word "{word}".', 'How do you spell "{word}"?', 'What are the letters of "{word}"?')
 COUNT = (
@@ -87,7 +87,5 @@ class SpellingBee(_WordTask):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the number after #### is the right one."""
-        return extract_answer(completion) == extract_answer(
-            conversation["messages"][-1]["content"][-1]["text"]
-        )
+        """See is_right_number."""
+        return is_right_number(conversation, completion)
