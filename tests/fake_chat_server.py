@@ -1,0 +1,136 @@
+"""A stand-in for the chat server on 127.0.0.1: sends the page and answers by script.
+
+Each POST of chat/completions takes the next of `replies`: a Refusal, or a list of steps. A step is a dict
+(sent as one event), bytes (sent as they are), WAIT (until the test calls `go_on`) or HANG_UP (the connection
+ends in the middle). Unless its last step is an event that ends it, or HANG_UP, a list ends with "done". With
+no replies left it says "Fine.". `requests` and `keys` have the JSON and the Authorization of each request.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+WAIT, HANG_UP = "wait", "hang up"
+DONE = {"done": True}
+PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
+
+
+@dataclass
+class Refusal:
+    """An answer that is not a stream."""
+
+    status: int
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+def tokens(*texts: str) -> list[dict[str, Any]]:
+    """One event a text."""
+    return [{"token": text, "gpu": 0} for text in texts]
+
+
+class FakeChatServer(ThreadingHTTPServer):
+    """Start with `with`; `url` is where the page is, in a folder, since its addresses are to be relative."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/chat-page/"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget a test."""
+        self.replies: list[Refusal | Sequence[dict | bytes | str]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.stats = {"model": "d20-sft", "running": 0, "waiting": 0, "slots": 8}
+        self.steps_allowed = threading.Semaphore(0)
+        self.client_left = threading.Event()
+
+    def go_on(self) -> None:
+        """End a WAIT, now or in the future."""
+        self.steps_allowed.release()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no news."""
+
+    def __enter__(self) -> FakeChatServer:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeChatServer
+
+    def log_message(self, *args: object) -> None:
+        """Keep quiet."""
+
+    def do_GET(self) -> None:
+        if self.path == "/chat-page/":
+            self._send(200, "text/html; charset=utf-8", PAGE.read_bytes())
+        elif self.path == "/chat-page/stats":
+            self._send(200, "application/json", json.dumps(self.server.stats).encode())
+        else:
+            self._send(404, "application/json", b"{}")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path != "/chat-page/chat/completions":
+            self._send(404, "application/json", b"{}")
+            return
+        self.server.requests.append(json.loads(body))
+        self.server.keys.append(self.headers["Authorization"])
+        reply = self.server.replies.pop(0) if self.server.replies else tokens("Fine.")
+        if isinstance(reply, Refusal):
+            self._send(reply.status, "application/json", json.dumps(reply.body).encode())
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            self._stream(reply)
+        except OSError:
+            self.server.client_left.set()
+            self.close_connection = True
+
+    def _stream(self, steps: Sequence[dict | bytes | str]) -> None:
+        for step in steps:
+            if step == WAIT:
+                self.server.steps_allowed.acquire(timeout=30)
+            elif step == HANG_UP:
+                self.close_connection = True
+                return
+            elif isinstance(step, bytes):
+                self._chunk(step)
+            else:
+                self._event(step)
+        last = steps[-1] if steps else None
+        if not (isinstance(last, dict) and ("done" in last or "error" in last)):
+            self._event(DONE)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _event(self, event: dict) -> None:
+        self._chunk(f"data: {json.dumps(event)}\n\n".encode())
+
+    def _chunk(self, content: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
+        self.wfile.flush()
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

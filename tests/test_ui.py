@@ -1,0 +1,742 @@
+"""The chat page in a real browser, against a server that answers by script."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.fake_chat_server import HANG_UP, WAIT, FakeChatServer, Refusal, tokens
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser: install chromium or set CHROMIUM to the path of one"
+)
+PHONE = {"viewport": {"width": 320, "height": 568}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def running_server():
+    with FakeChatServer() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running_server):
+    running_server.reset()
+    return running_server
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Opens the page in a new profile; what it logs as an error fails the test unless it expects it."""
+    contexts, errors = [], []
+
+    def open_page(**options) -> Page:
+        contexts.append(browser.new_context(locale=options.pop("locale", "en-US"), **options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(5000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(server.url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [error for error in errors if "the server responded with a status of" not in error] == []
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
+
+
+def box(page):
+    return page.get_by_role("textbox", name="Message")
+
+
+def say(page, text):
+    box(page).fill(text)
+    box(page).press("Enter")
+
+
+def answers(page):
+    return page.locator("article.assistant .prose")
+
+
+def finish(page):
+    """Wait until no answer is under way."""
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def exchange(page, text, number=0):
+    """Send, and wait for the answer."""
+    say(page, text)
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    expect(answers(page)).to_have_count(number + 1)
+
+
+def ask(page, server, reply):
+    """Return the answer, drawn, to one question."""
+    server.replies = [reply]
+    exchange(page, "Go")
+    return answers(page)
+
+
+def sent(server, number=-1):
+    return [(message["role"], message["content"]) for message in server.requests[number]["messages"]]
+
+
+def chat_button(page, title):
+    return page.get_by_label("Conversations").get_by_role("button", name=title, exact=True)
+
+
+# ---- Asking
+
+
+def test_text_appears_before_the_answer_ends(page, server):
+    server.replies = [[*tokens("One ", "two"), WAIT, *tokens(" three")]]
+    say(page, "Count")
+    expect(answers(page)).to_have_text("One two")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(page.locator("#live")).to_have_text("")  # nothing is read out before the end
+    server.go_on()
+    expect(answers(page)).to_have_text("One two three")
+    finish(page)
+    expect(page.locator("#live")).to_have_text("Answer: One two three")
+    assert sent(server) == [("user", "Count")]
+
+
+def test_events_may_be_cut_anywhere(page, server):
+    """Network reads end in the middle of lines and of characters."""
+    line = 'data: {"token": "na\u00efve \U0001f338"}\r\n\r\n'.encode()
+    reply = [b": a comment\n\n", *(line[i : i + 1] for i in range(len(line))), b'data: {"done": true}\n\n']
+    expect(ask(page, server, [*reply, {"done": True}])).to_have_text("na\u00efve \U0001f338")
+
+
+def test_history_goes_along_without_the_calls(page, server):
+    call = {"tool": {"expression": "12*7", "result": "84"}}
+    server.replies = [[*tokens("It is "), call, *tokens("84.")]]
+    exchange(page, "What is 12*7?")
+    exchange(page, "Sure?", 1)
+    assert sent(server) == [("user", "What is 12*7?"), ("assistant", "It is 84."), ("user", "Sure?")]
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+def test_stop_keeps_what_came(page, server, how):
+    server.replies = [[*tokens("Once upon"), WAIT, *tokens(*["x"] * 100)]]
+    say(page, "Tell a story")
+    expect(answers(page)).to_have_text("Once upon")
+    if how == "button":
+        page.get_by_role("button", name="Stop").click()
+    else:
+        page.keyboard.press("Escape")
+    finish(page)
+    server.go_on()
+    assert server.client_left.wait(5)  # so that the server can stop too
+    expect(answers(page)).to_have_text("Once upon")
+    page.reload()
+    expect(answers(page)).to_have_text("Once upon")
+
+
+def test_stop_before_anything_came_gives_the_text_back(page, server):
+    server.replies = [[WAIT]]
+    say(page, "Wait")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(box(page)).to_have_value("Wait")
+    expect(page.locator("article")).to_have_count(0)
+    server.go_on()
+
+
+def test_regenerate_replaces_the_last_answer(page, server):
+    server.replies = [tokens("First."), tokens("Second.")]
+    exchange(page, "Say it")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(answers(page)).to_have_text(["Second."])
+    assert sent(server, 0) == sent(server, 1) == [("user", "Say it")]
+
+
+def test_failed_regenerate_keeps_the_old_answer(page, server):
+    server.replies = [tokens("First."), Refusal(500)]
+    exchange(page, "Say it")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator("#notice")).to_contain_text("HTTP 500")
+    expect(answers(page)).to_have_text(["First."])
+    expect(box(page)).to_have_value("")
+
+
+def test_edit_cuts_what_follows(page, server):
+    server.replies = [tokens("A."), tokens("B."), tokens("C.")]
+    exchange(page, "one")
+    exchange(page, "two", 1)
+    box(page).fill("a draft")
+    page.get_by_role("button", name="Edit").first.click()
+    expect(box(page)).to_have_value("one")
+    expect(page.locator("article.cut")).to_have_count(3)
+    say(page, "uno")
+    expect(answers(page)).to_have_text(["C."])
+    finish(page)
+    assert sent(server) == [("user", "uno")]
+    expect(box(page)).to_have_value("a draft")
+
+
+def test_escape_ends_an_edit_and_brings_the_draft_back(page):
+    exchange(page, "one")
+    box(page).fill("a draft")
+    page.get_by_role("button", name="Edit").click()
+    page.keyboard.press("Escape")
+    expect(box(page)).to_have_value("a draft")
+    expect(page.locator("#editing")).to_be_hidden()
+
+
+def test_failed_edit_loses_nothing(page, server):
+    server.replies = [tokens("A."), Refusal(500)]
+    exchange(page, "one")
+    page.get_by_role("button", name="Edit").click()
+    say(page, "uno")
+    expect(page.locator("#notice")).to_contain_text("HTTP 500")
+    expect(box(page)).to_have_value("uno")
+    expect(page.locator("article.user .text")).to_have_text("one")
+    page.keyboard.press("Escape")
+    expect(box(page)).to_have_value("")
+
+
+# ---- What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (Refusal(429, {"error": {"message": "full"}}), "The server is busy. Try again in a moment."),
+        (Refusal(500), "HTTP 500"),
+        (Refusal(400, {"error": {"message": "too many messages"}}), "too many messages"),
+        (Refusal(422, {"detail": [{"msg": "top_k too large"}]}), "top_k too large"),
+        (Refusal(404, {"detail": "no such model"}), "no such model"),
+        ([HANG_UP], "The connection was lost before the answer was complete."),
+        ([b"data: {oops\n\n"], "The server said something that this page does not understand."),
+        ([{"error": "the worker died"}], "the worker died"),
+        ([], "The answer was empty."),
+    ],
+)
+def test_errors_are_shown_and_leave_the_text(page, server, reply, message):
+    server.replies = [reply]
+    say(page, "Hello")
+    expect(page.locator("#notice span")).to_have_text(message)
+    expect(page.locator("#live")).to_have_text(message)
+    expect(box(page)).to_have_value("Hello")
+    expect(page.locator("article")).to_have_count(0)
+    box(page).press("Enter")
+    expect(answers(page)).to_have_text("Fine.")
+    expect(page.locator("#notice")).to_be_hidden()
+
+
+def test_lost_connection_keeps_the_beginning(page, server):
+    server.replies = [[*tokens("Half an"), HANG_UP]]
+    say(page, "Hello")
+    expect(page.locator("#notice span")).to_have_text(
+        "The connection was lost before the answer was complete."
+    )
+    expect(answers(page)).to_have_text("Half an")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+
+
+def test_no_server_at_all(open_page):
+    with FakeChatServer() as server:
+        page = open_page()
+        page.goto(server.url)
+    page.route("**/chat/completions", lambda route: route.abort("connectionrefused"))
+    say(page, "Hello")
+    expect(page.locator("#notice span")).to_have_text("No connection to the server.")
+    expect(box(page)).to_have_value("Hello")
+
+
+def test_key_is_asked_for_and_remembered(page, server):
+    server.replies = [Refusal(401, {"error": {"message": "a key is needed"}})]
+    say(page, "Hello")
+    page.get_by_label("API key").fill("secret")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_text("Fine.")
+    page.reload()
+    exchange(page, "Again", 1)
+    assert server.keys == [None, "Bearer secret", "Bearer secret"]
+
+
+def test_no_key_given(page, server):
+    server.replies = [Refusal(401, {"error": {"message": "a key is needed"}})]
+    say(page, "Hello")
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#notice span")).to_have_text("a key is needed")
+    expect(box(page)).to_have_value("Hello")
+
+
+def test_no_more_is_sent_than_the_server_takes(page, server):
+    """32,000 characters in all and 8,000 a message; the oldest exchanges go, and no character is halved."""
+    long_answer = "a" * 7999 + "\U0001f338" * 10
+    server.replies = [tokens(long_answer) for _ in range(5)]
+    for i in range(5):
+        exchange(page, f"Question {i}", i)
+    exchange(page, "Last", 5)
+    messages = server.requests[-1]["messages"]
+    assert sum(len(message["content"]) for message in messages) <= 32000
+    assert [message["content"] for message in messages[::2]] == [
+        "Question 2",
+        "Question 3",
+        "Question 4",
+        "Last",
+    ]
+    assert messages[1]["content"] == "a" * 7999 + "\ufffd"
+    say(page, "b" * 8001)
+    expect(page.locator("#notice span")).to_have_text("The message is longer than 8000 characters.")
+    assert len(server.requests) == 6
+
+
+# ---- What is kept
+
+
+def test_reload_keeps_conversations_and_drafts(page, server):
+    server.replies = [[*tokens("See "), {"tool": {"expression": "2+3", "result": "5"}}]]
+    exchange(page, "first")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    box(page).fill("unfinished")
+    page.reload()
+    expect(answers(page)).to_have_text("Fine.")
+    expect(box(page)).to_have_value("unfinished")
+    chat_button(page, "first").click()
+    expect(answers(page)).to_have_text("See 2+3 = 5")
+
+
+def test_reload_in_the_middle_of_an_answer(page, server):
+    server.replies = [[*tokens("Half"), WAIT], [WAIT]]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Half")
+    page.reload()
+    expect(answers(page)).to_have_text("Half")
+    server.go_on()
+    say(page, "second")  # of which nothing comes
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.reload()
+    expect(answers(page)).to_have_text(["Half"])
+    expect(box(page)).to_have_value("second")
+    server.go_on()
+
+
+def test_an_answer_goes_on_while_another_conversation_is_open(page, server):
+    server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")], tokens("Quick")]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Slow")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    expect(answers(page)).to_have_text("Quick")
+    server.go_on()
+    chat_button(page, "first").click()
+    expect(answers(page)).to_have_text("Slow but sure")
+
+
+def test_rename_delete_undo(page):
+    exchange(page, "first")
+    page.get_by_role("button", name="Rename").click()
+    page.keyboard.type("Flowers")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Flowers")
+    page.get_by_role("button", name="Delete").click()
+    expect(chat_button(page, "Flowers")).to_have_count(0)
+    expect(page.locator("article")).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(answers(page)).to_have_text("Fine.")
+    page.get_by_role("button", name="Delete").click()
+    page.reload()
+    expect(page.locator("#chats li")).to_have_count(0)
+
+
+def test_corrupt_storage_is_passed_over(page):
+    exchange(page, "good")
+    broken = {
+        "iberis:chat:1": "{oops",
+        "iberis:chat:2": "null",
+        "iberis:chat:3": json.dumps({"id": "3", "messages": [{"role": "user"}]}),
+        "iberis:settings": '{"top_k": 9999, "temperature": "hot", "seed": []}',
+        "iberis:theme": "7",
+    }
+    page.evaluate("(broken) => Object.assign(localStorage, broken)", broken)
+    page.reload()
+    expect(answers(page)).to_have_text("Fine.")
+    expect(page.locator("#chats li")).to_have_count(1)
+    exchange(page, "still works", 1)
+
+
+def test_full_storage_is_said(page):
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
+    exchange(page, "Hello")
+    expect(page.locator("#notice")).to_contain_text("storage is full")
+
+
+def test_two_tabs_see_each_other(page, server):
+    exchange(page, "first")
+    other = page.context.new_page()
+    other.goto(server.url)
+    chat_button(other, "first").click()
+    exchange(other, "more", 1)
+    expect(answers(page)).to_have_count(2)
+
+
+def test_export_and_import(page, open_page, tmp_path):
+    exchange(page, "first")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export").click()
+    path = tmp_path / "chats.json"
+    download.value.save_as(path)
+    other = open_page()
+    other.locator("#file").set_input_files(path)
+    chat_button(other, "first").click()
+    expect(answers(other)).to_have_text("Fine.")
+    path.write_text('{"conversations": 3}')
+    other.locator("#file").set_input_files(path)
+    expect(other.locator("#notice span")).to_have_text("This file holds no conversations.")
+
+
+# ---- Settings
+
+
+def test_settings_reach_the_request_and_last(page, server):
+    exchange(page, "before")
+    default = {"temperature": 0.8, "top_k": 50, "top_p": 1, "max_tokens": 512, "seed": None}
+    assert {key: server.requests[0][key] for key in default} == default
+    page.get_by_role("button", name="Sampling settings").click()
+    page.get_by_label("Temperature").fill("0.3")
+    page.get_by_label("Top-p").fill("0.9")
+    page.get_by_label("Top-k").fill("7")
+    page.get_by_label("Longest answer").fill("99")
+    page.get_by_label("Seed").fill("42")
+    page.get_by_label("Top-k").fill("777")  # not allowed: the last allowed value stays
+    page.keyboard.press("Escape")
+    page.reload()
+    exchange(page, "after", 1)
+    chosen = {"temperature": 0.3, "top_k": 7, "top_p": 0.9, "max_tokens": 99, "seed": 42}
+    assert {key: server.requests[1][key] for key in default} == chosen
+    page.get_by_role("button", name="Sampling settings").click()
+    page.get_by_role("button", name="Defaults").click()
+    page.get_by_role("button", name="Close").click()
+    exchange(page, "again", 2)
+    assert {key: server.requests[2][key] for key in default} == default
+
+
+def test_status_line(open_page, server):
+    server.stats |= {"running": 2, "waiting": 1}
+    expect(open_page().locator("#status")).to_have_text("d20-sft \u00b7 2 answering \u00b7 1 waiting")
+
+
+# ---- What answers look like
+
+
+def test_calls_of_the_calculator_are_chips(page, server):
+    call = {"tool": {"expression": "12*7", "result": "84"}}
+    answer = ask(page, server, [*tokens("So **it is "), call, *tokens("**.")])
+    expect(answer.locator("strong .chip")).to_have_text("12*7 = 84")
+
+
+def test_text_cannot_pose_as_a_call(page, server):
+    answer = ask(page, server, [{"tool": {"expression": "1+1", "result": "2"}}, *tokens(" \ue000 \ue001")])
+    expect(answer.locator(".chip")).to_have_count(1)
+    expect(answer).to_have_text("1+1 = 2 \ufffd \ufffd")
+
+
+MARKDOWN = """# Title
+Some **bold**, *slanted*, _slanted too_, `code *x*` and 2*3*4, __init__, snake_case_name.
+- one
+  - deeper
+- two
+
+1. first
+2. second
+* star
+```python
+if x < 1:
+    print("**no**")
+```
+[site](https://example.org/a_(b)) end"""
+
+
+def test_markdown(page, server):
+    answer = ask(page, server, tokens(*re.findall(r"[\s\S]{1,7}", MARKDOWN)))
+    expect(answer.locator("h3")).to_have_text("Title")
+    expect(answer.locator("strong")).to_have_text("bold")
+    expect(answer.locator("em")).to_have_text(["slanted", "slanted too"])
+    expect(answer.locator("p code")).to_have_text("code *x*")
+    expect(answer.locator("p").first).to_contain_text("2*3*4, __init__, snake_case_name.")
+    expect(answer.locator("ul ul > li")).to_have_text("deeper")
+    expect(answer.locator("ol > li")).to_have_text(["first", "second"])
+    expect(answer.locator("ul").last).to_have_text("star")
+    expect(answer.locator("pre")).to_have_text('if x < 1:\n    print("**no**")')
+    link = answer.get_by_role("link", name="site")
+    expect(link).to_have_attribute("href", "https://example.org/a_(b)")
+    expect(link).to_have_attribute("rel", re.compile("noopener"))
+
+
+def test_code_is_copied(page, server):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answer = ask(page, server, tokens("```\nx = 1\n", "y = 2\n```\nDone."))
+    answer.get_by_role("button", name="Copy").click()
+    expect(page.locator("#live")).to_have_text("Copied")
+    assert page.evaluate("() => navigator.clipboard.readText()") == "x = 1\ny = 2"
+
+
+def test_code_is_copied_where_the_page_is_not_secure(page, server):
+    """Over plain http from another machine there is no navigator.clipboard."""
+    page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.evaluate("() => addEventListener('copy', () => { window.copied = String(getSelection()) })")
+    answer = ask(page, server, tokens("```\nx = 1\n```"))
+    answer.get_by_role("button", name="Copy").click()
+    expect(page.locator("#live")).to_have_text("Copied")
+    assert page.evaluate("() => window.copied") == "x = 1"
+
+
+HOSTILE = """<img src=x onerror="document.title='owned'"> <script>document.title='owned'</script>
+
+# <b>head</b>
+- <iframe src="javascript:document.title='owned'"></iframe>
+
+[click](javascript:document.title='owned') [data](data:text/html,x) [quote](https://x" onclick="y)
+`<i>` **<u>x</u>**
+```html" onload="x
+<script>document.title='owned'</script>
+```"""
+
+
+def test_hostile_text_stays_text(page, server):
+    call = {"tool": {"expression": "<img src=x onerror=alert(1)>", "result": "<b>"}}
+    server.replies = [[*tokens(*HOSTILE.splitlines(keepends=True)), call]]
+    exchange(page, HOSTILE)
+    for place in (answers(page), page.locator("article.user"), page.locator("#chats")):
+        expect(place.locator("img, script, iframe, b, i, u, [onclick], [onload], [onerror]")).to_have_count(0)
+    expect(answers(page).locator("a[href^='javascript'], a[href^='data']")).to_have_count(0)
+    expect(answers(page)).to_contain_text("<img src=x onerror=")
+    expect(answers(page)).to_contain_text("[click](javascript:document.title='owned')")
+    expect(page.locator("article.user .text")).to_have_text(HOSTILE, use_inner_text=True)
+    assert "owned" not in page.title() or page.title().startswith("<img")
+
+
+def test_browser_refuses_html_even_from_the_page_itself(open_page, server):
+    """The policy is the second wall: HTML sinks throw, no other origin is in reach."""
+    page = open_page()
+    assert page.evaluate(
+        "() => { try { document.body.innerHTML = '<b>x</b>' } catch (error) { return error.name } }"
+    ) == ("TypeError")
+    refused = page.evaluate("() => fetch('http://localhost:1/').catch((error) => error.name)")
+    assert refused == "TypeError"
+    source = (page.content()).split("<script>")[1]
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", source
+    )
+
+
+@pytest.mark.parametrize("text", ["*a " * 3000, "`" * 9000, "[" * 9000, "**" * 4500, "_a" * 4500])
+def test_pathological_text_is_quick(page, server, text):
+    server.replies = [tokens(text)]
+    say(page, "Go")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled(timeout=2000)
+
+
+# ---- Hands, eyes and ears
+
+
+def test_narrow_screen(open_page, server):
+    page = open_page(**PHONE)
+    server.replies = [tokens("```\n" + "wide " * 60 + "\n```\n" + "x" * 300 + "\n\n| " + "long_word_" * 20)]
+    box(page).fill("w" * 200)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    widths = page.evaluate(
+        "() => [document.documentElement.scrollWidth, document.querySelector('#scroller').scrollWidth]"
+    )
+    assert max(widths) <= 320
+    for name in ("Show conversations", "Dark or light", "Sampling settings", "Send", "Regenerate"):
+        button = page.get_by_role("button", name=name, exact=True)
+        place = button.bounding_box()
+        assert place["width"] >= 34, name
+        assert place["height"] >= 34, name
+        assert 0 <= place["x"] <= 320 - place["width"], name
+        assert 0 <= place["y"] <= 568 - place["height"], name
+    assert page.evaluate("() => parseFloat(getComputedStyle(box).fontSize)") >= 16  # else iOS zooms in
+    page.get_by_role("button", name="Show conversations").tap()
+    expect(page.get_by_role("button", name="Hide conversations")).to_be_focused()
+    page.get_by_role("button", name="New chat").tap()
+    expect(page.get_by_label("Conversations")).to_be_hidden()
+    expect(page.locator("article")).to_have_count(0)
+    page.get_by_role("button", name="Sampling settings").tap()
+    dialog = page.get_by_role("dialog").bounding_box()
+    assert dialog["x"] >= 0
+    assert dialog["x"] + dialog["width"] <= 320
+    assert dialog["y"] + dialog["height"] <= 568
+
+
+def test_box_grows_and_shift_enter_is_a_new_line(page, server):
+    height = box(page).bounding_box()["height"]
+    box(page).press("a")
+    for _ in range(3):
+        box(page).press("Shift+Enter")
+    assert box(page).bounding_box()["height"] > height + 40
+    assert server.requests == []
+    for _ in range(60):
+        box(page).press("Shift+Enter")
+    assert box(page).bounding_box()["height"] <= 0.41 * page.viewport_size["height"]
+
+
+def test_enter_of_an_input_method_does_not_send(page, server):
+    box(page).focus()
+    keyboard = page.context.new_cdp_session(page)
+    keyboard.send(
+        "Input.imeSetComposition", {"text": "\u306b\u307b\u3093", "selectionStart": 3, "selectionEnd": 3}
+    )
+    box(page).press("Enter")  # while composing, as Chromium reports it
+    box(page).evaluate(
+        """(box) => {
+          const enter = (more) =>
+            box.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true, ...more }));
+          box.dispatchEvent(new CompositionEvent("compositionstart"));
+          enter({ isComposing: true });
+          box.dispatchEvent(new CompositionEvent("compositionend"));
+          enter({ keyCode: 229 });  // Safari, after the composition has ended
+        }"""
+    )
+    keyboard.send("Input.insertText", {"text": "\u65e5\u672c"})
+    expect(box(page)).to_have_value(re.compile("\u65e5\u672c"))
+    assert server.requests == []
+    box(page).press("Enter")
+    expect(answers(page)).to_have_text("Fine.")
+
+
+def test_keyboard_only(page, server):
+    """Every control can be reached by Tab, in the order of the page, and shows that it has the focus."""
+    expect(box(page)).to_be_focused()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    page.evaluate("() => document.activeElement.blur()")
+    seen = []
+    while "Send" not in seen and len(seen) < 30:
+        page.keyboard.press("Tab")
+        name, is_marked = page.evaluate(
+            """() => {
+              const node = document.activeElement;
+              const style = getComputedStyle(node.id === "box" ? node.form : node);
+              const isMarked = style.outlineStyle !== "none" || style.boxShadow !== "none";
+              return [node.ariaLabel ?? node.textContent.trim(), isMarked];
+            }"""
+        )
+        assert is_marked, name
+        seen.append(name)
+    assert seen == [
+        *("Hide conversations", "New chat", "Hello", "Rename", "Delete", "Export", "Import"),
+        *("Dark or light", "Sampling settings"),
+        *("Messages", "Edit", "Copy", "Regenerate", "Copy"),
+        *("Message", "Send"),
+    ]
+
+
+def test_view_follows_until_the_reader_scrolls_up(page, server):
+    lines = tokens(*(f"line {i}\n\n" for i in range(60)))
+    server.replies = [[*lines, WAIT, *lines, WAIT, *lines]]
+    say(page, "Go")
+    expect(answers(page).get_by_text("line 59")).to_be_in_viewport()
+    page.locator("#scroller").hover()
+    page.mouse.wheel(0, -400)
+    expect(page.get_by_role("button", name="To the latest message")).to_be_visible()
+    top = page.locator("#scroller").evaluate("(node) => node.scrollTop")
+    server.go_on()
+    expect(answers(page).get_by_text("line 59")).to_have_count(2)
+    assert abs(page.locator("#scroller").evaluate("(node) => node.scrollTop") - top) < 2
+    page.get_by_role("button", name="To the latest message").click()
+    server.go_on()
+    expect(answers(page).get_by_text("line 59")).to_have_count(3)
+    expect(answers(page).get_by_text("line 59").last).to_be_in_viewport()
+    finish(page)
+
+
+def luminance(page):
+    color = page.evaluate("() => getComputedStyle(document.documentElement).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
+
+
+def test_dark_and_light(open_page):
+    page = open_page(color_scheme="light")
+    assert luminance(page) > 200
+    page.emulate_media(color_scheme="dark")
+    assert luminance(page) < 50
+    page.get_by_role("button", name="Dark or light").click()
+    assert luminance(page) > 200
+    page.reload()
+    assert luminance(page) > 200
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(open_page, scheme):
+    """WCAG AA: 4.5 to 1 for the ink, the quiet text, links and errors."""
+    page = open_page(color_scheme=scheme)
+    for pair in (
+        "ink paper",
+        "muted paper",
+        "muted sunken",
+        "leaf paper",
+        "leaf raised",
+        "alarm raised",
+        "on-leaf leaf",
+    ):
+        ratio = page.evaluate(
+            """(pair) => {
+              const luminance = (name) => {
+                document.body.style.color = `var(--${name})`;
+                const rgb = getComputedStyle(document.body).color.match(/[\\d.]+/g).map((c) => c / 255);
+                const [r, g, b] = rgb.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+              };
+              const [a, b] = pair.split(" ").map(luminance);
+              return Math.max(a, b) / Math.min(a, b);
+            }""",
+            pair,
+        )
+        assert ratio >= 4.5, (pair, ratio)
+
+
+def test_reduced_motion(open_page, server):
+    page = open_page(reduced_motion="reduce")
+    server.replies = [[WAIT]]
+    say(page, "Hello")
+    assert page.locator(".waiting").evaluate("(node) => getComputedStyle(node).animationName") == "none"
+    server.go_on()
+
+
+def test_japanese(open_page, server):
+    page = open_page(locale="ja-JP")
+    expect(page.locator("html")).to_have_attribute("lang", "ja")
+    page.get_by_label("\u30e1\u30c3\u30bb\u30fc\u30b8", exact=True).fill("Hello")
+    page.get_by_role("button", name="\u9001\u4fe1").click()
+    expect(answers(page)).to_have_text("Fine.")
+
+
+def test_every_word_has_its_translation(open_page):
+    page = open_page(locale="ja-JP")
+    words = page.evaluate(
+        """() => [...document.querySelectorAll("[data-words], [aria-label]")].map(
+          (node) => node.getAttribute("aria-label") ?? node.textContent)"""
+    )
+    assert [text for text in words if text.isascii()] == ["Top-p"]
+    script = page.content().split("<script>")[1]
+    known = set(re.findall(r'"([^"]+)": "', script.split("const JAPANESE")[1].split("};")[0]))
+    assert set(re.findall(r'\bt\("([^"]+)"', script)) <= known
+    assert set(re.findall(r'toolButton\("\w+", "([^"]+)"', script)) <= known
