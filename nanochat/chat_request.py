@@ -1,0 +1,120 @@
+"""What a client may ask for: settings of the server, fields that all routes share, the prompt of a chat.
+
+Numbers have the bounds of nanochat's API, in the types; how much text there may be is up to whoever runs the
+server. A field that is left out takes the server's own default, one that is not known is an error.
+
+Prompt and reply share the context. A reply has half of it at most, so that the prompt has the other half, and
+where the conversation is longer than its part, the oldest exchanges fall away (see chat_format).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nanochat.api_errors import ApiError
+from nanochat.chat_format import render_for_completion
+from nanochat.serving import Request
+from nanochat.tokenizer import RustBPETokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the server answers by default, whom, and how much it reads."""
+
+    temperature: float = 0.8
+    top_k: int = 50
+    max_tokens: int = 512
+    max_messages: int = 500
+    max_message_chars: int = 8_000
+    max_chars: int = 32_000  # of all messages, or of a prompt
+    max_body_bytes: int = 1 << 20  # all those characters as JSON escapes take a third of it
+    api_key: str = ""  # empty: everyone may ask
+    allowed_origins: tuple[str, ...] = ()  # web pages of others that may ask, say "https://example.org"
+    log_chats: bool = False  # write what is said into the log
+
+    def __post_init__(self) -> None:
+        try:
+            Sampling(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_tokens)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from error
+
+
+class StrictModel(BaseModel):
+    """A JSON object that has the fields it should, of the types they should have, and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Sampling(StrictModel):
+    """How to sample, and how much."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=0, le=200)
+    top_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, ge=1, le=4096)
+
+    def to_request(self, settings: Settings, tokens: list[int], max_tokens: int, **more: Any) -> Request:
+        """Return the request for the worker; `more` are further fields of it."""
+        chosen = self.model_dump(
+            include={"temperature", "top_k", "top_p", "repetition_penalty", "seed"}, exclude_none=True
+        )
+        defaults = {"temperature": settings.temperature, "top_k": settings.top_k}
+        return Request(tokens=tokens, max_tokens=max_tokens, **{**defaults, **chosen, **more})
+
+
+class Message(StrictModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+def chat_prompt(
+    tokenizer: RustBPETokenizer, settings: Settings, messages: Sequence[Message], room: int
+) -> list[int]:
+    """Return the tokens, at most `room`, that the assistant is to reply to; ApiError 400 if it cannot."""
+    _check_messages(settings, messages)
+    rendered = [
+        # An empty reply is one too, and chat_format takes it as a list of parts only.
+        {"role": "assistant", "content": [{"type": "text", "text": message.content}]}
+        if message.role == "assistant"
+        else {"role": message.role, "content": message.content}
+        for message in messages
+    ]
+    try:
+        return render_for_completion(tokenizer, {"messages": rendered}, room)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from error
+
+
+def _check_messages(settings: Settings, messages: Sequence[Message]) -> None:
+    if not messages or messages[-1].role != "user":
+        raise ApiError(400, "the last message must be the user's, as it is answered", param="messages")
+    if len(messages) > settings.max_messages:
+        raise ApiError(
+            400, f"{len(messages)} messages are more than {settings.max_messages}", param="messages"
+        )
+    lengths = [len(message.content) for message in messages]
+    if max(lengths) > settings.max_message_chars:
+        longest = lengths.index(max(lengths))
+        raise ApiError(
+            400,
+            f"message {longest} has {lengths[longest]} characters; {settings.max_message_chars} is the most",
+            param=f"messages.{longest}.content",
+        )
+    check_length(settings, sum(lengths), "messages")
+
+
+def check_length(settings: Settings, num_chars: int, param: str) -> None:
+    """Raise ApiError 400 if there are more characters than are read."""
+    if num_chars > settings.max_chars:
+        raise ApiError(
+            400, f"{num_chars} characters of {param} are more than {settings.max_chars}", param=param
+        )

@@ -1,0 +1,142 @@
+"""From the worker's thread to a handler that awaits, and from there to the client.
+
+The worker emits from a thread of its own; call_soon_threadsafe carries the events over into a queue. Whoever
+asked may leave at any time, even before the first word is sent. WhileConnected watches for that, and however
+an answer ends, its rows are freed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fastapi import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from nanochat.api_errors import ApiError
+from nanochat.sample_text import Piece, Sample
+from nanochat.serving import Backend, End, QueueFull, Request, Token
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2
+CLOSING = "the server is shutting down"
+_BATCH = 64  # events that are turned into text before others get a turn
+
+
+class Generation:
+    """A request under way. ApiError 400 if it cannot be served, 429 if too many wait."""
+
+    def __init__(self, backend: Backend, request: Request, stops: Sequence[str] = (), log: bool = False):
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Token | End] = asyncio.Queue()
+        self._log = log
+        self.samples = [Sample(backend.tokenizer, stops) for _ in range(request.n)]
+
+        def emit(event: Token | End) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        try:
+            self._handle = backend.submit(request, emit)
+        except QueueFull as error:
+            raise ApiError(
+                429, "too many requests wait; try again later", headers={"Retry-After": str(RETRY_AFTER_S)}
+            ) from error
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        if log:
+            logger.info("prompt: %r", backend.tokenizer.decode(request.tokens))
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Yield what is said, as much as has come at a time, until every sample has finished.
+
+        The busier the server, the more pieces at a time, which makes them cheaper. ApiError 500 if the worker
+        fails, 503 if it was stopped.
+        """
+        while any(sample.finish is None for sample in self.samples):
+            events = [await self._events.get()]
+            while not self._events.empty() and len(events) < _BATCH:
+                events.append(self._events.get_nowait())
+            pieces: list[Piece] = []
+            try:
+                for event in events:
+                    pieces.append(self._take(event))
+            except ApiError:
+                yield pieces  # what was said before the failure
+                raise
+            yield pieces
+
+    def _take(self, event: Token | End) -> Piece:
+        sample = self.samples[event.sample]
+        if sample.finish is None and isinstance(event, End):
+            if event.reason == "error":
+                logger.error("a request failed: %s", event.message)
+                raise ApiError(500, "the model failed; the server's log says why")
+            if event.reason == "cancelled":
+                raise ApiError(503, CLOSING)
+        piece = sample.take(event)
+        if self._log and piece.finish:
+            logger.info("reply: %r", sample.text)
+        return piece
+
+    def cancel(self) -> None:
+        """Free its rows, if it still has any."""
+        self._handle.cancel()
+
+
+class WhileConnected(Response):
+    """Sends an answer for as long as the client is there, and cancels the generation however that ends."""
+
+    def __init__(self, generation: Generation, answer: ASGIApp):
+        super().__init__()
+        self.generation, self.answer = generation, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        answer = asyncio.ensure_future(self.answer(scope, receive, send))
+        absence = asyncio.ensure_future(_disconnection(receive))
+        try:
+            await asyncio.wait({answer, absence}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+        finally:
+            self.generation.cancel()
+            answer.cancel()
+            absence.cancel()
+            await asyncio.gather(answer, absence, return_exceptions=True)
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: dict[str, Any]) -> str:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def event_stream(chunks: AsyncIterator[str]) -> ASGIApp:
+    """Return what sends server-sent events as they come. An ApiError among them is the last event."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",  # nginx would keep events back until it has a page of them
+        }
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+        try:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        except ApiError as error:
+            await send({"type": "http.response.body", "body": event(error.body).encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return answer

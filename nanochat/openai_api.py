@@ -1,0 +1,205 @@
+"""The routes of OpenAI's API, for the programs that speak it: chat completions, completions, models.
+
+What is served is what a text model with one prompt can do: streams, several samples, stop strings, seeds, log
+probabilities, usage; top_k and repetition_penalty as well. The rest is an error (see openai_schema).
+
+Three things differ from OpenAI's own. What the assistant does with the calculator is no part of the content,
+though usage counts its tokens. max_tokens has the server's default (--max-tokens), and in a chat it is half
+of the context at most. Where a chat is longer than the rest of the context, its oldest exchanges fall away;
+usage.prompt_tokens counts what the model read.
+
+    OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=..., ...)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Response
+from starlette.types import Receive, Scope, Send
+
+from nanochat.api_errors import ApiError
+from nanochat.chat_request import Settings, chat_prompt, check_length
+from nanochat.generation import Generation, WhileConnected, event, event_stream
+from nanochat.openai_schema import ChatCompleting, Completing, TextCompleting
+from nanochat.sample_text import Piece, Said
+from nanochat.serving import Backend
+from nanochat.tokenizer import RustBPETokenizer
+
+Choice = Callable[[int, Said], dict[str, Any]]  # from the number of a sample and what it said
+
+
+def openai_routes(backend: Backend, settings: Settings) -> APIRouter:
+    """Return the routes below /v1."""
+    router = APIRouter(prefix="/v1")
+    tokenizer = backend.tokenizer
+    model = {"id": backend.name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @router.get("/models/{name}")
+    async def one_model(name: str) -> dict[str, Any]:
+        _check_model(backend, name)
+        return model
+
+    @router.post("/chat/completions")
+    async def chat_completions(body: ChatCompleting) -> Response:
+        _check_model(backend, body.model)
+        max_tokens = _chat_limit(body, settings, backend.context // 2)
+        messages = [message.plain() for message in body.messages]
+        tokens = chat_prompt(tokenizer, settings, messages, backend.context - max_tokens)
+        request = body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.num_alternatives)
+        generation = Generation(backend, request, body.stops, settings.log_chats)
+        choice = partial(_chat_choice, tokenizer, body.logprobs)
+        return _Answer("chat.completion", backend.name, body, generation, len(tokens), choice).response()
+
+    @router.post("/completions")
+    async def completions(body: TextCompleting) -> Response:
+        _check_model(backend, body.model)
+        tokens = _text_prompt(tokenizer, settings, body.prompt)
+        max_tokens = _text_limit(body, settings, backend.context, len(tokens))
+        request = body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.logprobs)
+        generation = Generation(backend, request, body.stops, settings.log_chats)
+        choice = partial(_text_choice, tokenizer, body.logprobs is not None)
+        return _Answer("text_completion", backend.name, body, generation, len(tokens), choice).response()
+
+    return router
+
+
+@dataclass
+class _Answer:
+    """A completion in the making."""
+
+    kind: str
+    model: str
+    body: Completing
+    generation: Generation
+    num_prompt_tokens: int
+    choice: Choice
+
+    def __post_init__(self) -> None:
+        self.head = {
+            "id": f"{'chatcmpl' if self.kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": self.kind,
+            "created": int(time.time()),
+            "model": self.model,
+        }
+
+    def response(self) -> Response:
+        """Return it as the client wants it."""
+        answer = event_stream(self._chunks()) if self.body.stream else self._whole
+        return WhileConnected(self.generation, answer)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async for _ in self.generation.pieces():
+            pass
+        choices = [self.choice(i, sample) for i, sample in enumerate(self.generation.samples)]
+        full = {**self.head, "choices": choices, "usage": self._usage()}
+        await Response(json.dumps(full), media_type="application/json")(scope, receive, send)
+
+    async def _chunks(self) -> AsyncIterator[str]:
+        is_chat = self.kind == "chat.completion"
+        has_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+        head = {**self.head, "object": "chat.completion.chunk" if is_chat else self.kind}
+        usage = {"usage": None} if has_usage else {}
+        for index in range(self.body.n if is_chat else 0):
+            start = {**self.choice(index, Piece()), "delta": {"role": "assistant", "content": ""}}
+            yield event({**head, "choices": [start], **usage})
+        async for pieces in self.generation.pieces():
+            yield "".join(
+                event({**head, "choices": [self.choice(piece.sample, piece)], **usage})
+                for piece in pieces
+                if piece.text or piece.finish
+            )
+        if has_usage:
+            yield event({**head, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    def _usage(self) -> dict[str, int]:
+        num_new = sum(sample.num_tokens for sample in self.generation.samples)
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": num_new,
+            "total_tokens": self.num_prompt_tokens + num_new,
+        }
+
+
+def _check_model(backend: Backend, name: str | None) -> None:
+    if name not in (None, backend.name):
+        message = f"there is no model {name!r}, only {backend.name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _chat_limit(body: ChatCompleting, settings: Settings, half: int) -> int:
+    asked = body.max_tokens or body.max_completion_tokens
+    if asked and asked > half:
+        message = f"max_tokens={asked} is more than {half}, half of the context"
+        raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+    return asked or min(settings.max_tokens, half)
+
+
+def _text_limit(body: TextCompleting, settings: Settings, context: int, num_prompt_tokens: int) -> int:
+    room = context - num_prompt_tokens
+    if room < (body.max_tokens or 1):
+        message = (
+            f"{num_prompt_tokens} tokens of prompt and {body.max_tokens or 1} to come are more than the "
+            f"context of {context}"
+        )
+        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+    return body.max_tokens or min(settings.max_tokens, room)
+
+
+def _text_prompt(tokenizer: RustBPETokenizer, settings: Settings, prompt: Any) -> list[int]:
+    if isinstance(prompt, list) and isinstance(prompt[0], int):
+        size = tokenizer.get_vocab_size()
+        if max(prompt) >= size:
+            raise ApiError(400, f"there is no token {max(prompt)}, only {size} of them", param="prompt")
+        return prompt
+    text = prompt if isinstance(prompt, str) else prompt[0]
+    check_length(settings, len(text), "prompt")
+    return tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())
+
+
+def _chat_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, said: Said) -> dict[str, Any]:
+    def scored(token: int, logprob: float | None) -> dict[str, Any]:
+        raw = tokenizer.enc.decode_single_token_bytes(token)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+    content = [
+        {**scored(token.token, token.logprob), "top_logprobs": [scored(*pair) for pair in token.alternatives]}
+        for _, token in said.scored
+    ]
+    if isinstance(said, Piece):
+        message = {"delta": {"content": said.text} if said.text else {}}
+    else:
+        message = {"message": {"role": "assistant", "content": said.text, "refusal": None}}
+    return {
+        "index": index,
+        **message,
+        "logprobs": {"content": content, "refusal": None} if has_logprobs else None,
+        "finish_reason": said.finish,
+    }
+
+
+def _text_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, said: Said) -> dict[str, Any]:
+    name = tokenizer.id_to_token
+    scores = {
+        "tokens": [name(token.token) for _, token in said.scored],
+        "token_logprobs": [token.logprob for _, token in said.scored],
+        "top_logprobs": [{name(t): p for t, p in token.alternatives} for _, token in said.scored],
+        "text_offset": [start for start, _ in said.scored],
+    }
+    return {
+        "index": index,
+        "text": said.text,
+        "logprobs": scores if has_logprobs else None,
+        "finish_reason": said.finish,
+    }

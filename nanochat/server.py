@@ -1,0 +1,211 @@
+"""The chat server: nanochat's API, OpenAI's, the page that talks to the former, and what operators ask for.
+
+    POST /chat/completions    server-sent events of one reply:
+                              data: {"token": "text", "gpu": 0}
+                              data: {"tool": {"expression": "12*7", "result": "84"}}     the calculator
+                              data: {"done": true}                                       or {"error": {...}}
+    /v1/...                   see openai_api
+    GET /  /health            the page, and whether the server is up; these two need no key
+    GET /stats  /metrics      counters of the worker as JSON, and with those of the server for Prometheus
+
+All models run in the backend's thread. Handlers only await, so that a slow client keeps nobody else waiting.
+The life of the app is the backend's: it starts with it, and when it ends, requests that run may finish while
+new ones are turned away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat import chat_request
+from nanochat.api_errors import ApiError, install_error_handlers
+from nanochat.chat_request import Sampling, Settings, chat_prompt
+from nanochat.generation import CLOSING, Generation, WhileConnected, event, event_stream
+from nanochat.openai_api import openai_routes
+from nanochat.serving import Backend
+
+OPEN_PATHS = ("/", "/health")
+ERRORS = {"4XX": {"description": "the request's mistake"}, "5XX": {"description": "the server's"}}
+
+
+class ChatRequest(Sampling):
+    """The body of POST /chat/completions."""
+
+    messages: list[chat_request.Message]
+
+
+class Counters:
+    """Requests by path and status, the seconds that they took by path, and whether new ones are taken."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.requests: Counter[tuple[str, int]] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+
+def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
+    """Return the app that serves a backend; the backend starts and closes with the app."""
+    settings = settings or Settings()
+    counters = Counters()
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(backend.start)
+        counters.is_open = True
+        yield
+        counters.is_open = False
+        await asyncio.to_thread(backend.close, drain=True)
+
+    app = FastAPI(
+        title="nanochat",
+        lifespan=life,
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
+        responses=ERRORS,
+    )
+    install_error_handlers(app)
+    app.include_router(openai_routes(backend, settings))
+    _add_chat(app, backend, settings)
+    _add_information(app, backend, counters)
+    app.add_middleware(Gate, counters=counters, settings=settings)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return app
+
+
+def _add_chat(app: FastAPI, backend: Backend, settings: Settings) -> None:
+    @app.post("/chat/completions")
+    async def chat(body: ChatRequest) -> Response:
+        max_tokens = min(body.max_tokens or settings.max_tokens, backend.context // 2)
+        tokens = chat_prompt(backend.tokenizer, settings, body.messages, backend.context - max_tokens)
+        request = body.to_request(settings, tokens, max_tokens)
+        generation = Generation(backend, request, log=settings.log_chats)
+        return WhileConnected(generation, event_stream(_chat_events(generation)))
+
+
+async def _chat_events(generation: Generation) -> AsyncIterator[str]:
+    async for pieces in generation.pieces():
+        events = []
+        for piece in pieces:
+            if piece.tool:
+                events.append(event({"tool": piece.tool}))
+            if piece.text:
+                events.append(event({"token": piece.text, "gpu": 0}))
+        if events:
+            yield "".join(events)
+    yield event({"done": True})
+
+
+def _add_information(app: FastAPI, backend: Backend, counters: Counters) -> None:
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> Response:
+        return HTMLResponse(files("nanochat").joinpath("ui.html").read_text("utf-8"))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        if not counters.is_open:
+            raise ApiError(503, CLOSING)
+        return {"status": "ok", "model": backend.name}
+
+    @app.get("/stats")
+    async def stats() -> dict[str, Any]:
+        return {"model": backend.name, "context": backend.context, **backend.stats()}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return PlainTextResponse(_metrics(counters, backend.stats()), media_type="text/plain; version=0.0.4")
+
+
+def _metrics(counters: Counters, stats: dict[str, Any]) -> str:
+    """Return the counters in the text format of Prometheus."""
+    lines = ["# TYPE nanochat_requests_total counter"]
+    paths: Counter[str] = Counter()
+    for (path, status), count in sorted(counters.requests.items()):
+        lines.append(f'nanochat_requests_total{{path="{path}",status="{status}"}} {count}')
+        paths[path] += count
+    lines.append("# TYPE nanochat_request_seconds summary")
+    for path, count in paths.items():
+        lines.append(f'nanochat_request_seconds_sum{{path="{path}"}} {counters.seconds[path]:.6f}')
+        lines.append(f'nanochat_request_seconds_count{{path="{path}"}} {count}')
+    for name, kind in (("running", "gauge"), ("waiting", "gauge"), ("slots", "gauge")):
+        lines += [f"# TYPE nanochat_{name} {kind}", f"nanochat_{name} {stats[name]}"]
+    lines += ["# TYPE nanochat_tokens_total counter", f"nanochat_tokens_total {stats['tokens_generated']}"]
+    return "\n".join(lines) + "\n"
+
+
+class Gate:
+    """Lets in who has the key, while the server is open, with no more than it will read; counts all."""
+
+    def __init__(self, app: ASGIApp, counters: Counters, settings: Settings):
+        self.app, self.counters, self.max_body_bytes = app, counters, settings.max_body_bytes
+        self.credentials = f"Bearer {settings.api_key}".encode() if settings.api_key else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        status = 499  # as others count a client that has left
+        num_bytes = 0
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        async def receive_no_more() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_body_bytes:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        refusal = self._refusal(scope)
+        try:
+            await (refusal.response() if refusal else self.app)(scope, receive_no_more, note_status)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self.counters.requests[path, status] += 1
+            self.counters.seconds[path] += time.perf_counter() - start
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        if scope["path"] in OPEN_PATHS:
+            return None
+        if not self.counters.is_open:
+            return ApiError(503, CLOSING, headers={"Retry-After": "30"})
+        headers = dict(scope["headers"])
+        if self.credentials and not hmac.compare_digest(headers.get(b"authorization", b""), self.credentials):
+            return ApiError(
+                401,
+                "this server needs its key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        if int(headers.get(b"content-length", b"0")) > self.max_body_bytes:
+            return ApiError(413, self._too_large())
+        return None
+
+    def _too_large(self) -> str:
+        return f"the request is larger than {self.max_body_bytes} bytes"

@@ -1,0 +1,155 @@
+"""A backend that says what it is told to, and a server of it on a free port."""
+
+import itertools
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx2
+import uvicorn
+
+from nanochat.server import Settings, create_app
+from nanochat.serving import End, Token
+
+PATIENCE_S = 10
+
+
+class Pause:
+    """In a script: go on when the test says so."""
+
+    def __init__(self):
+        self.is_over = threading.Event()
+        self.end = self.is_over.set
+
+
+class FakeHandle:
+    """A request under way."""
+
+    def __init__(self):
+        self.cancelled = threading.Event()
+        self.cancel = self.cancelled.set
+
+
+class FakeBackend:
+    """Plays a script to each request, from a thread of its own; without a script it says "the river".
+
+    A script is a list of texts, names of special tokens, ids, Tokens, Ends and Pauses. Texts and ids are said
+    by every sample, unless they come as (sample, text). What has no End in the script ends as "stop", or at
+    max_tokens as "length". An exception instead of a script is raised by submit.
+    """
+
+    name = "d2-fake"
+
+    def __init__(self, tokenizer, context=200):
+        self.tokenizer, self.context = tokenizer, context
+        self.scripts, self.requests, self.handles, self.threads = [], [], [], []
+        self.closed_with = None  # how: drain
+        self.tokens_generated = 0
+
+    def prepare(self, *scripts):
+        """Forget what was, and take the scripts of the requests to come."""
+        self.scripts, self.requests, self.handles = list(scripts), [], []
+
+    def submit(self, request, emit):
+        self.requests.append(request)
+        script = self.scripts.pop(0) if self.scripts else ["the river"]
+        if isinstance(script, Exception):
+            raise script
+        handle = FakeHandle()
+        self.handles.append(handle)
+        thread = threading.Thread(target=self._play, args=(script, request, emit, handle), daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return handle
+
+    def _play(self, script, request, emit, handle):
+        running = dict.fromkeys(range(request.n), 0)  # tokens that each sample has said
+
+        def end(sample, reason, message=""):
+            if running.pop(sample, None) is not None:
+                emit(End(sample, reason, message))
+
+        for event in self._events(script, request.n, handle):
+            if handle.cancelled.is_set():
+                break
+            if isinstance(event, End):
+                end(event.sample, event.reason, event.message)
+            elif event.sample in running:
+                self.tokens_generated += 1
+                running[event.sample] += 1
+                emit(event)
+                if running[event.sample] == request.max_tokens:
+                    end(event.sample, "length")
+        for sample in list(running):
+            end(sample, "cancelled" if handle.cancelled.is_set() else "stop")
+
+    def _events(self, script, n, handle):
+        for piece in script:
+            samples = range(n)
+            if isinstance(piece, tuple):
+                samples, piece = [piece[0]], piece[1]
+            if isinstance(piece, Pause):
+                while not piece.is_over.wait(0.01) and not handle.cancelled.is_set():
+                    pass
+            elif isinstance(piece, (Token, End)):
+                yield piece
+            else:
+                for id, sample in itertools.product(self.ids(piece), samples):
+                    yield Token(sample, id)
+
+    def ids(self, piece):
+        if isinstance(piece, int):
+            return [piece]
+        if piece in self.tokenizer.get_special_tokens():
+            return [self.tokenizer.encode_special(piece)]
+        return self.tokenizer.encode(piece)
+
+    def prompts(self):
+        return [self.tokenizer.decode(request.tokens) for request in self.requests]
+
+    def stats(self):
+        running = sum(thread.is_alive() for thread in self.threads)
+        return {
+            "running": running,
+            "waiting": 0,
+            "slots": 4,
+            "tokens_generated": self.tokens_generated,
+            "requests_finished": len(self.threads) - running,
+            "requests_cancelled": 0,
+        }
+
+    def start(self):
+        pass
+
+    def close(self, drain):
+        self.closed_with = drain
+        for thread in self.threads:
+            thread.join(PATIENCE_S)
+
+
+@contextmanager
+def serve(backend, **settings):
+    """Serve a backend; yields a client, whose `server` is uvicorn's."""
+    app = create_app(backend, Settings(**settings))
+    config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=PATIENCE_S)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        host, port = server.servers[0].sockets[0].getsockname()
+        with httpx2.Client(base_url=f"http://{host}:{port}", timeout=PATIENCE_S, trust_env=False) as client:
+            client.server, client.app = server, app
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def wait_for(condition):
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)

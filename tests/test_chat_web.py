@@ -1,0 +1,100 @@
+"""chat_web: from the command line to a reply and a quiet end; what must not be started is not."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from scripts import chat_web
+from tests.models import random_model, small_config
+from tests.vocabulary import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def checkpoint(base_dir):
+    tokenizer = train_tokenizer()
+    tokenizer.save(base_dir / "tokenizer")
+    model = random_model(small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=64))
+    save_checkpoint(checkpoint_dir("sft", "d4"), 3, model, None, {})
+
+
+def test_from_start_to_end(checkpoint):
+    """It says where it is, answers, lets no stranger in, and SIGTERM is no failure."""
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.chat_web",
+        "-p",
+        "0",
+        "--device-type=cpu",
+        "-m",
+        "9",
+        "--slots=2",
+    ]
+    environment = {**os.environ, "NANOCHAT_API_KEY": "secret"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            greeting = process.stdout.readline()
+            assert greeting.startswith("d4-sft, step 3, on cpu: http://127.0.0.1:")
+            client = httpx2.Client(base_url=greeting.split()[-1], timeout=20, trust_env=False)
+            for _ in range(200):
+                try:
+                    client.get("/health")
+                    break
+                except httpx2.TransportError:
+                    time.sleep(0.05)
+            body = {"messages": [{"role": "user", "content": "the river"}]}
+            assert client.post("/chat/completions", json=body).status_code == 401
+            client.headers["authorization"] = "Bearer secret"
+            response = client.post("/chat/completions", json=body)
+            assert response.text.endswith('data: {"done": true}\n\n')
+            usage = client.post("/v1/chat/completions", json={**body, "n": 2}).json()["usage"]
+            assert 0 < usage["completion_tokens"] <= 18
+            client.close()
+            process.send_signal(signal.SIGTERM)
+            out = process.communicate(timeout=20)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert out.splitlines()[-1].startswith("served 2 requests, ")
+    assert "the river" not in out
+
+
+def test_a_port_that_is_taken(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1, port {port}"):
+            chat_web.main(["--device-type=cpu", "-p", str(port)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-n", "2"], "num_gpus=2 must be 1"),
+        (["-p", "70000"], "port=70000"),
+        (["-t", "3"], "temperature"),
+        (["-k", "201"], "top_k"),
+        (["-m", "0"], "max_tokens"),
+        (["--slots=0", "-p", "0"], "slots=0"),
+        (["-p", "0", "-s", "4"], "no checkpoint of step 4"),
+    ],
+)
+def test_settings_that_cannot_be(checkpoint, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        chat_web.main(["--device-type=cpu", *flags])
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "scripts.chat_web", "--help"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    assert time.perf_counter() - start < 2

@@ -1,0 +1,48 @@
+"""The way over from the worker's thread."""
+
+import asyncio
+import threading
+
+import pytest
+
+from nanochat.generation import Generation
+from nanochat.serving import Request
+from tests.fake_backend import FakeBackend, Pause, wait_for
+from tests.vocabulary import train_tokenizer
+
+
+@pytest.fixture
+def backend():
+    return FakeBackend(train_tokenizer())
+
+
+def test_a_worker_that_goes_on_after_the_loop_is_closed(backend, monkeypatch):
+    failures = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    pause = Pause()
+    backend.prepare(["the", pause, "river"])
+
+    async def leave():
+        generation = Generation(backend, Request(tokens=[1], max_tokens=9))
+        async for _ in generation.pieces():
+            return
+
+    asyncio.run(leave())
+    pause.end()
+    wait_for(lambda: not backend.stats()["running"])
+    assert not failures
+    assert backend.tokens_generated > len(backend.ids("the"))
+
+
+def test_what_waits_is_taken_at_once(backend):
+    """So a slow client costs no more than a quick one."""
+    backend.prepare(["the river of light"])
+
+    async def count():
+        generation = Generation(backend, Request(tokens=[1], max_tokens=99))
+        backend.threads[-1].join()
+        return [len(pieces) async for pieces in generation.pieces()]
+
+    num_tokens = len(backend.ids("the river of light"))
+    assert num_tokens > 3
+    assert asyncio.run(count())[-1] >= num_tokens

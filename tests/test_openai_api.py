@@ -1,0 +1,449 @@
+"""OpenAI's API, through OpenAI's own client and by hand."""
+
+import json
+
+import openai
+import pytest
+
+from nanochat.serving import End, QueueFull, Token
+from tests.fake_backend import FakeBackend, Pause, serve, wait_for
+from tests.vocabulary import train_tokenizer
+
+ROCKET = "\U0001f680"
+MESSAGES = [{"role": "user", "content": "the river"}]
+CALL = ["<|python_start|>", "12*7", "<|python_end|>", "<|output_start|>", "84", "<|output_end|>"]
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return FakeBackend(train_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def server(backend):
+    with serve(backend) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.base_url}v1", api_key="none", max_retries=0, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def forget(backend):
+    backend.prepare()
+
+
+@pytest.fixture
+def ask(client):
+    """Ask through OpenAI's client."""
+
+    def ask(**fields):
+        return client.chat.completions.create(model="d2-fake", messages=MESSAGES, **fields)
+
+    return ask
+
+
+@pytest.fixture
+def continue_(client):
+    def continue_(**fields):
+        return client.completions.create(model="d2-fake", **{"prompt": "the river", **fields})
+
+    return continue_
+
+
+def byte_ids(backend, text):
+    return [backend.tokenizer.enc.encode_single_token(bytes([byte])) for byte in text.encode()]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Chat
+
+
+def test_chat(ask, backend):
+    backend.prepare([f"the {ROCKET}"])
+    answer = ask()
+    (choice,) = answer.choices
+    assert (answer.object, answer.model) == ("chat.completion", "d2-fake")
+    assert answer.id.startswith("chatcmpl-")
+    assert (choice.index, choice.message.role, choice.finish_reason) == (0, "assistant", "stop")
+    assert choice.message.content == f"the {ROCKET}"
+    assert choice.logprobs is None
+    (request,) = backend.requests
+    assert backend.prompts() == ["<|bos|><|user_start|>the river<|user_end|><|assistant_start|>"]
+    num_new = len(backend.ids(f"the {ROCKET}"))
+    assert answer.usage.prompt_tokens == len(request.tokens)
+    assert answer.usage.completion_tokens == num_new
+    assert answer.usage.total_tokens == len(request.tokens) + num_new
+    assert (request.temperature, request.top_k, request.max_tokens, request.n) == (0.8, 50, 100, 1)
+    assert (request.seed, request.logprobs) == (None, None)
+
+
+def test_chat_stream(ask, backend):
+    backend.prepare([*byte_ids(backend, f"a{ROCKET}")])
+    chunks = list(ask(stream=True))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert (deltas[0].role, deltas[0].content) == ("assistant", "")
+    assert [delta.content for delta in deltas[1:]] == ["a", ROCKET, None]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, None, "stop"]
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_events_of_a_stream(server, backend):
+    backend.prepare(["the"])
+    response = server.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": True})
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert "usage" not in json.loads(events[0][6:])
+    backend.prepare(["the"])
+    body = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
+    events = server.post("/v1/chat/completions", json=body).text.split("\n\n")
+    assert json.loads(events[0][6:])["usage"] is None
+
+
+def test_usage_of_a_stream(ask, continue_, backend):
+    for complete in (ask, continue_):
+        backend.prepare(["the river"])
+        *chunks, last = complete(stream=True, stream_options={"include_usage": True})
+        assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+        assert last.choices == []
+        assert last.usage.prompt_tokens == len(backend.requests[0].tokens)
+        assert last.usage.completion_tokens == len(backend.ids("the river"))
+
+
+def test_settings(ask, backend):
+    ask(temperature=0, top_p=0.5, seed=-3, max_tokens=7, extra_body={"top_k": 3, "repetition_penalty": 1.5})
+    ask(max_completion_tokens=8)
+    first, second = backend.requests
+    assert (first.temperature, first.top_p, first.seed, first.max_tokens) == (0, 0.5, -3, 7)
+    assert (first.top_k, first.repetition_penalty) == (3, 1.5)
+    assert second.max_tokens == 8
+
+
+def test_length(ask, continue_, backend):
+    backend.prepare(["the river of light"], ["the river of light"])
+    for answer in (ask(max_tokens=2), continue_(max_tokens=2)):
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 2
+
+
+def test_messages(client, backend):
+    """Instructions, parts of text, and a reply sent back as it came."""
+    reply = client.chat.completions.create(model="d2-fake", messages=MESSAGES).choices[0].message
+    parts = [{"type": "text", "text": "of "}, {"type": "text", "text": "light"}]
+    client.chat.completions.create(
+        model="d2-fake",
+        messages=[
+            {"role": "developer", "content": "water"},
+            *MESSAGES,
+            reply,
+            {"role": "user", "content": parts},
+        ],
+    )
+    assert backend.prompts()[1] == (
+        "<|bos|><|user_start|>water\n\nthe river<|user_end|><|assistant_start|>the river<|assistant_end|>"
+        "<|user_start|>of light<|user_end|><|assistant_start|>"
+    )
+
+
+def test_the_oldest_exchanges_fall_away(client, backend):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"{i} and the river " * 5} for i in range(9)]
+    answer = client.chat.completions.create(model="d2-fake", messages=turns, max_tokens=50)
+    assert answer.usage.prompt_tokens <= 150
+    assert "8 and" in backend.prompts()[0]
+    assert "0 and" not in backend.prompts()[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_calculator_is_not_in_the_content(ask, backend, stream):
+    backend.prepare(["the", *CALL, "river"])
+    answer = ask(stream=stream)
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+    else:
+        text = answer.choices[0].message.content
+        assert answer.usage.completion_tokens > len(backend.ids("the") + backend.ids("river")) + 4
+    assert text == "theriver"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stop strings and samples
+
+
+@pytest.mark.parametrize("stop", ["END", ["\n\n", "END"], ["END", "x", "y", "z"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop(ask, backend, stop, stream):
+    """Over tokens; and the row does not go on for nobody."""
+    backend.prepare([*byte_ids(backend, "the ENd END river"), Pause()])
+    answer = ask(stop=stop, stream=stream)
+    if stream:
+        chunks = list(answer)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "the ENd "
+        finish = chunks[-1].choices[0].finish_reason
+    else:
+        assert answer.choices[0].message.content == "the ENd "
+        assert answer.usage.completion_tokens == len("the ENd END")
+        finish = answer.choices[0].finish_reason
+    assert finish == "stop"
+    wait_for(lambda: not backend.stats()["running"])  # though it has a pause to make
+    assert backend.handles[0].cancelled.is_set()
+
+
+def test_samples(ask, backend):
+    """Each has its own text, characters in parts included, and its own end."""
+    script = [
+        (i % 2, id)
+        for pair in zip(byte_ids(backend, ROCKET), byte_ids(backend, "\u00e9t\u00e9"), strict=False)
+        for i, id in enumerate(pair)
+    ]
+    backend.prepare(
+        [*script, (1, byte_ids(backend, "\u00e9")[1]), End(1, "length"), (0, "the"), End(0, "stop")]
+    )
+    answer = ask(n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert [choice.message.content for choice in answer.choices] == [f"{ROCKET}the", "\u00e9t\u00e9"]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+    assert backend.requests[0].n == 2
+    assert answer.usage.completion_tokens == 9 + len(backend.ids("the"))
+
+
+def test_samples_of_a_stream(ask, backend):
+    backend.prepare([(1, "the"), End(1, "stop"), (0, "river"), End(0, "length")])
+    texts, finishes = ["", ""], [None, None]
+    for chunk in ask(n=2, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+    assert texts == ["river", "the"]
+    assert finishes == ["length", "stop"]
+
+
+def test_a_sample_that_stops_leaves_the_others_going(ask, backend):
+    backend.prepare([(0, "the\n"), (0, "never"), (1, "river of light"), (1, "\n"), Pause()])
+    answer = ask(n=2, stop="\n")
+    assert [choice.message.content for choice in answer.choices] == ["the", "river of light"]
+    wait_for(lambda: backend.handles[0].cancelled.is_set())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Log probabilities
+
+
+def scored_tokens(backend):
+    the, *_ = backend.ids("the")
+    first, *rest = byte_ids(backend, ROCKET)
+    river, *_ = backend.ids(" river")
+    return [
+        Token(0, the, logprob=-0.5, alternatives=((the, -0.5), (river, -1.5))),
+        Token(0, first, logprob=-0.25, alternatives=((first, -0.25), (the, -2.0))),
+        *(Token(0, id, logprob=0.0, alternatives=((id, 0.0), (the, -9.0))) for id in rest),
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_logprobs(ask, backend, stream):
+    backend.prepare(scored_tokens(backend))
+    answer = ask(logprobs=True, top_logprobs=2, stream=stream)
+    if stream:
+        choices = [chunk.choices[0] for chunk in answer]
+        assert choices[1].delta.content == choices[1].logprobs.content[0].token
+        content = [token for choice in choices for token in choice.logprobs.content]
+    else:
+        content = answer.choices[0].logprobs.content
+    assert backend.requests[0].logprobs == 2
+    the = backend.tokenizer.decode(backend.ids("the")[:1])
+    assert [token.token for token in content] == [the] + ["\ufffd"] * 4
+    assert bytes(byte for token in content for byte in token.bytes).decode() == the + ROCKET
+    assert [token.logprob for token in content] == [-0.5, -0.25, 0, 0, 0]
+    assert [(top.token, top.logprob) for top in content[1].top_logprobs] == [("\ufffd", -0.25), (the, -2.0)]
+
+
+def test_chat_logprobs_without_alternatives(ask, backend):
+    ask(logprobs=True)
+    ask()
+    assert [request.logprobs for request in backend.requests] == [0, None]
+
+
+def test_text_logprobs(continue_, backend):
+    backend.prepare(scored_tokens(backend))
+    scores = continue_(logprobs=2).choices[0].logprobs
+    the = backend.tokenizer.decode(backend.ids("the")[:1])
+    assert scores.tokens == [the] + ["\ufffd"] * 4
+    assert scores.token_logprobs == [-0.5, -0.25, 0, 0, 0]
+    assert scores.top_logprobs[1] == {"\ufffd": -0.25, the: -2.0}
+    assert scores.text_offset == [0] + [len(the)] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Completions
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completion(continue_, backend, stream):
+    backend.prepare([f"of {ROCKET}"])
+    answer = continue_(stream=stream)
+    chunks = list(answer) if stream else [answer]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == f"of {ROCKET}"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert {chunk.object for chunk in chunks} == {"text_completion"}
+    assert chunks[0].id.startswith("cmpl-")
+    assert backend.prompts() == ["<|bos|>the river"]
+
+
+def test_prompts(continue_, backend):
+    continue_(prompt=["the"])
+    continue_(prompt=[5, 6, 7])
+    continue_(prompt="")
+    bos = backend.tokenizer.get_bos_token_id()
+    assert [request.tokens for request in backend.requests] == [[bos, *backend.ids("the")], [5, 6, 7], [bos]]
+
+
+def test_completions_fill_the_context_and_no_more(continue_, backend):
+    continue_(prompt=[5] * 190)
+    assert backend.requests[0].max_tokens == 10
+    continue_(prompt=[5] * 190, max_tokens=10)
+    for fields in ({"prompt": [5] * 190, "max_tokens": 11}, {"prompt": [5] * 200}):
+        with pytest.raises(openai.BadRequestError, match="more than the context of 200") as error:
+            continue_(**fields)
+        assert error.value.code == "context_length_exceeded"
+    assert len(backend.requests) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models and errors
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["d2-fake"]
+    assert client.models.retrieve("d2-fake").id == "d2-fake"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-2'"):
+        client.models.retrieve("gpt-2")
+
+
+def test_another_model(client, backend):
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-2', only 'd2-fake'") as error:
+        client.chat.completions.create(model="gpt-2", messages=MESSAGES)
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-2", prompt="a")
+    assert not backend.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools is not served here"),
+        ({"tool_choice": "required"}, "tool_choice is not served here"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not served here"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not served here"),
+        ({"logit_bias": {"5": 100}}, "logit_bias is not served here"),
+        ({"reasoning_effort": "high"}, "reasoning_effort: Extra inputs"),
+        ({"n": 0}, "n: "),
+        ({"n": 9}, "n: "),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"temperature": 2.5}, "temperature: "),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs=true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens and max_completion_tokens"),
+        ({"max_tokens": 101}, "max_tokens=101 is more than 100, half of the context"),
+        ({"stream_options": {"include_usage": True}}, "stream_options need stream=true"),
+        ({"messages": []}, "the last message must be the user's"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: "),
+        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages.0.name: "),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": MESSAGES * 2}, "user and assistant take turns"),
+    ],
+)
+def test_bad_requests(server, backend, fields, message):
+    response = server.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert not backend.requests
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": []},
+        {"prompt": ["a", "b"]},
+        {"prompt": [[5], [6]]},
+        {"prompt": [10**6]},
+        {"prompt": [-1]},
+        {"prompt": "a" * 32001},
+        {"echo": True},
+        {"best_of": 2},
+        {"suffix": "a"},
+        {"logprobs": 6},
+        {},
+    ],
+)
+def test_bad_completions(server, backend, fields):
+    body = fields if "prompt" in fields or not fields else {"prompt": "a", **fields}
+    response = server.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+    assert not backend.requests
+
+
+def test_what_asks_for_nothing_is_let_through(server, backend):
+    """Many clients send all the fields that they know."""
+    body = {
+        **{
+            "messages": MESSAGES,
+            "frequency_penalty": 0,
+            "presence_penalty": 0.0,
+            "logit_bias": {},
+            "n": None,
+        },
+        **{"response_format": {"type": "text"}, "tools": None, "user": "ann", "store": False, "stop": None},
+    }
+    assert server.post("/v1/chat/completions", json=body).status_code == 200
+    assert backend.requests[0].n == 1
+
+
+def test_too_many(ask, backend):
+    backend.prepare(QueueFull("full"))
+    with pytest.raises(openai.RateLimitError) as error:
+        ask()
+    assert int(error.value.response.headers["retry-after"]) > 0
+
+
+def test_failure_of_the_model(ask, backend):
+    """The status says so, or where that is sent already, an event that the client raises."""
+    backend.prepare([End(0, "error", "CUDA error")], ["the", End(0, "error", "CUDA error")])
+    with pytest.raises(openai.InternalServerError) as error:
+        ask()
+    assert error.value.status_code == 500
+    assert "CUDA" not in str(error.value)
+    chunks = iter(ask(stream=True))
+    num_chunks = 1 + len(backend.ids("the"))
+    assert "".join(next(chunks).choices[0].delta.content for _ in range(num_chunks)) == "the"
+    with pytest.raises(openai.APIError, match="the model failed"):
+        next(chunks)
+
+
+def test_a_client_that_leaves(ask, backend):
+    backend.prepare(["the", Pause()])
+    with ask(stream=True) as stream:
+        assert next(iter(stream)).choices[0].delta.role == "assistant"
+        assert not backend.handles[0].cancelled.is_set()
+    wait_for(lambda: backend.handles[0].cancelled.is_set())
+
+
+def test_key(backend):
+    with serve(backend, api_key="secret") as client:
+        url = f"{client.base_url}v1"
+        stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0)
+        with pytest.raises(openai.AuthenticationError), stranger:
+            stranger.models.list()
+        with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as friend:
+            assert [model.id for model in friend.models.list()] == ["d2-fake"]

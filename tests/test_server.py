@@ -1,0 +1,457 @@
+"""The chat server: nanochat's API, limits, and whom it serves when; no model and no fixed port."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from importlib.resources import files
+
+import httpx2
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from schemathesis.checks import not_a_server_error
+
+from nanochat.server import create_app
+from nanochat.serving import End, QueueFull
+from tests.fake_backend import FakeBackend, Pause, serve, wait_for
+from tests.vocabulary import train_tokenizer
+
+ROCKET = "\U0001f680"
+HELLO = {"messages": [{"role": "user", "content": "the river"}]}
+DONE = 'data: {"done": true}'
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return FakeBackend(train_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def server(backend):
+    with serve(backend) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def forget(backend):
+    backend.prepare()
+
+
+def chat(client, **fields):
+    return client.post("/chat/completions", json={**HELLO, **fields})
+
+
+def lines(response):
+    """The events of a stream, which are lines with an empty one after each."""
+    assert response.status_code == 200
+    assert response.text.endswith("\n\n")
+    return response.text.removesuffix("\n\n").split("\n\n")
+
+
+def said(response):
+    return "".join(json.loads(line[6:]).get("token", "") for line in lines(response))
+
+
+def refusal(response, status):
+    """The message of an error, which has its one shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert set(response.json()) == {"error"}
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    return response.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# nanochat's API
+
+
+def test_events(server, backend):
+    backend.prepare(["the", " river"])
+    response = chat(server)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    tokens = [backend.tokenizer.decode([id]) for id in (*backend.ids("the"), *backend.ids(" river"))]
+    assert lines(response) == [f'data: {{"token": "{token}", "gpu": 0}}' for token in tokens] + [DONE]
+
+
+def test_characters_come_whole(server, backend):
+    backend.prepare([backend.tokenizer.enc.encode_single_token(bytes([b])) for b in ROCKET.encode()])
+    assert lines(chat(server)) == [f'data: {{"token": "{ROCKET}", "gpu": 0}}', DONE]
+
+
+def test_a_broken_character_shows_at_the_end(server, backend):
+    backend.prepare([backend.tokenizer.enc.encode_single_token(ROCKET.encode()[:1])])
+    assert lines(chat(server)) == ['data: {"token": "\ufffd", "gpu": 0}', DONE]
+
+
+def test_calculator(server, backend):
+    call = ["<|python_start|>", "12*7", "<|python_end|>", "<|output_start|>", "84", "<|output_end|>"]
+    backend.prepare(["the", *call, "of"])
+    tool = 'data: {"tool": {"expression": "12*7", "result": "84"}}'
+    found = lines(chat(server))
+    assert tool in found[1:-2]
+    assert said_by(found) == "theof"
+
+
+def said_by(found):
+    return "".join(json.loads(line[6:]).get("token", "") for line in found)
+
+
+def test_settings_of_a_request(server, backend):
+    chat(server, temperature=0, top_k=0, max_tokens=7, top_p=0.5, repetition_penalty=1.5, seed=3)
+    chat(server)
+    asked, default = backend.requests
+    assert (asked.temperature, asked.top_k, asked.max_tokens) == (0, 0, 7)
+    assert (asked.top_p, asked.repetition_penalty, asked.seed) == (0.5, 1.5, 3)
+    assert (default.temperature, default.top_k, default.max_tokens) == (0.8, 50, 100)  # half of the context
+    assert (default.top_p, default.repetition_penalty, default.seed, default.n) == (1.0, 1.0, None, 1)
+    assert default.logprobs is None
+
+
+def test_defaults_of_the_server(backend):
+    with serve(backend, temperature=0.1, top_k=3, max_tokens=5) as client:
+        chat(client)
+    (request,) = backend.requests
+    assert (request.temperature, request.top_k, request.max_tokens) == (0.1, 3, 5)
+    with pytest.raises(ValueError, match="temperature"):
+        serve(backend, temperature=3).__enter__()
+
+
+def test_prompt(server, backend):
+    """The system message is allowed, and a reply that was empty may be sent back."""
+    turns = [("system", "light"), ("user", "one"), ("assistant", ""), ("user", "two")]
+    chat(server, messages=[{"role": role, "content": text} for role, text in turns])
+    assert backend.prompts() == [
+        "<|bos|><|user_start|>light\n\none<|user_end|><|assistant_start|><|assistant_end|>"
+        "<|user_start|>two<|user_end|><|assistant_start|>"
+    ]
+
+
+def test_the_oldest_exchanges_fall_away(server, backend):
+    """Prompt and new tokens did not have to fit the context."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"{i} and the river " * 5} for i in range(9)]
+    response = chat(server, messages=turns, max_tokens=4096)
+    assert lines(response)[-1] == DONE
+    (request,) = backend.requests
+    assert request.max_tokens == 100
+    assert len(request.tokens) <= 100
+    assert "8 and" in backend.prompts()[0]
+    assert "0 and" not in backend.prompts()[0]
+
+
+def test_failure_of_the_model(server, backend, caplog):
+    """What was said before is not lost, and the client is told no more than that it failed."""
+    backend.prepare(["the", End(0, "error", "CUDA error in slot 3")], [End(0, "cancelled")])
+    found = lines(chat(server))
+    assert said_by(found[:-1]) == "the"
+    error = json.loads(found[-1][6:])["error"]
+    assert error["type"] == "server_error"
+    assert "CUDA" not in str(error)
+    assert "CUDA error in slot 3" in caplog.text
+    assert "shutting down" in lines(chat(server))[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad requests
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "the last message must be the user's"),
+        ({"messages": [user("one"), {"role": "assistant", "content": "two"}]}, "the last message must be"),
+        ({"messages": [user("one"), user("two")]}, "user and assistant take turns"),
+        ({"messages": [{"role": "robot", "content": "one"}]}, "messages.0.role: "),
+        ({"messages": [user("")]}, "message 0 is empty"),
+        ({"messages": [user(7)]}, "messages.0.content: "),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+        ({"messages": [user("one")] * 501}, "501 messages are more than 500"),
+        ({"messages": [user("a" * 8001)]}, "message 0 has 8001 characters; 8000 is the most"),
+        ({"messages": [user("a" * 7000)] * 5}, "35000 characters of messages are more than 32000"),
+        ({"temperature": -0.1}, "temperature: "),
+        ({"temperature": 2.1}, "temperature: "),
+        ({"temperature": "hot"}, "temperature: "),
+        ({"top_k": -1}, "top_k: "),
+        ({"top_k": 201}, "top_k: "),
+        ({"top_p": 0}, "top_p: "),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_tokens": 4097}, "max_tokens: "),
+        ({"max_tokens": 1.5}, "max_tokens: "),
+        ({"seed": 2**63}, "seed: "),
+        ({"colour": "red"}, "colour: "),
+    ],
+)
+def test_bad_requests(server, backend, fields, message):
+    assert refusal(chat(server, **fields), 400).startswith(message)
+    assert not backend.requests
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "a"}], "top_k": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    ],
+)
+def test_bodies_that_are_no_request(server, body):
+    headers = {"content-type": "application/json"}
+    assert refusal(server.post("/chat/completions", content=body, headers=headers), 400)
+
+
+def test_a_form_of_another_page_is_no_request(server, backend):
+    """A page may post text/plain to any address without asking; it would talk to the server of its reader."""
+    body = json.dumps(HELLO)
+    assert refusal(
+        server.post("/chat/completions", content=body, headers={"content-type": "text/plain"}), 400
+    )
+    assert not backend.requests
+
+
+def test_what_the_worker_will_not_serve(server, backend):
+    backend.prepare(ValueError("n=9 must be at most 4"), QueueFull("full"))
+    assert refusal(chat(server), 400) == "n=9 must be at most 4"
+    response = chat(server)
+    assert "try again later" in refusal(response, 429)
+    assert int(response.headers["retry-after"]) > 0
+
+
+def test_a_mistake_of_ours_says_nothing(server, backend):
+    backend.prepare(KeyError("secret"))
+    assert "secret" not in refusal(chat(server), 500)
+
+
+def test_paths_and_methods_that_are_not(server):
+    assert refusal(server.get("/nothing"), 404)
+    assert refusal(server.get("/chat/completions"), 405)
+
+
+def test_large_bodies(server, backend):
+    large = json.dumps({"messages": [user("a" * (1 << 20))]}).encode()
+    headers = {"content-type": "application/json"}
+    assert refusal(server.post("/chat/completions", content=large, headers=headers), 413)
+
+    def in_parts():  # there is no content-length then
+        for start in range(0, len(large), 1 << 16):
+            yield large[start : start + (1 << 16)]
+
+    assert refusal(server.post("/chat/completions", content=in_parts(), headers=headers), 413)
+    assert not backend.requests
+    # The longest that is allowed is not too large, however it is escaped.
+    longest = "\U0001f680" * 8000
+    assert chat(server, messages=[user(longest)]).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Who may ask
+
+
+def test_key(backend):
+    with serve(backend, api_key="se\u00e9cret") as client:
+        for path in ("/", "/health"):
+            assert client.get(path).status_code == 200
+        for header in ("", "Bearer", "Bearer wrong", "Bearer se\u00e9cret2", "se\u00e9cret"):
+            client.headers["authorization"] = header.encode()
+            for response in (chat(client), client.get("/stats"), client.get("/metrics"), client.get("/x")):
+                assert "needs its key" in refusal(response, 401)
+                assert response.headers["www-authenticate"] == "Bearer"
+        assert not backend.requests
+        client.headers["authorization"] = "Bearer se\u00e9cret".encode()
+        assert said(chat(client)) == "the river"
+        assert client.get("/stats").status_code == 200
+
+
+def preflight(client, origin):
+    headers = {"origin": origin, "access-control-request-method": "POST"}
+    return client.options("/chat/completions", headers=headers)
+
+
+def test_other_pages(server, backend):
+    origin = "https://example.org"
+    assert "access-control-allow-origin" not in chat(server).headers
+    assert "access-control-allow-origin" not in preflight(server, origin).headers
+    with serve(backend, allowed_origins=(origin,), api_key="key") as client:
+        assert preflight(client, origin).headers["access-control-allow-origin"] == origin
+        assert "access-control-allow-credentials" not in preflight(client, origin).headers
+        assert preflight(client, "https://example.com").status_code == 400
+
+
+@pytest.mark.parametrize("log_chats", [False, True])
+def test_what_is_said_is_logged_only_if_asked(backend, caplog, log_chats):
+    caplog.set_level(logging.DEBUG)
+    backend.prepare(["under!"])
+    with serve(backend, log_chats=log_chats) as client:
+        chat(client)
+        chat(client, messages=[user("the river")] * 2)  # an error
+    assert ("the river" in caplog.text) == log_chats
+    assert ("under!" in caplog.text) == log_chats
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Clients that leave, and slow ones
+
+
+def hang_up(client, path, body, until):
+    """Send a request, and leave once something is the case."""
+    body = json.dumps(body)
+    host, port = client.base_url.host, client.base_url.port
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, port))
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(connection)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("/chat/completions", {}), ("/v1/chat/completions", {}), ("/v1/chat/completions", {"stream": True})],
+)
+def test_a_client_that_leaves_before_the_first_word(server, backend, path, fields):
+    """Its worker was never released."""
+    backend.prepare([Pause()])
+    hang_up(server, path, {**HELLO, **fields}, lambda _: wait_for(lambda: backend.handles))
+    wait_for(lambda: backend.handles[0].cancelled.is_set())
+    wait_for(lambda: not backend.stats()["running"])
+
+
+def test_a_client_that_leaves_in_the_middle(server, backend):
+    backend.prepare(["the", Pause()])
+
+    def read_some(connection):
+        read = b""
+        while b'"token"' not in read:
+            read += connection.recv(1000)
+        assert not backend.handles[0].cancelled.is_set()
+
+    hang_up(server, "/chat/completions", HELLO, read_some)
+    wait_for(lambda: backend.handles[0].cancelled.is_set())
+
+
+def test_a_slow_client_keeps_nobody_waiting(server, backend, monkeypatch):
+    """Decoding ran in the event loop: everyone waited for everyone."""
+    backend.prepare(["river " * 3000, Pause()])
+
+    def do_something_else(connection):
+        assert connection.recv(10) == b"HTTP/1.1 2"
+        for _ in range(3):
+            start = time.perf_counter()
+            assert server.get("/health").json() == {"status": "ok", "model": "d2-fake"}
+            assert said(chat(server)) == "the river"
+            assert time.perf_counter() - start < 2
+        assert not backend.handles[0].cancelled.is_set()
+
+    monkeypatch.setattr(backend, "context", 5000)
+    body = {"prompt": "a", "stream": True, "max_tokens": 3000, "n": 4}  # 2 MB, of which it reads 10 bytes
+    hang_up(server, "/v1/completions", body, do_something_else)
+    wait_for(lambda: backend.handles[0].cancelled.is_set())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Beginning and end
+
+
+def test_shutdown_lets_running_streams_finish(backend):
+    pause = Pause()
+    backend.prepare(["the", pause, " river"])
+    found = []
+    with serve(backend) as client:
+        thread = threading.Thread(target=lambda: found.append(chat(client)))
+        thread.start()
+        wait_for(lambda: backend.tokens_generated and backend.handles)
+        client.server.should_exit = True
+        time.sleep(0.3)
+        with pytest.raises(httpx2.TransportError):  # nobody listens any more
+            httpx2.get(f"{client.base_url}health", trust_env=False)
+        pause.end()
+        thread.join()
+    assert said(found[0]) == "the river"
+    assert lines(found[0])[-1] == DONE
+    assert backend.closed_with is True
+
+
+def test_new_requests_are_turned_away_while_the_worker_finishes(backend):
+    async def ask(app, path, **request):
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request("POST" if request else "GET", path, **request)
+
+    async def live():
+        app = create_app(backend)
+        async with app.router.lifespan_context(app):
+            assert said(await ask(app, "/chat/completions", json=HELLO)) == "the river"
+        assert (await ask(app, "/health")).status_code == 503
+        return await ask(app, "/chat/completions", json=HELLO)
+
+    response = asyncio.run(live())
+    assert "shutting down" in refusal(response, 503)
+    assert "retry-after" in response.headers
+    assert len(backend.requests) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What else there is
+
+
+def test_page(server):
+    response = server.get("/")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.text == files("nanochat").joinpath("ui.html").read_text("utf-8")
+
+
+def test_stats_and_metrics(backend):
+    backend.tokens_generated = 0
+    with serve(backend) as client:
+        chat(client)
+        chat(client, top_k=-1)
+        client.get("/secret?question=the+river")
+        stats = client.get("/stats").json()
+        response = client.get("/metrics")
+    num_tokens = len(backend.ids("the river"))
+    assert stats == {"model": "d2-fake", "context": 200, **backend.stats()}
+    assert response.headers["content-type"].startswith("text/plain")
+    samples = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+    assert samples['nanochat_requests_total{path="/chat/completions",status="200"}'] == "1"
+    assert samples['nanochat_requests_total{path="/chat/completions",status="400"}'] == "1"
+    assert samples['nanochat_requests_total{path="other",status="404"}'] == "1"
+    assert samples['nanochat_request_seconds_count{path="/chat/completions"}'] == "2"
+    assert 0 < float(samples['nanochat_request_seconds_sum{path="/chat/completions"}']) < 5
+    assert samples["nanochat_tokens_total"] == str(num_tokens)
+    assert (samples["nanochat_running"], samples["nanochat_waiting"], samples["nanochat_slots"]) == (
+        *("0", "0", "4"),
+    )
+    assert "secret" not in response.text
+
+
+def test_no_request_breaks_the_server(server):
+    """Requests made up from the app's own description, and what is next to them."""
+    schema = schemathesis.openapi.from_url(f"{server.base_url}openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {operation.path for operation in operations} >= {"/chat/completions", "/v1/completions", "/stats"}
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @hypothesis_settings(
+            max_examples=25,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def check(case):
+            case.call_and_validate(checks=[not_a_server_error])
+
+        check()
