@@ -53,14 +53,15 @@ def install_error_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        mistakes = error.errors()
+        mistakes = error.errors()[:_SHOWN]
         where = [".".join(map(str, mistake["loc"][1:])) for mistake in mistakes]
         texts = [mistake["msg"].removeprefix("Value error, ") for mistake in mistakes]
         shown = [f"{place}: {text}" if place else text for place, text in zip(where, texts, strict=True)]
-        return ApiError(400, "; ".join(shown[:_SHOWN]), param=where[0] or None).response()
+        return ApiError(400, "; ".join(shown), param=where[0] or None).response()
 
     async def unforeseen(request: Request, error: Exception) -> Response:
-        return ApiError(500, "the server made a mistake; its log says more").response()
+        headers = {"Connection": "close"}  # uvicorn does so, and the client should not find out by itself
+        return ApiError(500, "the server made a mistake; its log says more", headers=headers).response()
 
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(HTTPException, http)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,7 +31,7 @@ class Settings:
     max_messages: int = 500
     max_message_chars: int = 8_000
     max_chars: int = 32_000  # of all messages, or of a prompt
-    max_body_bytes: int = 1 << 20  # all those characters as JSON escapes take a third of it
+    max_body_bytes: int = 1 << 19  # all those characters as JSON escapes take three quarters of it
     api_key: str = ""  # empty: everyone may ask
     allowed_origins: tuple[str, ...] = ()  # web pages of others that may ask, say "https://example.org"
     log_chats: bool = False  # write what is said into the log
@@ -42,6 +42,14 @@ class Settings:
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from error
+
+    def chat_tokens(self, asked: int | None, context: int) -> int:
+        """Return how many tokens a reply may have: half of the context is the prompt's."""
+        return min(asked or self.max_tokens, context // 2)
+
+
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # what clients send may be nothing but mistakes
 
 
 class StrictModel(BaseModel):

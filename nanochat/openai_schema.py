@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nanochat.chat_request import Message, Sampling, StrictModel
+from nanochat.chat_request import Items, Message, Sampling, StrictModel
 
 # Fields that are not served, and the values of them that ask for nothing.
 _OFF: dict[str, list[Any]] = {
@@ -84,7 +84,7 @@ class ChatMessage(StrictModel):
     """A message as OpenAI has it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +104,7 @@ class ChatMessage(StrictModel):
 class ChatCompleting(Completing):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Items[ChatMessage]
     max_completion_tokens: int | None = Field(None, ge=1, le=4096)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -127,5 +127,5 @@ class ChatCompleting(Completing):
 class TextCompleting(Completing):
     """The body of POST /v1/completions: one prompt, as text or as tokens."""
 
-    prompt: str | Annotated[list[TokenId], Field(min_length=1)] | Annotated[list[str], ONE]
+    prompt: str | Annotated[Items[TokenId], Field(min_length=1)] | Annotated[Items[str], ONE]
     logprobs: int | None = Field(None, ge=0, le=5)

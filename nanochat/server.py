@@ -6,7 +6,8 @@
                               data: {"done": true}                                       or {"error": {...}}
     /v1/...                   see openai_api
     GET /  /health            the page, and whether the server is up; these two need no key
-    GET /stats  /metrics      counters of the worker as JSON, and with those of the server for Prometheus
+    GET /stats                counters of the worker, and the sampling of a chat that asks for none of its own
+    GET /metrics              counters of worker and server, for Prometheus
 
 All models run in the backend's thread. Handlers only await, so that a slow client keeps nobody else waiting.
 The life of the app is the backend's: it starts with it, and when it ends, requests that run may finish while
@@ -31,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat import chat_request
 from nanochat.api_errors import ApiError, install_error_handlers
-from nanochat.chat_request import Sampling, Settings, chat_prompt
+from nanochat.chat_request import Items, Sampling, Settings, chat_prompt
 from nanochat.generation import CLOSING, Generation, WhileConnected, event, event_stream
 from nanochat.openai_api import openai_routes
 from nanochat.serving import Backend
@@ -43,7 +44,7 @@ ERRORS = {"4XX": {"description": "the request's mistake"}, "5XX": {"description"
 class ChatRequest(Sampling):
     """The body of POST /chat/completions."""
 
-    messages: list[chat_request.Message]
+    messages: Items[chat_request.Message]
 
 
 class Counters:
@@ -78,7 +79,7 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
     install_error_handlers(app)
     app.include_router(openai_routes(backend, settings))
     _add_chat(app, backend, settings)
-    _add_information(app, backend, counters)
+    _add_information(app, backend, settings, counters)
     app.add_middleware(Gate, counters=counters, settings=settings)
     if settings.allowed_origins:
         app.add_middleware(
@@ -93,7 +94,7 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
 def _add_chat(app: FastAPI, backend: Backend, settings: Settings) -> None:
     @app.post("/chat/completions")
     async def chat(body: ChatRequest) -> Response:
-        max_tokens = min(body.max_tokens or settings.max_tokens, backend.context // 2)
+        max_tokens = settings.chat_tokens(body.max_tokens, backend.context)
         tokens = chat_prompt(backend.tokenizer, settings, body.messages, backend.context - max_tokens)
         request = body.to_request(settings, tokens, max_tokens)
         generation = Generation(backend, request, log=settings.log_chats)
@@ -113,10 +114,11 @@ async def _chat_events(generation: Generation) -> AsyncIterator[str]:
     yield event({"done": True})
 
 
-def _add_information(app: FastAPI, backend: Backend, counters: Counters) -> None:
+def _add_information(app: FastAPI, backend: Backend, settings: Settings, counters: Counters) -> None:
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
-        return HTMLResponse(files("nanochat").joinpath("ui.html").read_text("utf-8"))
+        text = files("nanochat").joinpath("ui.html").read_text("utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -126,7 +128,14 @@ def _add_information(app: FastAPI, backend: Backend, counters: Counters) -> None
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        return {"model": backend.name, "context": backend.context, **backend.stats()}
+        return {
+            "model": backend.name,
+            "context": backend.context,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "max_tokens": settings.chat_tokens(None, backend.context),
+            **backend.stats(),
+        }
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

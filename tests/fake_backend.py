@@ -138,8 +138,9 @@ def serve(backend, **settings):
     try:
         wait_for(lambda: server.started)
         host, port = server.servers[0].sockets[0].getsockname()
-        with httpx2.Client(base_url=f"http://{host}:{port}", timeout=PATIENCE_S, trust_env=False) as client:
-            client.server, client.app = server, app
+        url = f"http://{host}:{port}"
+        with httpx2.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:
+            client.url, client.server = url, server
             yield client
     finally:
         server.should_exit = True

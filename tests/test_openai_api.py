@@ -27,7 +27,7 @@ def server(backend):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.base_url}v1", api_key="none", max_retries=0, timeout=10) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=10) as client:
         yield client
 
 
@@ -441,7 +441,7 @@ def test_a_client_that_leaves(ask, backend):
 
 def test_key(backend):
     with serve(backend, api_key="secret") as client:
-        url = f"{client.base_url}v1"
+        url = f"{client.url}/v1"
         stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError), stranger:
             stranger.models.list()
