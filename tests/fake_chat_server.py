@@ -1,14 +1,16 @@
 """A stand-in for the chat server on 127.0.0.1: sends the page and answers by script.
 
 Each POST of chat/completions takes the next of `replies`: a Refusal, or a list of steps. A step is a dict
-(sent as one event), bytes (sent as they are), WAIT (until the test calls `go_on`) or HANG_UP (the connection
-ends in the middle). Unless its last step is an event that ends it, or HANG_UP, a list ends with "done". With
-no replies left it says "Fine.". `requests` and `keys` have the JSON and the Authorization of each request.
+(sent as one event), bytes (sent as they are), WAIT (until the test calls `go_on`, or the page hangs up) or
+HANG_UP (the connection ends in the middle). Unless its last step is an event that ends it, or HANG_UP, a
+list ends with "done". With no replies left it says "Fine.". `requests` and `keys` have the JSON and the
+Authorization of each request; `client_left` tells that a page hung up.
 """
 
 from __future__ import annotations
 
 import json
+import select
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _stream(self, steps: Sequence[dict | bytes | str]) -> None:
         for step in steps:
             if step == WAIT:
-                self.server.steps_allowed.acquire(timeout=30)
+                self._wait()
             elif step == HANG_UP:
                 self.close_connection = True
                 return
@@ -120,6 +122,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not (isinstance(last, dict) and ("done" in last or "error" in last)):
             self._event(DONE)
         self.wfile.write(b"0\r\n\r\n")
+
+    def _wait(self) -> None:
+        while not self.server.steps_allowed.acquire(timeout=0.02):
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            if readable:  # a page that waits for an answer says nothing more: this is the end
+                raise BrokenPipeError
 
     def _event(self, event: dict) -> None:
         self._chunk(f"data: {json.dumps(event)}\n\n".encode())

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.fake_chat_server import HANG_UP, WAIT, FakeChatServer, Refusal, tokens
+from tests.fake_chat_server import HANG_UP, PAGE, WAIT, FakeChatServer, Refusal, tokens
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -41,7 +41,7 @@ def server(running_server):
 
 @pytest.fixture
 def open_page(browser, server):
-    """Opens the page in a new profile; what it logs as an error fails the test unless it expects it."""
+    """Opens the page in a new profile; errors in its console fail the test, except for refused requests."""
     contexts, errors = [], []
 
     def open_page(**options) -> Page:
@@ -56,7 +56,7 @@ def open_page(browser, server):
     yield open_page
     for context in contexts:
         context.close()
-    assert [error for error in errors if "the server responded with a status of" not in error] == []
+    assert [error for error in errors if not error.startswith("Failed to load resource")] == []
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def sent(server, number=-1):
 
 
 def chat_button(page, title):
-    return page.get_by_label("Conversations").get_by_role("button", name=title, exact=True)
+    return page.get_by_label("Conversations", exact=True).get_by_role("button", name=title, exact=True)
 
 
 # ---- Asking
@@ -137,7 +137,7 @@ def test_history_goes_along_without_the_calls(page, server):
 
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_keeps_what_came(page, server, how):
-    server.replies = [[*tokens("Once upon"), WAIT, *tokens(*["x"] * 100)]]
+    server.replies = [[*tokens("Once upon"), WAIT]]
     say(page, "Tell a story")
     expect(answers(page)).to_have_text("Once upon")
     if how == "button":
@@ -145,7 +145,6 @@ def test_stop_keeps_what_came(page, server, how):
     else:
         page.keyboard.press("Escape")
     finish(page)
-    server.go_on()
     assert server.client_left.wait(5)  # so that the server can stop too
     expect(answers(page)).to_have_text("Once upon")
     page.reload()
@@ -159,7 +158,6 @@ def test_stop_before_anything_came_gives_the_text_back(page, server):
     page.keyboard.press("Escape")
     expect(box(page)).to_have_value("Wait")
     expect(page.locator("article")).to_have_count(0)
-    server.go_on()
 
 
 def test_regenerate_replaces_the_last_answer(page, server):
@@ -246,8 +244,10 @@ def test_errors_are_shown_and_leave_the_text(page, server, reply, message):
 
 
 def test_lost_connection_keeps_the_beginning(page, server):
-    server.replies = [[*tokens("Half an"), HANG_UP]]
+    server.replies = [[*tokens("Half an"), WAIT, HANG_UP]]
     say(page, "Hello")
+    expect(answers(page)).to_have_text("Half an")
+    server.go_on()
     expect(page.locator("#notice span")).to_have_text(
         "The connection was lost before the answer was complete."
     )
@@ -325,13 +325,11 @@ def test_reload_in_the_middle_of_an_answer(page, server):
     expect(answers(page)).to_have_text("Half")
     page.reload()
     expect(answers(page)).to_have_text("Half")
-    server.go_on()
     say(page, "second")  # of which nothing comes
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.reload()
     expect(answers(page)).to_have_text(["Half"])
     expect(box(page)).to_have_value("second")
-    server.go_on()
 
 
 def test_an_answer_goes_on_while_another_conversation_is_open(page, server):
@@ -529,18 +527,23 @@ def test_hostile_text_stays_text(page, server):
     assert "owned" not in page.title() or page.title().startswith("<img")
 
 
-def test_browser_refuses_html_even_from_the_page_itself(open_page, server):
+def test_browser_refuses_html_even_from_the_page_itself(browser, server):
     """The policy is the second wall: HTML sinks throw, no other origin is in reach."""
-    page = open_page()
-    assert page.evaluate(
-        "() => { try { document.body.innerHTML = '<b>x</b>' } catch (error) { return error.name } }"
-    ) == ("TypeError")
-    refused = page.evaluate("() => fetch('http://localhost:1/').catch((error) => error.name)")
-    assert refused == "TypeError"
-    source = (page.content()).split("<script>")[1]
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", source
-    )
+    page = browser.new_page()
+    page.goto(server.url)
+    attempts = {
+        "() => { try { document.body.innerHTML = '<b>' } catch (error) { return error.name } }": "TypeError",
+        "() => fetch('http://localhost:1/').catch((error) => error.name)": "TypeError",
+        """() => {
+          const image = document.createElement("img");
+          try { image.setAttribute("onerror", "1") } catch (error) { return error.name }
+        }""": "TypeError",
+    }
+    for attempt, outcome in attempts.items():
+        assert page.evaluate(attempt) == outcome
+    page.close()
+    sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function"
+    assert not re.search(sinks, PAGE.read_text("utf-8").split("<script>")[1])
 
 
 @pytest.mark.parametrize("text", ["*a " * 3000, "`" * 9000, "[" * 9000, "**" * 4500, "_a" * 4500])
@@ -574,7 +577,7 @@ def test_narrow_screen(open_page, server):
     page.get_by_role("button", name="Show conversations").tap()
     expect(page.get_by_role("button", name="Hide conversations")).to_be_focused()
     page.get_by_role("button", name="New chat").tap()
-    expect(page.get_by_label("Conversations")).to_be_hidden()
+    expect(page.get_by_label("Conversations", exact=True)).to_be_hidden()
     expect(page.locator("article")).to_have_count(0)
     page.get_by_role("button", name="Sampling settings").tap()
     dialog = page.get_by_role("dialog").bounding_box()
@@ -625,7 +628,7 @@ def test_keyboard_only(page, server):
     page.keyboard.type("Hello")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
-    page.evaluate("() => document.activeElement.blur()")
+    page.get_by_text("Saint Iberis").first.click()  # Tab goes on from there
     seen = []
     while "Send" not in seen and len(seen) < 30:
         page.keyboard.press("Tab")
