@@ -3,9 +3,28 @@
 import os
 
 import pytest
+import torch
 
 # models in tests are tiny: threads would only wait for one another. Also for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def interpret_kernels():
+    """Let Triton's kernels run on the CPU: its interpreter, with its way to read an index mended."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # int() of (1,) is an error
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+if not torch.cuda.is_available():
+    interpret_kernels()
 
 
 @pytest.fixture(autouse=True)

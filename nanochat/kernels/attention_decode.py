@@ -1,0 +1,184 @@
+"""Attention on the way to an answer: rotary positions and the KV state, then one query against all before it.
+
+`rope_append` turns projections into queries and appends keys and values to the slots of a KV state. `attend` reads
+what a sequence has so far and no more, which is all the time that it takes: the tokens of a row are split over
+several programs, or one row would keep one multiprocessor busy and leave the others idle (Flash-Decoding, Dao et
+al. 2023), and their partial softmaxes are combined (Milakov & Gimelshein 2018).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat.kernels.launch import pdl, release, wait
+
+BLOCK_T = 64  # tokens that a program looks at at a time
+LOG2_E = 1.4426950408889634
+
+
+def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """y (H,D) of one query q (H,D) over k, v (H_kv,T,D)."""
+    k, v = (state.repeat_interleave(len(q) // len(k), dim=0) for state in (k, v))
+    return F.scaled_dot_product_attention(q[:, None], k, v)[:, 0]
+
+
+@triton.jit
+def _rope_append(
+    packed_ptr,
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    slots_ptr,
+    positions_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    T,
+    max_len,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    half = tl.arange(0, D // 2)[None, :]
+    c = tl.arange(0, BLOCK_E)
+    wait(PDL)
+    slot = tl.load(slots_ptr + row // T).to(tl.int64)
+    position = tl.load(positions_ptr + row // T) + row % T
+    x = tl.load(x_ptr + row * E + c, mask=c < E, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
+    cos = tl.load(cos_ptr + position * (D // 2) + half).to(tl.float32)
+    sin = tl.load(sin_ptr + position * (D // 2) + half).to(tl.float32)
+    packed = packed_ptr + row * (H + 2 * H_KV) * D + h * D + half
+    state = (slot * H_KV + h) * max_len * D + position * D + half
+    for part in tl.static_range(2):  # queries, then keys
+        mask = h < (H if part == 0 else H_KV)
+        source = packed + part * H * D
+        x1 = tl.load(source, mask=mask, other=0.0).to(tl.float32) * scale
+        x2 = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32) * scale
+        y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin  # of another length, as cos and sin are rounded
+        rms = tl.rsqrt(tl.sum(y1 * y1 + y2 * y2, 1)[:, None] / D + 2.0**-23)
+        out = q_ptr + row * H * D + h * D + half if part == 0 else k_ptr + state
+        tl.store(out, y1 * rms, mask=mask)
+        tl.store(out + D // 2, y2 * rms, mask=mask)
+    source = packed + (H + H_KV) * D
+    for offset in tl.static_range(0, D, D // 2):
+        value = tl.load(source + offset, mask=h < H_KV, other=0.0).to(tl.float32) * scale
+        tl.store(v_ptr + state + offset, value, mask=h < H_KV)
+
+
+def rope_append(
+    packed: Tensor,
+    x: Tensor,
+    tables: tuple[Tensor, Tensor],
+    slots: Tensor,
+    positions: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> None:
+    """Write queries q (R,H,D), and keys and values to k, v (S,H_kv,max_len,D), at their slots and positions.
+
+    packed (R, (H + 2 H_kv) D) = x W^T, R tokens of len(slots) sequences that go on at positions (len(slots),);
+    x (R,E) is the residual stream; tables are cos and sin (max_len, D/2).
+    """
+    (R, H, D), (_, H_kv, max_len, _), E = q.shape, k.shape, x.size(1)
+    _rope_append[(R,)](
+        packed, x, *tables, slots, positions, q, k, v, R // len(slots), max_len, E, H, H_kv, D,
+        triton.next_power_of_2(E), triton.next_power_of_2(H), num_warps=4, **pdl(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    positions_ptr,
+    partial_ptr,
+    logsum_ptr,
+    max_len,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, D)
+    wait(PDL)
+    length = tl.load(positions_ptr + row) + 1  # with the token that is being run
+    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, length)
+    start = (tl.load(slots_ptr + row).to(tl.int64) * H_KV + head) * max_len * D
+    q_rows = (row * H_KV + head) * GROUP + g
+    q = tl.load(q_ptr + q_rows[:, None] * D + d[None, :], mask=g[:, None] < GROUP, other=0.0)
+    highest = tl.full((BLOCK_G,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    y = tl.zeros((BLOCK_G, D), tl.float32)
+    for t0 in range(begin, end, BLOCK):
+        t = t0 + tl.arange(0, BLOCK)
+        at = start + t[:, None] * D + d[None, :]
+        k = tl.load(k_ptr + at, mask=t[:, None] < end, other=0.0)
+        v = tl.load(v_ptr + at, mask=t[:, None] < end, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+        scores = tl.where(t[None, :] < end, scores, -1e30)
+        peak = tl.maximum(highest, tl.max(scores, 1))
+        p = tl.exp2(scores - peak[:, None])
+        fade = tl.exp2(highest - peak)
+        total = total * fade + tl.sum(p, 1)
+        y = y * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = peak
+    out = q_rows * SPLITS + split
+    tl.store(logsum_ptr + out, highest + tl.log2(tl.maximum(total, 1e-30)), mask=g < GROUP)
+    y = y / tl.maximum(total, 1e-30)[:, None]
+    tl.store(partial_ptr + out[:, None] * D + d[None, :], y, mask=g[:, None] < GROUP)
+
+
+@triton.jit
+def _combine(
+    partial_ptr, logsum_ptr, y_ptr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr
+):
+    release(PDL)
+    row = tl.program_id(0)
+    s = tl.arange(0, BLOCK)
+    d = tl.arange(0, D)
+    wait(PDL)
+    logsum = tl.load(logsum_ptr + row * SPLITS + s, mask=s < SPLITS, other=-1e30)
+    weight = tl.exp2(logsum - tl.max(logsum, 0))
+    weight /= tl.sum(weight, 0)
+    at = (row * SPLITS + s)[:, None] * D + d[None, :]
+    partial = tl.load(partial_ptr + at, mask=s[:, None] < SPLITS, other=0.0)
+    tl.store(y_ptr + row * D + d, tl.sum(partial * weight[:, None], 0))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, y: Tensor, splits: int
+) -> None:
+    """Write y (B,H,D), attention of q (B,H,D) over the first positions + 1 tokens of its slots of k, v."""
+    (B, H, D), (_, H_kv, max_len, _) = q.shape, k.shape
+    group = H // H_kv
+    partial = torch.empty(B, H, splits, D, device=q.device)
+    logsum = torch.empty(B, H, splits, device=q.device)
+    _attend[(B, H_kv, splits)](
+        q, k, v, slots, positions, partial, logsum, max_len, splits, group, H_kv, D,
+        max(16, triton.next_power_of_2(group)), BLOCK_T, D**-0.5 * LOG2_E, num_warps=4, num_stages=3, **pdl(),
+    )  # fmt: skip
+    _combine[(B * H,)](partial, logsum, y, splits, triton.next_power_of_2(splits), D, num_warps=1, **pdl())

@@ -1,0 +1,56 @@
+"""The small steps between matrix products: the embedding, and relu^2 of a norm that was put off."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat.kernels.launch import pdl, release, wait
+
+
+@triton.jit
+def _embed(
+    tokens_ptr, wte_ptr, slots_ptr, seen_ptr, x_ptr, T, V, E: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    release(PDL)
+    row = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    wait(PDL)
+    token = tl.load(tokens_ptr + row).to(tl.int64)
+    x = tl.load(wte_ptr + token * E + c, mask=c < E, other=0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
+    tl.store(x_ptr + row.to(tl.int64) * E + c, x, mask=c < E)
+    tl.store(seen_ptr + tl.load(slots_ptr + row // T).to(tl.int64) * V + token, 1)
+
+
+def embed(tokens: Tensor, wte: Tensor, slots: Tensor, seen: Tensor, x: Tensor) -> None:
+    """Write rms_norm(wte[tokens]) to x (R,E); note in seen (S,V) uint8 which tokens the slots have seen.
+
+    tokens (R,) are those of len(slots) sequences, one after another.
+    """
+    (R, E), V = x.shape, wte.size(0)
+    _embed[(R,)](
+        tokens, wte, slots, seen, x, R // len(slots), V, E, triton.next_power_of_2(E), num_warps=4, **pdl()
+    )
+
+
+@triton.jit
+def _norm_relu2(h_ptr, x_ptr, N: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    release(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    wait(PDL)
+    x = tl.load(x_ptr + row * E + c, mask=c < E, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
+    for i in tl.static_range((N + BLOCK - 1) // BLOCK):
+        at = h_ptr + row * N + i * BLOCK + c
+        h = tl.load(at, mask=i * BLOCK + c < N, other=0.0).to(tl.float32)
+        h = tl.maximum(h * scale, 0.0)
+        tl.store(at, h * h, mask=i * BLOCK + c < N)
+
+
+def norm_relu2(h: Tensor, x: Tensor) -> None:
+    """Turn h (R,N) = x W^T in place into relu(rms_norm(x) W^T)^2, for x (R,E)."""
+    (R, E), N = x.shape, h.size(1)
+    _norm_relu2[(R,)](h, x, N, E, triton.next_power_of_2(E), num_warps=8, **pdl())

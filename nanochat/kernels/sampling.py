@@ -1,0 +1,219 @@
+"""nanochat.sampling.sample_rows on the GPU: each row by its own settings and seed, and nothing but ids to read back.
+
+`_score` looks at all of the vocabulary at once, a block at a time. A row without filters is done when its blocks'
+winners are compared. For top-k and top-p `_pick` searches the score at which the row is cut off, by halving the
+interval that it must lie in, in the order of the bits of float32; nothing is sorted. Tokens of equal score stay or
+go together.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat.kernels.launch import pdl, release, wait
+
+BLOCK = 1024
+
+
+@triton.jit
+def _mix(x):
+    """MurmurHash3's 32-bit finaliser (Appleby 2011), of uint32."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel(seed, place, tokens):
+    key = _mix(_mix(seed.to(tl.uint32, bitcast=True)) + _mix(place.to(tl.uint32, bitcast=True)) * 0x9E3779B9)
+    bits = _mix(_mix(tokens.to(tl.uint32) * 0x9E3779B1 + key) ^ key)
+    uniform = ((bits >> 9).to(tl.float32) + 0.5) / 8388608.0
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _order(x):
+    """Integers that are ordered as the float32 values are."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _score(
+    logits_ptr,
+    seen_ptr,
+    slots_ptr,
+    temperature_ptr,
+    penalty_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    seed_ptr,
+    place_ptr,
+    scores_ptr,
+    best_ptr,
+    winner_ptr,
+    V,
+    CAP: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    row, block = tl.program_id(0), tl.program_id(1)
+    token = block * SIZE + tl.arange(0, SIZE)
+    inside = token < V
+    at = row.to(tl.int64) * V + token
+    wait(PDL)
+    logit = tl.load(logits_ptr + at, mask=inside, other=0.0)
+    logit = CAP * (2.0 * tl.sigmoid(2.0 / CAP * logit) - 1.0)  # tanh
+    tl.store(logits_ptr + at, logit, mask=inside)
+    penalty = tl.load(penalty_ptr + row)
+    score = logit
+    if penalty != 1.0:
+        seen = tl.load(seen_ptr + tl.load(slots_ptr + row).to(tl.int64) * V + token, mask=inside, other=0)
+        score = tl.where(seen != 0, tl.where(logit > 0, logit / penalty, logit * penalty), logit)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    is_filtered = (temperature > 0) & (((top_k > 0) & (top_k < V)) | (tl.load(top_p_ptr + row) < 1.0))
+    if temperature > 0:
+        score = score / temperature
+        if is_filtered:
+            tl.store(scores_ptr + at, score, mask=inside)
+        else:
+            score += _gumbel(tl.load(seed_ptr + row), tl.load(place_ptr + row), token)
+    score = tl.where(inside, score, float("-inf"))
+    best, winner = tl.max(score, 0, return_indices=True)
+    out = row * tl.num_programs(1) + block
+    tl.store(best_ptr + out, best)
+    tl.store(winner_ptr + out, block * SIZE + winner)
+
+
+@triton.jit
+def _count(scores, V, cut, SIZE: tl.constexpr):
+    """How many scores are at or above the cut."""
+    total = tl.zeros((SIZE,), tl.int32)
+    for start in range(0, V, SIZE):
+        token = start + tl.arange(0, SIZE)
+        score = tl.load(scores + token, mask=token < V, other=float("-inf"))
+        total += (_order(score) >= cut).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _mass(scores, V, highest, cut, SIZE: tl.constexpr):
+    """Sum of exp(score - highest) at or above the cut."""
+    total = tl.zeros((SIZE,), tl.float32)
+    for start in range(0, V, SIZE):
+        token = start + tl.arange(0, SIZE)
+        score = tl.load(scores + token, mask=token < V, other=float("-inf"))
+        total += tl.where(_order(score) >= cut, tl.exp(score - highest), 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _middle(low, high):
+    return ((low.to(tl.int64) + high.to(tl.int64)) >> 1).to(tl.int32)
+
+
+@triton.jit
+def _pick(
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    seed_ptr,
+    place_ptr,
+    scores_ptr,
+    best_ptr,
+    winner_ptr,
+    out_ptr,
+    V,
+    BLOCKS: tl.constexpr,
+    ALL_BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    row = tl.program_id(0)
+    block = tl.arange(0, ALL_BLOCKS)
+    wait(PDL)
+    best = tl.load(best_ptr + row * BLOCKS + block, mask=block < BLOCKS, other=float("-inf"))
+    highest, first = tl.max(best, 0, return_indices=True)
+    winner = tl.load(winner_ptr + row * BLOCKS + first)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    if (tl.load(temperature_ptr + row) > 0) & (((top_k > 0) & (top_k < V)) | (top_p < 1.0)):
+        scores = scores_ptr + row.to(tl.int64) * V
+        above = _order(highest) + 1  # a cut that keeps nothing
+        keys = _order(best)
+        cut = tl.full((), -2147483647, tl.int32)  # keeps all
+        if (top_k > 0) & (top_k < V):
+            # the cut keeps k tokens or more, `none` fewer. As many blocks as k say of one token each: a start.
+            none = above
+            if top_k <= BLOCKS:
+                low, high = cut, above
+                while high.to(tl.int64) - low.to(tl.int64) > 1:
+                    middle = _middle(low, high)
+                    if tl.sum((keys >= middle).to(tl.int32), 0) >= top_k:
+                        low = middle
+                    else:
+                        high = middle
+                cut = low
+            kept = _count(scores, V, cut, SIZE)
+            while (kept > top_k) & (none.to(tl.int64) - cut.to(tl.int64) > 1):
+                middle = _middle(cut, none)
+                n = _count(scores, V, middle, SIZE)
+                if n >= top_k:
+                    cut = middle
+                    kept = n
+                else:
+                    none = middle
+        if top_p < 1.0:
+            # stays: what has less than top_p of the mass above it; so is all from `high` on, but nothing at `low`
+            wanted = top_p * _mass(scores, V, highest, cut, SIZE)
+            low, high = cut - 1, above - 1
+            while high.to(tl.int64) - low.to(tl.int64) > 1:
+                middle = _middle(low, high)
+                if _mass(scores, V, highest, middle + 1, SIZE) < wanted:
+                    high = middle
+                else:
+                    low = middle
+            cut = high
+        seed, place = tl.load(seed_ptr + row), tl.load(place_ptr + row)
+        lead = float("-inf")
+        for start in range(0, V, SIZE):
+            token = start + tl.arange(0, SIZE)
+            score = tl.load(scores + token, mask=token < V, other=float("-inf"))
+            score = tl.where(_order(score) >= cut, score + _gumbel(seed, place, token), float("-inf"))
+            top, at = tl.max(score, 0, return_indices=True)
+            if top > lead:
+                lead = top
+                winner = start + at
+    tl.store(out_ptr + row, winner)
+
+
+def sample_rows(
+    logits: Tensor,
+    seen: Tensor,
+    slots: Tensor,
+    settings: dict[str, Tensor],
+    buffers: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    cap: float,
+) -> None:
+    """Write the next token of each row of logits (B,V) float32 to out (B,), int32; logits are capped in place.
+
+    seen (S,V) uint8 says which tokens a slot has seen. settings: temperature, repetition_penalty, top_p, float32,
+    and top_k, seed, place, int32, (B,) each. buffers: B*V float32 for scores, and, for each row and block of 1024
+    tokens, a float32 and an int32.
+    """
+    B, V = logits.shape
+    s, (scores, best, winner) = settings, buffers
+    blocks = triton.cdiv(V, BLOCK)
+    _score[(B, blocks)](
+        logits, seen, slots, s["temperature"], s["repetition_penalty"], s["top_k"], s["top_p"], s["seed"],
+        s["place"], scores, best, winner, V, cap, BLOCK, num_warps=4, **pdl(),
+    )  # fmt: skip
+    _pick[(B,)](
+        s["temperature"], s["top_k"], s["top_p"], s["seed"], s["place"], scores, best, winner, out, V, blocks,
+        triton.next_power_of_2(blocks), 8 * BLOCK, num_warps=32, **pdl(),
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""SLC2 on the way to an answer: everything between the residual stream and c_proj (nanochat/slc2.py).
+
+The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order. The conv
+state of a sequence is the last K-1 values of u, oldest first, at its slot in windows (slots, K-1, E).
+
+For a few rows of one token each `slc2_rows` does it all in one kernel, bound by reading the weights: a program
+computes a few channels of one head from beginning to end, so the state needs no second kernel. A is shared by the
+heads, so its rows are read again for each head, but from the cache. For more rows the projections are a matrix
+product of their own, and `slc2_mix` does the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat.kernels.launch import pdl, release, wait
+from nanochat.slc2 import gate, short_conv
+
+CHANNELS = 4  # of a program of slc2_rows
+
+
+def slc2_mix_reference(
+    packed: Tensor, x: Tensor, conv: Tensor, window: Tensor, n_head: int
+) -> tuple[Tensor, Tensor]:
+    """y (T,E) and the next window (K-1,E) of one sequence: packed (T, 2E+D+H), not yet divided by rms(x)."""
+    E = x.size(1)
+    packed = packed * torch.rsqrt(x.square().mean(1, keepdim=True) + 2.0**-23)
+    p, b, a, alpha = packed.split([E, E, E // n_head, n_head], dim=1)
+    window = window[None].clone()
+    z = short_conv(gate(p, alpha, a)[None], conv, window)
+    return b * F.silu(z[0]), window[0]
+
+
+@triton.jit
+def _silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _slc2_rows(
+    x_ptr,
+    w_ptr,
+    conv_ptr,
+    windows_ptr,
+    slots_ptr,
+    y_ptr,
+    B: tl.constexpr,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    head = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = head * D + d
+    k = tl.arange(0, BLOCK_K)
+    x_rows = w_ptr + c[:, None] * E + k[None, :]
+    a_rows = w_ptr + (2 * E + d)[:, None] * E + k[None, :]
+    alpha_row = w_ptr + (2 * E + D + head) * E + k
+    wx, wb, wa, walpha = (), (), (), ()
+    for i in tl.static_range(E // BLOCK_K):
+        wx += (tl.load(x_rows + i * BLOCK_K),)
+        wb += (tl.load(x_rows + E * E + i * BLOCK_K),)
+        wa += (tl.load(a_rows + i * BLOCK_K),)
+        walpha += (tl.load(alpha_row + i * BLOCK_K),)
+    wait(PDL)
+    for row in range(B):
+        px = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+        pb = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+        pa = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+        palpha = tl.zeros((BLOCK_K,), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+        for i in tl.static_range(E // BLOCK_K):
+            x = tl.load(x_ptr + row * E + i * BLOCK_K + k).to(tl.float32)
+            squares += x * x
+            px += wx[i].to(tl.float32) * x[None, :]
+            pb += wb[i].to(tl.float32) * x[None, :]
+            pa += wa[i].to(tl.float32) * x[None, :]
+            palpha += walpha[i].to(tl.float32) * x
+        scale = tl.rsqrt(tl.sum(squares, 0) / E + 2.0**-23)
+        A = _silu(tl.sum(palpha, 0) * scale) * (tl.sum(pa, 1) * scale)
+        u = (_silu(A) * (tl.sum(px, 1) * scale)).to(y_ptr.dtype.element_ty)
+        z = u.to(tl.float32) * tl.load(conv_ptr + c * TAPS + TAPS - 1)
+        window = windows_ptr + tl.load(slots_ptr + row).to(tl.int64) * (TAPS - 1) * E + c
+        past = ()
+        for w in tl.static_range(TAPS - 1):
+            past += (tl.load(window + w * E),)
+            z += past[w].to(tl.float32) * tl.load(conv_ptr + c * TAPS + w)
+        tl.debug_barrier()  # other threads may hold copies of these channels: all have read before one writes
+        for w in tl.static_range(TAPS - 2):
+            tl.store(window + w * E, past[w + 1])
+        if TAPS > 1:
+            tl.store(window + (TAPS - 2) * E, u)
+        tl.store(y_ptr + row * E + c, tl.sum(pb, 1) * scale * _silu(z))
+
+
+def slc2_rows(x: Tensor, weight: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor) -> None:
+    """Write y (B,E) of the residual stream x (B,E), a token of each row; windows[slots] move on by it.
+
+    weight (2E+D+H, E) packed; conv (E,1,K) float32; windows (S,K-1,E) in x's dtype; slots (B,) int64.
+    """
+    (B, E), K = x.shape, conv.size(-1)
+    H, D = _heads(weight, E)
+    _slc2_rows[(H, D // CHANNELS)](
+        x, weight, conv, windows, slots, y, B, E, D, K, CHANNELS, min(1024, E & -E), num_warps=4, **pdl()
+    )
+
+
+def _heads(weight: Tensor, E: int) -> tuple[int, int]:
+    """(H,D) from D + H, the rows that a packed weight has beyond 2E, and D * H = E."""
+    rest = weight.size(0) - 2 * E
+    D = round((rest + (rest * rest - 4 * E) ** 0.5) / 2)
+    return rest - D, D
+
+
+@triton.jit
+def _slc2_mix(
+    packed_ptr,
+    x_ptr,
+    conv_ptr,
+    windows_ptr,
+    slots_ptr,
+    tails_ptr,
+    y_ptr,
+    T,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    t = row % T
+    width: tl.constexpr = 2 * E + D + E // D
+    c = tl.arange(0, BLOCK)
+    inside = c < E
+    wait(PDL)
+    window = windows_ptr + tl.load(slots_ptr + row // T).to(tl.int64) * (TAPS - 1) * E + c
+    z = tl.zeros((BLOCK,), tl.float32)
+    b = tl.zeros((BLOCK,), tl.float32)
+    taps = ()
+    for j in tl.static_range(TAPS):  # the current token, then those before it
+        if t >= j:
+            x = tl.load(x_ptr + (row - j) * E + c, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
+            packed = packed_ptr + (row - j) * width
+            a = tl.load(packed + 2 * E + c % D, mask=inside, other=0.0).to(tl.float32)
+            alpha = tl.load(packed + 2 * E + D + c // D, mask=inside, other=0.0).to(tl.float32)
+            p = tl.load(packed + c, mask=inside, other=0.0).to(tl.float32)
+            u = (_silu(_silu(alpha * scale) * a * scale) * p * scale).to(y_ptr.dtype.element_ty)
+            if j == 0:
+                b = tl.load(packed + E + c, mask=inside, other=0.0).to(tl.float32) * scale
+        else:
+            u = tl.load(window + (TAPS - 1 + t - j) * E, mask=inside, other=0.0)
+        taps += (u,)
+        z += u.to(tl.float32) * tl.load(conv_ptr + c * TAPS + TAPS - 1 - j, mask=inside, other=0.0)
+    tl.store(y_ptr + row * E + c, b * _silu(z), mask=inside)
+    tl.debug_barrier()  # the tail may be the window
+    if t == T - 1:
+        tail = tails_ptr + (tl.load(slots_ptr + row).to(tl.int64) if T == 1 else row // T) * (TAPS - 1) * E + c
+        for j in tl.static_range(TAPS - 1):
+            tl.store(tail + (TAPS - 2 - j) * E, taps[j], mask=inside)
+
+
+def slc2_mix(packed: Tensor, x: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor) -> None:
+    """Write y (R,E) of packed (R, 2E+D+H) = x W^T, R tokens of len(slots) sequences; windows[slots] move on."""
+    (R, E), K = x.shape, conv.size(-1)
+    T = R // len(slots)
+    H, D = _heads(packed.T, E)
+    # a program for each token: where they are several, the first ones may still read what the last one leaves
+    tails = windows if T == 1 else torch.empty_like(windows[: len(slots)])
+    _slc2_mix[(R,)](
+        packed, x, conv, windows, slots, tails, y, T, E, D, K, triton.next_power_of_2(E), num_warps=4, **pdl()
+    )
+    if T > 1:
+        windows[slots] = tails
