@@ -1,0 +1,96 @@
+"""A model whose answer to a prompt is known: each answer depends on its own decode state and on nothing else.
+
+A prompt has one capital letter of KEYS somewhere, and 3 tokens at least. Tokens have a class, id % 26, and the
+answer consists of small letters, one for each class: after tokens of the classes a, b, c comes the letter of
+class a + stride, where the stride, 1 to 16, is the key's. So a row must keep what the first layer's
+convolution saw two tokens ago and where in its own prompt the key was. Another row's, or that of the slot's
+last occupant, leads to other letters for the rest of the answer. All quantities are far apart: rounding to
+bfloat16 changes nothing. The first ids of the tokenizer must be the bytes.
+
+Layers 0 (SLC2) and 1 (attention) do the work, whatever the size of the model. Parts of the residual stream:
+
+    class       one-hot, the token's own        embedding
+    one, is_key 1; 1 where the token is a key, else -1
+    before      one-hot, class two tokens ago   layer 0: only the oldest tap of the convolution is not zero
+    key         one-hot, class of the key       layer 1: q = one, k = is_key, in the slowest plane of RoPE
+    next        one-hot, class to come          MLP of layer 1: a unit for each pair of before and key
+"""
+
+from __future__ import annotations
+
+import string
+
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer
+
+KEYS = string.ascii_uppercase[:16]
+CLASSES = 26
+LETTERS = {ord(letter) % CLASSES: letter for letter in string.ascii_lowercase}
+STRIDES = {ord(key) % CLASSES: stride for stride, key in enumerate(KEYS, start=1)}  # by class
+CLASS, ONE, IS_KEY, BEFORE, KEY, NEXT = 0, 26, 27, 28, 54, 80
+WIDTH = 106
+
+
+def echo_config(vocab_size: int, **changes: int) -> GPTConfig:
+    """Return a small shape that will do; any other with these two layers and no less width does as well."""
+    shape = {"n_layer": 2, "n_head": 1, "n_kv_head": 1, "n_embd": 128, "sequence_len": 1024}
+    return GPTConfig(vocab_size=vocab_size, **{**shape, **changes})
+
+
+@torch.no_grad()
+def echo_model(config: GPTConfig) -> GPT:
+    """Return the model, on the CPU and in eval mode; ValueError for a shape that it does not fit."""
+    if config.layer_kinds[:2] != ("slc2", "attention") or config.n_embd < WIDTH or config.head_dim < 64:
+        raise ValueError(f"{config}: layers slc2, attention, ..., {WIDTH} wide, heads of 64 are needed")
+    model = GPT(config).eval()
+    for parameter in model.parameters():
+        parameter.zero_()
+    E, D = config.n_embd, config.head_dim
+    classes = torch.arange(CLASSES)
+
+    ids = torch.arange(config.vocab_size)
+    embedding = model.transformer.wte.weight
+    embedding[ids, ids % CLASSES] = 1
+    embedding[:, ONE] = 1
+    embedding[:, IS_KEY] = -1
+    embedding[[ord(key) for key in KEYS], IS_KEY] = 1
+    unit = (E / 3) ** 0.5  # what these ones are in the residual stream, which the norm makes E long
+
+    slc2 = model.transformer.h[0].attn
+    slc2.alpha_proj.weight[:, ONE] = 4 / unit
+    slc2.A_proj.weight[:, ONE] = 1 / unit  # a gate of about 4
+    slc2.x_proj.weight[classes, CLASS + classes] = 1 / unit
+    slc2.conv1d.weight[:, 0, 0] = 1
+    slc2.B_proj.weight[:, ONE] = 1 / unit
+    slc2.c_proj.weight[BEFORE + classes, classes] = unit / 4
+
+    attention = model.transformer.h[1].attn
+    slowest = D // 2 - 1
+    attention.c_q.weight[slowest, ONE] = 1
+    attention.c_k.weight[slowest, IS_KEY] = 1
+    attention.c_v.weight[classes, CLASS + classes] = 1
+    attention.c_proj.weight[KEY + classes, classes] = unit / (E / 4) ** 0.5
+
+    mlp = model.transformer.h[1].mlp
+    pairs = [(before, key) for before in range(CLASSES) for key in STRIDES]
+    for i, (before, key) in enumerate(pairs):
+        mlp.c_fc.weight[i, BEFORE + before] = mlp.c_fc.weight[i, KEY + key] = 1
+        mlp.c_fc.weight[i, ONE] = -1.5
+        mlp.c_proj.weight[NEXT + (before + STRIDES[key]) % CLASSES, i] = 4 * unit / (0.25 * E / 5)
+
+    for number, letter in LETTERS.items():
+        model.lm_head.weight[ord(letter), NEXT + number] = 30 / E**0.5
+    return model
+
+
+def echo(tokenizer: RustBPETokenizer, tokens: list[int], length: int) -> str:
+    """Return what the model says after a prompt; ValueError for one that it has no answer to."""
+    keys = [token % CLASSES for token in tokens if token in map(ord, KEYS)]
+    if len(tokens) < 3 or len(keys) != 1:
+        raise ValueError(f"{tokenizer.decode(tokens)!r} must be 3 tokens, and one of the letters {KEYS}")
+    classes = [token % CLASSES for token in tokens]
+    for _ in range(length):
+        classes.append((classes[-3] + STRIDES[keys[0]]) % CLASSES)
+    return "".join(LETTERS[number] for number in classes[len(tokens) :])

@@ -1,0 +1,78 @@
+"""The model for load tests: it says what it should, whatever the size, and it would notice another's state."""
+
+import random
+
+import pytest
+import torch
+
+from nanochat.worker import Worker
+from tests.echo_model import KEYS, echo, echo_config, echo_model
+from tests.test_worker import Reader
+from tests.vocabulary import WORDS, train_tokenizer
+
+TOKENIZER = train_tokenizer()
+
+
+def prompt(rng, num_words):
+    words = rng.choices(WORDS, k=num_words)
+    words.insert(rng.randrange(num_words + 1), rng.choice(KEYS))
+    return TOKENIZER.encode(" ".join(words))
+
+
+def model_of(dtype=torch.float32, **changes):
+    model = echo_model(echo_config(TOKENIZER.get_vocab_size(), **changes))
+    model.compute_dtype = dtype
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"n_layer": 6, "n_head": 4, "n_kv_head": 2, "n_embd": 256}])
+def test_answers_in_a_crowd(dtype, changes):
+    rng = random.Random(0)
+    prompts = [prompt(rng, num_words) for num_words in (1, 2, 9, 40, 3, 1, 200, 7)]
+    worker = Worker(model_of(dtype, **changes), TOKENIZER, "echo", slots=3, prefill_chunk=16)
+    readers = [Reader(worker, tokens=p, max_tokens=30, temperature=0.0) for p in prompts]
+    worker.start()
+    found = [TOKENIZER.decode(reader.all().tokens[0]) for reader in readers]
+    worker.close(drain=True)
+    assert found == [echo(TOKENIZER, p, 30) for p in prompts]
+    assert len(set(found)) == len(prompts)
+
+
+def test_logits_are_far_apart():
+    model = model_of(torch.bfloat16)
+    tokens = torch.tensor([prompt(random.Random(1), 300)])
+    best, second = model.next_logits(tokens, model.new_cache(1, 1024))[0].topk(2).values
+    assert best - second > 10
+
+
+@pytest.mark.parametrize("kind", ["conv", "attention"])
+def test_the_state_of_another_row_is_noticed(kind):
+    """In two rows, swap what one layer remembers, and nothing else."""
+    model = model_of()
+    ids = TOKENIZER.encode("a K river"), TOKENIZER.encode("of B light")
+    cache = model.new_cache(2, 64)
+    lengths = [len(tokens) for tokens in ids]
+    padded = torch.tensor([[*tokens, *[0] * (max(lengths) - len(tokens))] for tokens in ids])
+    tokens = model.next_logits(padded, cache, lengths).argmax(-1)
+    layer = cache.layers[kind == "attention"]
+    for state in [layer.window] if kind == "conv" else [layer.k, layer.v]:
+        state.copy_(state.flip(0))
+    said = [tokens]
+    for _ in range(5):
+        said.append(model.next_logits(said[-1][:, None], cache).argmax(-1))
+    for row, prompt_ids in enumerate(ids):
+        expected = echo(TOKENIZER, prompt_ids, 6)
+        found = TOKENIZER.decode([int(column[row]) for column in said])
+        assert found[0] == expected[0]
+        assert found[1:] != expected[1:]
+
+
+def test_shapes_and_prompts_that_cannot_be():
+    with pytest.raises(ValueError, match="106 wide"):
+        model_of(n_embd=64)
+    with pytest.raises(ValueError, match="slc2, attention"):
+        model_of(slc_rate=0)
+    for text in ("A river B", "the river", "A"):
+        with pytest.raises(ValueError, match="one of the letters"):
+            echo(TOKENIZER, TOKENIZER.encode(text), 5)
