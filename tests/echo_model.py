@@ -1,6 +1,6 @@
 """A model whose answer to a prompt is known: each answer depends on its own decode state and on nothing else.
 
-A prompt has one capital letter of KEYS somewhere, and 3 tokens at least. Tokens have a class, id % 26, and the
+A prompt has one capital letter of KEYS somewhere, and 3 tokens or more. Tokens have a class, id % 26, and the
 answer consists of small letters, one for each class: after tokens of the classes a, b, c comes the letter of
 class a + stride, where the stride, 1 to 16, is the key's. So a row must keep what the first layer's
 convolution saw two tokens ago and where in its own prompt the key was. Another row's, or that of the slot's

@@ -1,4 +1,4 @@
-"""The model for load tests: it says what it should, whatever the size, and it would notice another's state."""
+"""The model for load tests says what it should, whatever its size, and would notice another row's state."""
 
 import random
 
