@@ -49,16 +49,22 @@ def _row_linear(
     for i in tl.static_range(K // BLOCK_K):
         held += (tl.load(rows + i * BLOCK_K, mask=n[:, None] < N, other=0.0),)
     wait(PDL)
-    for b in range(B):
-        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-        for i in tl.static_range(K // BLOCK_K):
+    totals, squares = (), ()
+    for _ in tl.static_range(B):
+        totals += (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),)
+        squares += (tl.zeros((BLOCK_K,), tl.float32),)
+    for i in tl.static_range(K // BLOCK_K):
+        w = held[i].to(tl.float32)
+        new_totals, new_squares = (), ()
+        for b in tl.static_range(B):
             x = tl.load(x_ptr + b * K + i * BLOCK_K + k).to(tl.float32)
-            total += held[i].to(tl.float32) * x[None, :]
-            squares += x * x
-        y = tl.sum(total, 1)
+            new_totals += (totals[b] + w * x[None, :],)
+            new_squares += (squares[b] + x * x,)
+        totals, squares = new_totals, new_squares
+    for b in tl.static_range(B):
+        y = tl.sum(totals[b], 1)
         if NORM:
-            y *= tl.rsqrt(tl.sum(squares, 0) / K + 2.0**-23)
+            y *= tl.rsqrt(tl.sum(squares[b], 0) / K + 2.0**-23)
         if RELU2:
             y = tl.maximum(y, 0.0)
             y *= y

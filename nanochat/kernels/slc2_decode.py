@@ -71,19 +71,22 @@ def _slc2_rows(
         wa += (tl.load(a_rows + i * BLOCK_K),)
         walpha += (tl.load(alpha_row + i * BLOCK_K),)
     wait(PDL)
-    for row in range(B):
-        px = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-        pb = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-        pa = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-        palpha = tl.zeros((BLOCK_K,), tl.float32)
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-        for i in tl.static_range(E // BLOCK_K):
+    sums = ()
+    for _ in tl.static_range(B):
+        zeros = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+        sums += ((zeros, zeros, zeros, tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)),)
+    for i in tl.static_range(E // BLOCK_K):
+        new_sums = ()
+        for row in tl.static_range(B):
+            px, pb, pa, palpha, squares = sums[row]
             x = tl.load(x_ptr + row * E + i * BLOCK_K + k).to(tl.float32)
-            squares += x * x
             px += wx[i].to(tl.float32) * x[None, :]
             pb += wb[i].to(tl.float32) * x[None, :]
             pa += wa[i].to(tl.float32) * x[None, :]
-            palpha += walpha[i].to(tl.float32) * x
+            new_sums += ((px, pb, pa, palpha + walpha[i].to(tl.float32) * x, squares + x * x),)
+        sums = new_sums
+    for row in tl.static_range(B):
+        px, pb, pa, palpha, squares = sums[row]
         scale = tl.rsqrt(tl.sum(squares, 0) / E + 2.0**-23)
         A = _silu(tl.sum(palpha, 0) * scale) * (tl.sum(pa, 1) * scale)
         u = (_silu(A) * (tl.sum(px, 1) * scale)).to(y_ptr.dtype.element_ty)

@@ -1,0 +1,136 @@
+"""Decoders: the model as those see it who serve many sequences at once.
+
+A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, `fork` it for more samples of the
+same prompt. Each `step` then takes the last token of every running sequence and returns the next ones, drawn by the
+sequence's own settings and seed, whoever else is there. `PlainDecoder` runs the model as it is, anywhere;
+nanochat/graph_decoder.py does the same on NVIDIA GPUs without Python in the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nanochat.cache import HybridCache
+from nanochat.gpt import GPT
+from nanochat.sampling import SamplingParams, sample_rows
+
+
+class Decoder(Protocol):
+    """Slots for sequences, and a model that moves them on. For one thread."""
+
+    slots: int
+    context: int  # tokens a slot has room for
+    logits: Tensor  # (B,V) float32, soft-capped, of the last step, in its order
+
+    def open(self, params: SamplingParams) -> int:
+        """Return the slot of a new sequence; IndexError if all are taken."""
+
+    def feed(self, slot: int, tokens: Sequence[int]) -> None:
+        """Append tokens to a sequence that no step has seen yet."""
+
+    def fork(self, slot: int, params: SamplingParams) -> int:
+        """Return the slot of a new sequence that has been fed what this one has."""
+
+    def step(self, last: Mapping[int, int]) -> list[int]:
+        """Append a token to each slot and return the next of each; all that run take part in every step."""
+
+    def close(self, slot: int) -> None:
+        """Free a slot."""
+
+
+def decoder_for(model: GPT, slots: int) -> Decoder:
+    """The fastest decoder there is for a model, on its device; the model must be in eval mode."""
+    if model.device.type == "cuda":
+        from nanochat.graph_decoder import GraphDecoder, supports
+
+        if supports(model.config):
+            return GraphDecoder(model, slots)
+    return PlainDecoder(model, slots)
+
+
+@dataclass
+class _Sequence:
+    params: SamplingParams
+    cache: HybridCache | None  # of its own, until the first step
+    tokens: list[int] = field(default_factory=list)
+    fed: int = 0
+
+
+class PlainDecoder:
+    """A Decoder over GPT.next_logits: the rows that run are the first of one cache."""
+
+    def __init__(self, model: GPT, slots: int):
+        self.model, self.slots, self.context = model, slots, model.config.sequence_len
+        self.logits = torch.empty(0)
+        self._cache = model.new_cache(slots, self.context)
+        self._running: list[int] = []  # the slot of each row
+        self._sequences: dict[int, _Sequence] = {}
+        self._free = list(range(slots))[::-1]
+
+    def open(self, params: SamplingParams) -> int:
+        """See Decoder."""
+        slot = self._free.pop()
+        self._sequences[slot] = _Sequence(params, self.model.new_cache(1, self.context))
+        return slot
+
+    @torch.inference_mode()
+    def feed(self, slot: int, tokens: Sequence[int]) -> None:
+        """See Decoder."""
+        sequence = self._sequences[slot]
+        self.model.hidden(torch.tensor([tokens], device=self.model.device), sequence.cache)
+        sequence.tokens += tokens
+        sequence.fed += len(tokens)
+
+    @torch.inference_mode()
+    def fork(self, slot: int, params: SamplingParams) -> int:
+        """See Decoder."""
+        source, copy = self._sequences[slot], self.open(params)
+        sequence = self._sequences[copy]
+        sequence.cache.copy_row(0, source.cache, 0)
+        sequence.tokens, sequence.fed = [*source.tokens], source.fed
+        return copy
+
+    @torch.inference_mode()
+    def step(self, last: Mapping[int, int]) -> list[int]:
+        """See Decoder."""
+        for slot in last:
+            self._join(slot)
+        assert set(last) == set(self._running), "a step without some of those that run"
+        rows = self._cache.first(len(last))
+        tokens = torch.tensor([last[slot] for slot in self._running], device=self.model.device)
+        logits = self.model.next_logits(tokens[:, None], rows)
+        self._cache.lengths[: len(last)] = rows.lengths
+        self.logits = logits[[self._running.index(slot) for slot in last]]
+        sequences = [self._sequences[slot] for slot in last]
+        for sequence, token in zip(sequences, last.values(), strict=True):
+            sequence.tokens.append(token)
+        return sample_rows(
+            self.logits,
+            [s.params for s in sequences],
+            [len(s.tokens) - s.fed - 1 for s in sequences],
+            [s.tokens for s in sequences],
+        )
+
+    @torch.inference_mode()
+    def close(self, slot: int) -> None:
+        """See Decoder."""
+        del self._sequences[slot]
+        self._free.append(slot)
+        if slot in self._running:  # the last row takes its place
+            row, end = self._running.index(slot), len(self._running) - 1
+            if row != end:
+                self._cache.copy_row(row, self._cache, end)
+                self._running[row] = self._running[end]
+            self._running.pop()
+
+    def _join(self, slot: int) -> None:
+        sequence = self._sequences[slot]
+        if sequence.cache is not None:
+            self._cache.copy_row(len(self._running), sequence.cache, 0)
+            self._running.append(slot)
+            sequence.cache = None
