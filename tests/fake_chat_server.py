@@ -29,6 +29,7 @@ class Refusal:
 
     status: int
     body: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 def tokens(*texts: str) -> list[dict[str, Any]]:
@@ -44,10 +45,6 @@ class FakeChatServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/chat-page/"
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget a test."""
         self.replies: list[Refusal | Sequence[dict | bytes | str]] = []
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
@@ -80,7 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/chat-page/":
-            self._send(200, "text/html; charset=utf-8", PAGE.read_bytes())
+            headers = {"Content-Security-Policy": "frame-ancestors 'none'"}
+            self._send(200, "text/html; charset=utf-8", PAGE.read_bytes(), headers)
         elif self.path == "/chat-page/stats":
             self._send(200, "application/json", json.dumps(self.server.stats).encode())
         else:
@@ -95,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"])
         reply = self.server.replies.pop(0) if self.server.replies else tokens("Fine.")
         if isinstance(reply, Refusal):
-            self._send(reply.status, "application/json", json.dumps(reply.body).encode())
+            self._send(reply.status, "application/json", json.dumps(reply.body).encode(), reply.headers)
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -136,8 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
         self.wfile.flush()
 
-    def _send(self, status: int, kind: str, body: bytes) -> None:
+    def _send(self, status: int, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

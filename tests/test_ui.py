@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
@@ -13,40 +14,44 @@ from tests.fake_chat_server import HANG_UP, PAGE, WAIT, FakeChatServer, Refusal,
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser: install chromium or set CHROMIUM to the path of one"
-)
-PHONE = {"viewport": {"width": 320, "height": 568}, "has_touch": True, "is_mobile": True}
+NO_BROWSER = "no browser: install chromium or set CHROMIUM to the path of one"
 
 
 @pytest.fixture(scope="module")
 def browser():
+    if CHROMIUM is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_BROWSER)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def running_server():
+@pytest.fixture
+def server():
+    """Each test has one of its own, and thereby an origin of its own: what the browser keeps is apart."""
     with FakeChatServer() as server:
         yield server
 
 
-@pytest.fixture
-def server(running_server):
-    running_server.reset()
-    return running_server
+@pytest.fixture(scope="module")
+def context(browser):
+    return browser.new_context(locale="en-US")
 
 
 @pytest.fixture
-def open_page(browser, server):
-    """Opens the page in a new profile; errors in its console fail the test, except for refused requests."""
-    contexts, errors = [], []
+def open_page(browser, context, server):
+    """Opens the page, with options in a profile of its own.
 
-    def open_page(**options) -> Page:
-        contexts.append(browser.new_context(locale=options.pop("locale", "en-US"), **options))
-        page = contexts[-1].new_page()
+    What its console calls an error fails the test, except for refused requests.
+    """
+    opened, errors = [], []
+
+    def open_page(script="", **options) -> Page:
+        place = browser.new_context(**{"locale": "en-US", **options}) if options else context
+        page = place.new_page()
+        opened.append(place if options else page)
+        page.add_init_script(script)
         page.set_default_timeout(5000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -54,8 +59,8 @@ def open_page(browser, server):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for place in opened:
+        place.close()
     assert [error for error in errors if not error.startswith("Failed to load resource")] == []
 
 
@@ -175,6 +180,8 @@ def test_failed_regenerate_keeps_the_old_answer(page, server):
     expect(page.locator("#notice")).to_contain_text("HTTP 500")
     expect(answers(page)).to_have_text(["First."])
     expect(box(page)).to_have_value("")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(answers(page)).to_have_text(["Fine."])
 
 
 def test_edit_cuts_what_follows(page, server):
@@ -220,6 +227,7 @@ def test_failed_edit_loses_nothing(page, server):
     ("reply", "message"),
     [
         (Refusal(429, {"error": {"message": "full"}}), "The server is busy. Try again in a moment."),
+        (Refusal(429, headers={"Retry-After": "7"}), "The server is busy. Try again in 7 seconds."),
         (Refusal(500), "HTTP 500"),
         (Refusal(400, {"error": {"message": "too many messages"}}), "too many messages"),
         (Refusal(422, {"detail": [{"msg": "top_k too large"}]}), "top_k too large"),
@@ -276,6 +284,19 @@ def test_key_is_asked_for_and_remembered(page, server):
     assert server.keys == [None, "Bearer secret", "Bearer secret"]
 
 
+def test_a_wrong_key_is_asked_for_again(page, server):
+    server.replies = [Refusal(401), Refusal(401)]
+    say(page, "Hello")
+    expect(page.get_by_text("It did not accept the last one.")).to_be_hidden()
+    page.get_by_label("API key").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("It did not accept the last one.")).to_be_visible()
+    page.get_by_label("API key").fill("right")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_text("Fine.")
+    assert server.keys == [None, "Bearer wrong", "Bearer right"]
+
+
 def test_no_key_given(page, server):
     server.replies = [Refusal(401, {"error": {"message": "a key is needed"}})]
     say(page, "Hello")
@@ -294,13 +315,47 @@ def test_no_more_is_sent_than_the_server_takes(page, server):
     exchange(page, "Last", 5)
     messages = server.requests[-1]["messages"]
     assert sum(len(message["content"]) for message in messages) <= 32000
-    assert [message["content"] for message in messages[::2]] == [
-        "Question 2",
-        "Question 3",
-        "Question 4",
-        "Last",
-    ]
+    asked = [message["content"] for message in messages[::2]]
+    assert asked == ["Question 2", "Question 3", "Question 4", "Last"]
     assert messages[1]["content"] == "a" * 7999 + "\ufffd"
+    note = page.get_by_text("Too long: what is above is no longer sent.")
+    expect(note.locator("xpath=following-sibling::article").first).to_contain_text("Question 2")
+
+
+def stored_chat(chat_id, num_messages):
+    """What the browser would have kept of a conversation."""
+    messages = []
+    for i in range(0, num_messages, 2):
+        messages.append({"role": "user", "content": f"question {i}"})
+        messages.append({"role": "assistant", "content": f"- answer **{i}**", "tools": []})
+    chat = {"id": chat_id, "title": "Long", "updated": 1, "draft": "", "messages": messages}
+    return {f"iberis:chat:{chat_id}": json.dumps(chat)}
+
+
+def test_very_long_conversation(page, server):
+    page.evaluate("(chats) => Object.assign(localStorage, chats)", stored_chat("1", 600))
+    page.reload()
+    chat_button(page, "Long").click()
+    expect(answers(page)).to_have_count(300)
+    started = time.monotonic()
+    exchange(page, "Last", 300)
+    assert time.monotonic() - started < 3
+    expect(answers(page).last).to_be_in_viewport()
+    assert len(server.requests[0]["messages"]) == 499  # the first is the user's: one less than 500
+    expect(page.get_by_text("Too long: what is above is no longer sent.")).to_have_count(1)
+
+
+def test_too_long_a_message(page, server):
+    server.replies = [Refusal(400, {"error": {"message": "8000 characters is the most"}})]
+    box(page).fill("\U0001f338" * 7200)
+    expect(page.locator("#count")).to_have_text("")
+    box(page).fill("\U0001f338" * 7999)
+    expect(page.locator("#count:not(.error)")).to_have_text("7,999 of 8,000 characters")
+    box(page).fill("word " * 1999 + "word")
+    expect(page.locator("#count.error")).to_have_text("9,999 of 8,000 characters")
+    box(page).press("Enter")
+    expect(page.locator("#notice span")).to_have_text("8000 characters is the most")
+    expect(box(page)).to_have_value("word " * 1999 + "word")
 
 
 # ---- What is kept
@@ -382,6 +437,15 @@ def test_full_storage_is_said(page):
     expect(page.locator("#notice")).to_contain_text("storage is full")
 
 
+@pytest.mark.parametrize("storage", ["localStorage", "sessionStorage"])
+def test_forbidden_storage(open_page, storage):
+    """Browsers that block the data of sites throw as soon as the page looks at it."""
+    page = open_page(f"Object.defineProperty(window, '{storage}', {{ get() {{ throw new Error('no') }} }})")
+    exchange(page, "Hello")
+    exchange(page, "Again", 1)
+    expect(page.locator("#chats li")).to_have_count(1)
+
+
 def test_two_tabs_see_each_other(page, server):
     exchange(page, "first")
     other = page.context.new_page()
@@ -397,7 +461,8 @@ def test_export_and_import(page, open_page, tmp_path):
         page.get_by_role("button", name="Export").click()
     path = tmp_path / "chats.json"
     download.value.save_as(path)
-    other = open_page()
+    other = open_page(locale="en-GB")
+    expect(other.locator("#chats li")).to_have_count(0)
     other.locator("#file").set_input_files(path)
     chat_button(other, "first").click()
     expect(answers(other)).to_have_text("Fine.")
@@ -410,11 +475,11 @@ def test_export_and_import(page, open_page, tmp_path):
 
 
 def test_settings_reach_the_request_and_last(page, server):
+    """Only what the reader chose is sent: for the rest the server's own settings hold."""
     exchange(page, "before")
-    default = {"temperature": 0.8, "top_k": 50, "top_p": 1, "max_tokens": 512, "seed": None}
-    assert {key: server.requests[0][key] for key in default} == default
     page.get_by_role("button", name="Sampling settings").click()
     page.get_by_label("Temperature").fill("0.3")
+    expect(page.get_by_text("0.30")).to_be_visible()
     page.get_by_label("Top-p").fill("0.9")
     page.get_by_label("Top-k").fill("7")
     page.get_by_label("Longest answer").fill("99")
@@ -423,13 +488,33 @@ def test_settings_reach_the_request_and_last(page, server):
     page.keyboard.press("Escape")
     page.reload()
     exchange(page, "after", 1)
-    chosen = {"temperature": 0.3, "top_k": 7, "top_p": 0.9, "max_tokens": 99, "seed": 42}
-    assert {key: server.requests[1][key] for key in default} == chosen
+    page.get_by_role("button", name="Sampling settings").click()
+    expect(page.get_by_label("Top-k")).to_have_value("7")
+    page.get_by_label("Seed").fill("")
+    page.get_by_role("button", name="Close").click()
+    exchange(page, "any seed", 2)
     page.get_by_role("button", name="Sampling settings").click()
     page.get_by_role("button", name="Defaults").click()
     page.get_by_role("button", name="Close").click()
-    exchange(page, "again", 2)
-    assert {key: server.requests[2][key] for key in default} == default
+    exchange(page, "again", 3)
+    for request in server.requests:
+        del request["messages"]
+    chosen = {"temperature": 0.3, "top_k": 7, "top_p": 0.9, "max_tokens": 99}
+    assert server.requests == [{}, {**chosen, "seed": 42}, chosen, {}]
+
+
+def test_settings_start_from_those_of_the_server(open_page, server):
+    server.stats |= {"temperature": 0.62, "top_k": 20, "max_tokens": 300}
+    page = open_page()
+    expect(page.locator("#status")).to_contain_text("d20-sft")
+    page.get_by_role("button", name="Sampling settings").click()
+    for name, value in {"Temperature": "0.62", "Top-k": "20", "Top-p": "1", "Longest answer": "300"}.items():
+        expect(page.get_by_label(name)).to_have_value(value)
+    page.get_by_label("Top-k").fill("33")
+    page.reload()
+    expect(page.locator("#status")).to_contain_text("d20-sft")
+    page.get_by_role("button", name="Sampling settings").click()
+    expect(page.get_by_label("Top-k")).to_have_value("33")
 
 
 def test_status_line(open_page, server):
@@ -444,6 +529,13 @@ def test_calls_of_the_calculator_are_chips(page, server):
     call = {"tool": {"expression": "12*7", "result": "84"}}
     answer = ask(page, server, [*tokens("So **it is "), call, *tokens("**.")])
     expect(answer.locator("strong .chip")).to_have_text("12*7 = 84")
+
+
+def test_a_call_that_the_calculator_refused(page, server):
+    answer = ask(page, server, [{"tool": {"expression": "1/0", "result": None}}])
+    expect(answer.locator(".chip")).to_have_text("1/0 = ?")
+    page.reload()
+    expect(answer.locator(".chip")).to_have_text("1/0 = ?")
 
 
 def test_text_cannot_pose_as_a_call(page, server):
@@ -502,29 +594,53 @@ def test_code_is_copied_where_the_page_is_not_secure(page, server):
     assert page.evaluate("() => window.copied") == "x = 1"
 
 
-HOSTILE = """<img src=x onerror="document.title='owned'"> <script>document.title='owned'</script>
+HOSTILE = """<img src=x onerror="window.owned = 1"> <script>window.owned = 1</script>
 
 # <b>head</b>
-- <iframe src="javascript:document.title='owned'"></iframe>
+- <iframe src="javascript:top.owned = 1"></iframe>
 
-[click](javascript:document.title='owned') [data](data:text/html,x) [quote](https://x" onclick="y)
+[click](javascript:owned=1) [data](data:text/html,x) [quote](https://x" onclick="y)
 `<i>` **<u>x</u>**
 ```html" onload="x
-<script>document.title='owned'</script>
+<script>window.owned = 1</script>
 ```"""
 
 
 def test_hostile_text_stays_text(page, server):
-    call = {"tool": {"expression": "<img src=x onerror=alert(1)>", "result": "<b>"}}
+    call = {"tool": {"expression": "<img src=x onerror='owned=1'>", "result": "<b>"}}
     server.replies = [[*tokens(*HOSTILE.splitlines(keepends=True)), call]]
-    exchange(page, HOSTILE)
-    for place in (answers(page), page.locator("article.user"), page.locator("#chats")):
+    exchange(page, HOSTILE)  # its first line is the title
+    expect(page.locator("h1")).to_contain_text("<img src=x")
+    for place in (answers(page), page.locator("article.user"), page.locator("#chats"), page.locator("h1")):
         expect(place.locator("img, script, iframe, b, i, u, [onclick], [onload], [onerror]")).to_have_count(0)
-    expect(answers(page).locator("a[href^='javascript'], a[href^='data']")).to_have_count(0)
+    expect(answers(page).locator("a")).to_have_count(0)
     expect(answers(page)).to_contain_text("<img src=x onerror=")
-    expect(answers(page)).to_contain_text("[click](javascript:document.title='owned')")
+    expect(answers(page)).to_contain_text("[click](javascript:owned=1)")
     expect(page.locator("article.user .text")).to_have_text(HOSTILE, use_inner_text=True)
-    assert "owned" not in page.title() or page.title().startswith("<img")
+    server.replies = [Refusal(400, {"error": {"message": HOSTILE}})]
+    say(page, "again")
+    expect(page.locator("#notice span")).to_contain_text("<img src=x")
+    page.locator("#chats li").first.hover()
+    page.get_by_role("button", name="Delete").click()
+    expect(page.locator("#notice span")).to_contain_text("<img src=x")
+    expect(page.locator("#notice img")).to_have_count(0)
+    assert page.evaluate("() => window.owned") is None
+
+
+def test_hostile_file_stays_text(page, tmp_path):
+    chat = json.loads(stored_chat("<b>", 2)["iberis:chat:<b>"])
+    chat["title"] = chat["draft"] = HOSTILE
+    chat["messages"][1]["tools"] = [{"expression": HOSTILE, "result": HOSTILE}]
+    chat["messages"][1]["content"] = "\ue000 [x](javascript:owned=1)"
+    bad_role = {**chat, "id": "2", "messages": [{"role": "system", "content": "x"}] * 2}
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps({"conversations": [chat, bad_role, 7, None]}))
+    page.locator("#file").set_input_files(path)
+    page.locator("#chats .title").click()
+    expect(answers(page).locator(".chip")).to_contain_text("<img")
+    expect(page.locator("#chats li")).to_have_count(1)
+    expect(page.locator("#thread, #chats").locator("a, img, b, iframe, script")).to_have_count(0)
+    assert page.evaluate("() => window.owned") is None
 
 
 def test_browser_refuses_html_even_from_the_page_itself(browser, server):
@@ -556,33 +672,55 @@ def test_pathological_text_is_quick(page, server, text):
 # ---- Hands, eyes and ears
 
 
-def test_narrow_screen(open_page, server):
-    page = open_page(**PHONE)
+SIZES = """() => [...document.querySelectorAll("button, input, textarea")].filter(
+  (node) => node.checkVisibility({ visibilityProperty: true }) && !node.closest("[inert]")
+    && (!document.querySelector("dialog[open]") || node.closest("dialog")))
+  .map((node) => {
+    const { left, right, width, height } = node.getBoundingClientRect();
+    const name = node.ariaLabel || node.textContent.trim() || node.labels?.[0]?.textContent.trim();
+    return { name, left, right, width, height };
+  })"""
+
+
+def check_controls(page):
+    """Whatever can be touched has a name, is as large as a finger, and lies on the screen."""
+    controls = page.evaluate(SIZES)
+    width = page.viewport_size["width"]
+    assert len(controls) >= 3
+    for control in controls:
+        assert control["name"], control
+        assert min(control["width"], control["height"]) >= 40, control
+        assert 0 <= control["left"] <= control["right"] <= width, control
+    assert page.evaluate("() => document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_screens(open_page, server, width):
+    page = open_page(viewport={"width": width, "height": 568}, has_touch=True, is_mobile=width < 1000)
+    check_controls(page)
     server.replies = [tokens("```\n" + "wide " * 60 + "\n```\n" + "x" * 300 + "\n\n| " + "long_word_" * 20)]
-    box(page).fill("w" * 200)
+    box(page).fill("long title " * 20 + "w" * 200)
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
-    widths = page.evaluate(
-        "() => [document.documentElement.scrollWidth, document.querySelector('#scroller').scrollWidth]"
-    )
-    assert max(widths) <= 320
-    for name in ("Show conversations", "Dark or light", "Sampling settings", "Send", "Regenerate"):
-        button = page.get_by_role("button", name=name, exact=True)
-        place = button.bounding_box()
-        assert place["width"] >= 34, name
-        assert place["height"] >= 34, name
-        assert 0 <= place["x"] <= 320 - place["width"], name
-        assert 0 <= place["y"] <= 568 - place["height"], name
+    check_controls(page)
+    scroller = page.locator("#scroller")
+    assert scroller.evaluate("(node) => node.scrollWidth - node.clientWidth") == 0
+    assert page.locator("main").bounding_box()["width"] >= min(width, 480)
     assert page.evaluate("() => parseFloat(getComputedStyle(box).fontSize)") >= 16  # else iOS zooms in
-    page.get_by_role("button", name="Show conversations").tap()
-    expect(page.get_by_role("button", name="Hide conversations")).to_be_focused()
-    page.get_by_role("button", name="New chat").tap()
-    expect(page.get_by_label("Conversations", exact=True)).to_be_hidden()
+    page.get_by_role("button", name="Edit").last.click()
+    check_controls(page)
+    page.keyboard.press("Escape")
+    if page.get_by_role("button", name="Show conversations").is_visible():
+        page.get_by_role("button", name="Show conversations").click()
+        expect(page.get_by_role("button", name="Hide conversations")).to_be_focused()
+    check_controls(page)
+    page.get_by_role("button", name="New chat").click()
     expect(page.locator("article")).to_have_count(0)
-    page.get_by_role("button", name="Sampling settings").tap()
+    expect(page.get_by_label("Conversations", exact=True)).to_be_visible(visible=width > 760)
+    page.get_by_role("button", name="Sampling settings").click()
+    check_controls(page)
     dialog = page.get_by_role("dialog").bounding_box()
-    assert dialog["x"] >= 0
-    assert dialog["x"] + dialog["width"] <= 320
+    assert dialog["y"] >= 0
     assert dialog["y"] + dialog["height"] <= 568
 
 
@@ -685,33 +823,76 @@ def test_dark_and_light(open_page):
     assert luminance(page) > 200
 
 
+# Contrast by WCAG 2.2 of every text in sight against what is painted behind it, as [ratio, text]
+CONTRAST = r"""() => {
+  const rgba = (css) => {
+    const [r, g, b, a = 1] = css.match(/[\d.]+/g).map(Number);
+    return { rgb: css.startsWith("color(") ? [r, g, b] : [r / 255, g / 255, b / 255], a };
+  };
+  const over = (top, alpha, under) => top.map((c, i) => alpha * c + (1 - alpha) * under[i]);
+  const luminance = (rgb) => {
+    const [r, g, b] = rgb.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const ratio = (a, b) => Math.max(luminance(a), luminance(b)) / Math.min(luminance(a), luminance(b));
+  const paper = (node) => {
+    const { rgb, a } = rgba(getComputedStyle(node).backgroundColor);
+    return a === 1 ? rgb : over(rgb, a, paper(node.parentElement)); // that of the root is opaque
+  };
+  const opacity = (node) => (node ? Number(getComputedStyle(node).opacity) * opacity(node.parentElement) : 1);
+  const found = [];
+  const scope = document.querySelector("dialog[open]") ?? document.body;
+  for (const node of scope.querySelectorAll("*")) {
+    const own = [...node.childNodes].filter((child) => child.nodeType === Node.TEXT_NODE);
+    const text = node.placeholder || own.map((child) => child.data).join("").trim();
+    const isSeen = node.checkVisibility() && !node.matches(".spoken, :disabled") && opacity(node) > 0;
+    if (!text || !isSeen) continue;
+    const style = getComputedStyle(node, node.placeholder && !node.value ? "::placeholder" : null);
+    const behind = paper(node);
+    found.push([ratio(over(rgba(style.color).rgb, opacity(node), behind), behind), text]);
+  }
+  for (const node of scope.querySelectorAll("form:not([method]), input:not([type='range'], [type='file'])")) {
+    if (!node.checkVisibility()) continue;
+    const edge = rgba(getComputedStyle(node).borderTopColor).rgb;
+    found.push([1.5 * ratio(edge, paper(node.parentElement)), "edge of " + (node.name || node.id)]);
+  }
+  return found;
+}"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read(open_page, scheme):
-    """WCAG AA: 4.5 to 1 for the ink, the quiet text, links and errors."""
+def test_text_can_be_read(open_page, server, scheme):
+    """WCAG AA: 4.5 to 1 wherever there is text, 3 to 1 for the edges of what can be written in."""
     page = open_page(color_scheme=scheme)
-    for pair in (
-        "ink paper",
-        "muted paper",
-        "muted sunken",
-        "leaf paper",
-        "leaf raised",
-        "alarm raised",
-        "on-leaf leaf",
+    seen = {}
+
+    def look():
+        seen.update({text: ratio for ratio, text in page.evaluate(CONTRAST)})
+
+    look()
+    call = {"tool": {"expression": "1+1", "result": "2"}}
+    server.replies = [[*tokens(MARKDOWN), call], Refusal(500)]
+    exchange(page, "Go")
+    say(page, "Again")
+    expect(page.locator("#notice")).to_be_visible()
+    page.get_by_role("button", name="Edit").first.click()
+    box(page).fill("word " * 2000)
+    look()
+    page.get_by_role("button", name="Sampling settings").click()
+    look()
+    assert len(seen) > 30, seen
+    for known in (
+        "Message",
+        "Title",
+        "1+1 = 2",
+        "HTTP 500",
+        "Export",
+        "python",
+        "Temperature",
+        "edge of seed",
     ):
-        ratio = page.evaluate(
-            """(pair) => {
-              const luminance = (name) => {
-                document.body.style.color = `var(--${name})`;
-                const rgb = getComputedStyle(document.body).color.match(/[\\d.]+/g).map((c) => c / 255);
-                const [r, g, b] = rgb.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-                return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
-              };
-              const [a, b] = pair.split(" ").map(luminance);
-              return Math.max(a, b) / Math.min(a, b);
-            }""",
-            pair,
-        )
-        assert ratio >= 4.5, (pair, ratio)
+        assert known in seen
+    assert {text: ratio for text, ratio in seen.items() if ratio < 4.5} == {}
 
 
 def test_reduced_motion(open_page, server):
