@@ -1,8 +1,11 @@
 """From the worker's thread to a handler that awaits, and from there to the client.
 
-The worker emits from a thread of its own; call_soon_threadsafe carries the events over into a queue. Whoever
-asked may leave at any time, even before the first word is sent. WhileConnected watches for that, and however
-an answer ends, its rows are freed.
+The worker emits from a thread of its own. To wake the event loop for each token would take the interpreter
+from the worker as often, and send each client a packet a token. So the loop takes over what has come at most
+once in TICK_S, which is oftener than anyone reads.
+
+Whoever asked may leave at any time, even before the first word is sent. WhileConnected watches for that, and
+however an answer ends, its rows are freed.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,49 +23,79 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanochat.api_errors import ApiError
 from nanochat.sample_text import Piece, Sample
-from nanochat.serving import Backend, End, QueueFull, Request, Token
+from nanochat.serving import Backend, End, Handle, QueueFull, Request, Token
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
 CLOSING = "the server is shutting down"
+TICK_S = 0.02
 _BATCH = 64  # events that are turned into text before others get a turn
 
 
-class Generation:
-    """A request under way. ApiError 400 if it cannot be served, 429 if too many wait."""
+class Generations:
+    """Starts requests, and brings them what the worker emits."""
 
-    def __init__(self, backend: Backend, request: Request, stops: Sequence[str] = (), log: bool = False):
+    def __init__(self, backend: Backend, log: bool = False):
+        self.backend, self.log = backend, log
+        self._emitted: deque[tuple[Generation, Token | End]] = deque()
+        self._is_awake = False  # the loop knows that there is something
+        self._delivered_at = 0.0
+
+    def start(self, request: Request, stops: Sequence[str] = ()) -> Generation:
+        """Submit a request; ApiError 400 if it cannot be served, 429 if too many wait."""
         loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Token | End] = asyncio.Queue()
-        self._log = log
-        self.samples = [Sample(backend.tokenizer, stops) for _ in range(request.n)]
+        tokenizer = self.backend.tokenizer
+        generation = Generation([Sample(tokenizer, stops) for _ in range(request.n)], self.log)
 
         def emit(event: Token | End) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._emitted.append((generation, event))
+            if not self._is_awake:
+                self._is_awake = True
+                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    loop.call_soon_threadsafe(self._wake)
 
         try:
-            self._handle = backend.submit(request, emit)
+            generation.handle = self.backend.submit(request, emit)
         except QueueFull as error:
             raise ApiError(
                 429, "too many requests wait; try again later", headers={"Retry-After": str(RETRY_AFTER_S)}
             ) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        if log:
-            logger.info("prompt: %r", backend.tokenizer.decode(request.tokens))
+        if self.log:
+            logger.info("prompt: %r", tokenizer.decode(request.tokens))
+        return generation
+
+    def _wake(self) -> None:
+        asyncio.get_running_loop().call_at(self._delivered_at + TICK_S, self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_awake = False  # first: what is emitted from now on wakes the loop again
+        self._delivered_at = asyncio.get_running_loop().time()
+        while self._emitted:
+            generation, event = self._emitted.popleft()
+            generation.events.put_nowait(event)
+
+
+class Generation:
+    """A request under way."""
+
+    handle: Handle
+
+    def __init__(self, samples: list[Sample], log: bool):
+        self.samples, self._log = samples, log
+        self.events: asyncio.Queue[Token | End] = asyncio.Queue()
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Yield what is said, as much as has come at a time, until every sample has finished.
 
-        The busier the server, the more pieces at a time, which makes them cheaper. ApiError 500 if the worker
-        fails, 503 if it was stopped.
+        ApiError 500 if the worker fails, 503 if it was stopped.
         """
         while any(sample.finish is None for sample in self.samples):
-            events = [await self._events.get()]
-            while not self._events.empty() and len(events) < _BATCH:
-                events.append(self._events.get_nowait())
+            events = [await self.events.get()]
+            while not self.events.empty() and len(events) < _BATCH:
+                events.append(self.events.get_nowait())
             pieces: list[Piece] = []
             try:
                 for event in events:
@@ -86,7 +120,7 @@ class Generation:
 
     def cancel(self) -> None:
         """Free its rows, if it still has any."""
-        self._handle.cancel()
+        self.handle.cancel()
 
 
 class WhileConnected(Response):

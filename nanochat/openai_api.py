@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from nanochat.api_errors import ApiError
 from nanochat.chat_request import Settings, chat_prompt, check_length
-from nanochat.generation import Generation, WhileConnected, event, event_stream
+from nanochat.generation import Generation, Generations, WhileConnected, event, event_stream
 from nanochat.openai_schema import ChatCompleting, Completing, TextCompleting
 from nanochat.sample_text import Piece, Said
 from nanochat.serving import Backend
@@ -35,9 +35,10 @@ from nanochat.tokenizer import RustBPETokenizer
 Choice = Callable[[int, Said], dict[str, Any]]  # from the number of a sample and what it said
 
 
-def openai_routes(backend: Backend, settings: Settings) -> APIRouter:
+def openai_routes(generations: Generations, settings: Settings) -> APIRouter:
     """Return the routes below /v1."""
     router = APIRouter(prefix="/v1")
+    backend = generations.backend
     tokenizer = backend.tokenizer
     model = {"id": backend.name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
 
@@ -57,7 +58,7 @@ def openai_routes(backend: Backend, settings: Settings) -> APIRouter:
         messages = [message.plain() for message in body.messages]
         tokens = chat_prompt(tokenizer, settings, messages, backend.context - max_tokens)
         request = body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.num_alternatives)
-        generation = Generation(backend, request, body.stops, settings.log_chats)
+        generation = generations.start(request, body.stops)
         choice = partial(_chat_choice, tokenizer, body.logprobs)
         return _Answer("chat.completion", backend.name, body, generation, len(tokens), choice).response()
 
@@ -67,7 +68,7 @@ def openai_routes(backend: Backend, settings: Settings) -> APIRouter:
         tokens = _text_prompt(tokenizer, settings, body.prompt)
         max_tokens = _text_limit(body, settings, backend.context, len(tokens))
         request = body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.logprobs)
-        generation = Generation(backend, request, body.stops, settings.log_chats)
+        generation = generations.start(request, body.stops)
         choice = partial(_text_choice, tokenizer, body.logprobs is not None)
         return _Answer("text_completion", backend.name, body, generation, len(tokens), choice).response()
 

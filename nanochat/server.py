@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanochat import chat_request
 from nanochat.api_errors import ApiError, install_error_handlers
 from nanochat.chat_request import Items, Sampling, Settings, chat_prompt
-from nanochat.generation import CLOSING, Generation, WhileConnected, event, event_stream
+from nanochat.generation import CLOSING, Generation, Generations, WhileConnected, event, event_stream
 from nanochat.openai_api import openai_routes
 from nanochat.serving import Backend
 
@@ -77,8 +77,9 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
         responses=ERRORS,
     )
     install_error_handlers(app)
-    app.include_router(openai_routes(backend, settings))
-    _add_chat(app, backend, settings)
+    generations = Generations(backend, settings.log_chats)
+    app.include_router(openai_routes(generations, settings))
+    _add_chat(app, generations, settings)
     _add_information(app, backend, settings, counters)
     app.add_middleware(Gate, counters=counters, settings=settings)
     if settings.allowed_origins:
@@ -91,13 +92,15 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _add_chat(app: FastAPI, backend: Backend, settings: Settings) -> None:
+def _add_chat(app: FastAPI, generations: Generations, settings: Settings) -> None:
+    backend = generations.backend
+
     @app.post("/chat/completions")
     async def chat(body: ChatRequest) -> Response:
         max_tokens = settings.chat_tokens(body.max_tokens, backend.context)
         tokens = chat_prompt(backend.tokenizer, settings, body.messages, backend.context - max_tokens)
         request = body.to_request(settings, tokens, max_tokens)
-        generation = Generation(backend, request, log=settings.log_chats)
+        generation = generations.start(request)
         return WhileConnected(generation, event_stream(_chat_events(generation)))
 
 

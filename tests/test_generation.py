@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from nanochat.generation import Generation
+from nanochat.generation import TICK_S, Generations
 from nanochat.serving import Request
 from tests.fake_backend import FakeBackend, Pause, wait_for
 from tests.vocabulary import train_tokenizer
@@ -23,7 +23,7 @@ def test_a_worker_that_goes_on_after_the_loop_is_closed(backend, monkeypatch):
     backend.prepare(["the", pause, "river"])
 
     async def leave():
-        generation = Generation(backend, Request(tokens=[1], max_tokens=9))
+        generation = Generations(backend).start(Request(tokens=[1], max_tokens=9))
         async for _ in generation.pieces():
             return
 
@@ -39,10 +39,37 @@ def test_what_waits_is_taken_at_once(backend):
     backend.prepare(["the river of light"])
 
     async def count():
-        generation = Generation(backend, Request(tokens=[1], max_tokens=99))
+        generation = Generations(backend).start(Request(tokens=[1], max_tokens=99))
         backend.threads[-1].join()
         return [len(pieces) async for pieces in generation.pieces()]
 
     num_tokens = len(backend.ids("the river of light"))
     assert num_tokens > 3
     assert asyncio.run(count())[-1] >= num_tokens
+
+
+def test_the_loop_is_woken_once_a_tick(backend):
+    """It was woken for every token, and took the interpreter from the worker each time."""
+    backend.prepare(*[[*["river"] * 500, Pause()]] * 3)
+
+    async def count():
+        loop = asyncio.get_running_loop()
+        wakes = []
+        call = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args: (wakes.append(args), call(*args))
+        generations = Generations(backend)
+        start = loop.time()
+        started = [generations.start(Request(tokens=[1], max_tokens=5000)) for _ in range(3)]
+        texts = ["", "", ""]
+        for i, generation in enumerate(started):
+            async for pieces in generation.pieces():
+                texts[i] += "".join(piece.text for piece in pieces)
+                if len(texts[i]) == len("river" * 500):
+                    break
+        return len(wakes), loop.time() - start, texts
+
+    num_wakes, seconds, texts = asyncio.run(count())
+    for handle in backend.handles:
+        handle.cancel()
+    assert texts == ["river" * 500] * 3
+    assert num_wakes <= 10 + seconds / TICK_S  # of 1,500 tokens

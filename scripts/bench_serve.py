@@ -1,0 +1,308 @@
+"""Load a running chat server with many clients, and see whether it stays quick, right and free of leaks.
+
+    python -m scripts.chat_web -p 8000 &
+    python -m scripts.bench_serve --url=http://127.0.0.1:8000 --clients=200 --seconds=60 --disconnect=0.2
+
+Each client asks one question after the other and reads the answer as it comes; of some it leaves in the
+middle. Meanwhile /health is asked twice a second. The questions are of different lengths and the answers
+greedy, so they can be compared:
+
+    --check          with what the server said to each question alone, before the load; right where rounding
+                     does not depend on who else is served, as in float32 on a CPU
+    --expect=FILE    with answers that are known: a line of FILE is a request to /chat/completions, as JSON,
+                     and its "answer"
+
+Afterwards no slot may be in use. The last line of output is JSON; the status is 1 if anything went wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import urlsplit
+
+from nanochat.common import parse, run
+
+PATIENCE_S = 120  # for an answer, its time in the queue included
+DRAIN_S = 10
+HEALTH_EVERY_S = 0.5
+RETRY_S = 0.5
+NUM_QUESTIONS = 24
+TEXT = "why do rivers of light run under old stone bridges while the moon counts 1887 boats and sings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchServeConfig:
+    url: str = "http://127.0.0.1:8000"
+    """address of the server"""
+    clients: int = 200
+    """clients at a time"""
+    seconds: float = 60
+    """for how long they ask; what runs then may finish"""
+    disconnect: float = 0.2
+    """fraction of the requests whose client leaves in the middle of the answer"""
+    max_tokens: int = 64
+    """tokens of an answer, at most"""
+    check: bool = False
+    """compare each answer with the one that was given before the load"""
+    expect: str = ""
+    """file of questions with their answers, to ask these and compare"""
+    api_key: str = field(default_factory=lambda: os.environ.get("NANOCHAT_API_KEY", ""))
+    """the server's key, by default $NANOCHAT_API_KEY"""
+    seed: int = 0
+    """of the order of questions, and of who leaves when"""
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme != "http" or not urlsplit(self.url).hostname:
+            raise ValueError(f"url={self.url} must be like http://127.0.0.1:8000")
+        if self.clients < 1 or self.seconds <= 0 or self.max_tokens < 1:
+            raise ValueError(
+                f"clients={self.clients} and max_tokens={self.max_tokens} must be 1 at least, "
+                f"seconds={self.seconds} more than 0"
+            )
+        if not 0 <= self.disconnect <= 1:
+            raise ValueError(f"disconnect={self.disconnect} must be a fraction, 0 to 1")
+        if self.check and self.expect:
+            raise ValueError("--check asks for the answers that --expect has; leave one out")
+
+
+@dataclass
+class Question:
+    """The body of a request, and the answer to it if that is known."""
+
+    body: bytes
+    max_tokens: int
+    answer: str | None = None
+
+
+@dataclass
+class Tally:
+    """What happened."""
+
+    complete: int = 0
+    left: int = 0  # by the client, in the middle
+    turned_away: int = 0  # 429
+    first_token_s: list[float] = field(default_factory=list)
+    between_tokens_s: list[float] = field(default_factory=list)
+    health_s: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class Server:
+    """Where requests go."""
+
+    def __init__(self, url: str, api_key: str):
+        parts = urlsplit(url)
+        self.host, self.port, self.path = parts.hostname, parts.port or 80, parts.path.rstrip("/")
+        self.head = f"Host: {parts.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        if api_key:
+            self.head += f"Authorization: Bearer {api_key}\r\n"
+
+    @asynccontextmanager
+    async def request(self, path: str, body: bytes = b"") -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """Ask; yields the status and the body as it comes. To leave early is to hang up."""
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            method = "POST" if body else "GET"
+            head = f"{method} {self.path}{path} HTTP/1.1\r\n{self.head}Content-Length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body)
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            is_chunked = b"transfer-encoding: chunked" in answer
+            yield int(answer.split()[1]), _chunks(reader) if is_chunked else _until_end(reader)
+        finally:
+            writer.transport.abort()
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """Return JSON; OSError if there is none."""
+        async with self.request(path) as (status, chunks):
+            return json.loads(await _read(status, chunks))
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while size := int(await reader.readline(), 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+
+
+async def _until_end(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while chunk := await reader.read(1 << 16):
+        yield chunk
+
+
+async def _read(status: int, chunks: AsyncIterator[bytes]) -> bytes:
+    body = b"".join([chunk async for chunk in chunks])
+    if status != 200:
+        raise OSError(f"status {status}: {body[:500].decode(errors='replace')}")
+    return body
+
+
+async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    rest = b""
+    async for chunk in chunks:
+        *events, rest = (rest + chunk).split(b"\n\n")
+        for event in events:
+            yield json.loads(event.removeprefix(b"data: "))
+
+
+async def ask(server: Server, question: Question, tally: Tally, leave_after: float = float("inf")) -> str:
+    """Return the answer, as far as it was read: the client leaves after so many tokens."""
+    start = last = time.perf_counter()
+    text, num_tokens = "", 0
+    async with server.request("/chat/completions", question.body) as (status, chunks):
+        if status == 429:
+            tally.turned_away += 1
+            await asyncio.sleep(RETRY_S)
+            return ""
+        if status != 200:
+            await _read(status, chunks)
+        async for event in _events(chunks):
+            if "done" in event:
+                tally.complete += 1
+                if question.answer not in (None, text):
+                    tally.problems.append(f"wrong: {text!r} is not {question.answer!r}")
+                return text
+            if "error" in event:
+                raise OSError(event["error"]["message"])
+            now = time.perf_counter()
+            (tally.between_tokens_s if num_tokens else tally.first_token_s).append(now - last)
+            last = now
+            num_tokens += 1
+            text += event.get("token", "")
+            if num_tokens >= leave_after:
+                tally.left += 1
+                return text
+    raise OSError(f"an answer broke off after {time.perf_counter() - start:.1f} s and {num_tokens} tokens")
+
+
+async def client(
+    server: Server, questions: Sequence[Question], tally: Tally, config: BenchServeConfig, number: int
+) -> None:
+    """Ask until the time is up."""
+    rng = random.Random(f"{config.seed} {number}")
+    end = time.perf_counter() + config.seconds
+    while time.perf_counter() < end:
+        question = rng.choice(questions)
+        leaves = rng.random() < config.disconnect
+        leave_after = rng.randint(1, max(1, question.max_tokens // 2)) if leaves else float("inf")
+        try:
+            await asyncio.wait_for(ask(server, question, tally, leave_after), PATIENCE_S)
+        except (OSError, ValueError, EOFError, asyncio.TimeoutError) as error:
+            tally.problems.append(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(RETRY_S)
+
+
+async def watch_health(server: Server, tally: Tally) -> None:
+    """Ask for /health until cancelled."""
+    while True:
+        start = time.perf_counter()
+        try:
+            await asyncio.wait_for(server.get("/health"), PATIENCE_S)
+        except (OSError, ValueError, EOFError, asyncio.TimeoutError) as error:
+            tally.problems.append(f"/health: {type(error).__name__}: {error}")
+        tally.health_s.append(time.perf_counter() - start)
+        await asyncio.sleep(HEALTH_EVERY_S)
+
+
+async def drained(server: Server) -> dict[str, Any]:
+    """Return the server's stats once nothing runs or waits any more, or after DRAIN_S."""
+    end = time.perf_counter() + DRAIN_S
+    while True:
+        stats = await server.get("/stats")
+        if not (stats["running"] or stats["waiting"]) or time.perf_counter() > end:
+            return stats
+        await asyncio.sleep(0.05)
+
+
+def make_questions(config: BenchServeConfig) -> list[Question]:
+    """Return what is asked; ValueError if --expect has no such lines."""
+    if not config.expect:
+        rng, words = random.Random(0), TEXT.split()
+        requests = [
+            {
+                "messages": [{"role": "user", "content": " ".join(rng.choices(words, k=1 + i * i // 2))}],
+                "max_tokens": config.max_tokens,
+            }
+            for i in range(NUM_QUESTIONS)
+        ]
+    else:
+        lines = Path(config.expect).read_text("utf-8").splitlines()
+        requests = [json.loads(line) for line in lines]
+        if not requests or not all({"messages", "answer"} <= set(request) for request in requests):
+            raise ValueError(f"{config.expect}: each line must be JSON with messages and answer")
+    questions = []
+    for request in requests:
+        answer = request.pop("answer", None)
+        body = {"temperature": 0, "top_k": 0, "max_tokens": config.max_tokens, **request}
+        questions.append(Question(json.dumps(body).encode(), body["max_tokens"], answer))
+    return questions
+
+
+async def bench(config: BenchServeConfig) -> dict[str, Any]:
+    """Run the load; the result has the numbers and the problems."""
+    server = Server(config.url, config.api_key)
+    questions = make_questions(config)
+    before = await server.get("/stats")
+    if config.check:
+        for question in questions:
+            question.answer = await asyncio.wait_for(ask(server, question, Tally()), PATIENCE_S)
+    num_tokens = (await server.get("/stats"))["tokens_generated"]
+    tally = Tally()
+    watch = asyncio.ensure_future(watch_health(server, tally))
+    start = time.perf_counter()
+    await asyncio.gather(*(client(server, questions, tally, config, i) for i in range(config.clients)))
+    seconds = time.perf_counter() - start
+    watch.cancel()
+    stats = await drained(server)
+    if stats["running"] or stats["waiting"]:
+        tally.problems.append(f"leaked: {stats['running']} run and {stats['waiting']} wait for nobody")
+    if not tally.complete:
+        tally.problems.append("no answer was complete")
+    return {
+        "model": before["model"],
+        "slots": before["slots"],
+        "clients": config.clients,
+        "seconds": round(seconds, 2),
+        "complete": tally.complete,
+        "left": tally.left,
+        "turned_away": tally.turned_away,
+        "compared": config.check or bool(config.expect),
+        "requests_per_s": round((tally.complete + tally.left) / seconds, 2),
+        "tokens_per_s": round((stats["tokens_generated"] - num_tokens) / seconds, 1),
+        "first_token_s": spread(tally.first_token_s),
+        "between_tokens_s": spread(tally.between_tokens_s),
+        "health_s": spread(tally.health_s),
+        "problems": len(tally.problems),
+        "first_problems": tally.problems[:5],
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, 95th percentile and maximum; nothing of nothing."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    p95 = ordered[int(0.95 * (len(ordered) - 1))]
+    return {"median": round(median(ordered), 5), "p95": round(p95, 5), "max": round(ordered[-1], 5)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 1 if anything was wrong."""
+    config = parse(BenchServeConfig, argv)
+    result = asyncio.run(bench(config))
+    for problem in result["first_problems"]:
+        print(problem, file=sys.stderr)
+    print(json.dumps(result))
+    return 1 if result["problems"] else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,144 @@
+"""The load test, in a small size: answers are right, slots come back, and what is wrong is noticed."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.chat_format import render_for_completion
+from nanochat.serving import End
+from nanochat.worker import Worker
+from scripts import bench_serve
+from tests.echo_model import KEYS, echo, echo_config, echo_model
+from tests.fake_backend import FakeBackend, Pause, serve
+from tests.models import random_model, small_config
+from tests.vocabulary import WORDS, train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = train_tokenizer()
+
+
+@pytest.fixture
+def run(capsys):
+    """Run against a server; returns status and result."""
+
+    def run(client, *flags):
+        status = bench_serve.main([f"--url={client.url}", *flags])
+        return status, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def expectations(tmp_path):
+    """A file of questions with the answers of the echo model."""
+    rng = random.Random(0)
+    lines = []
+    for num_words in (0, 1, 3, 8, 20, 60, 100, 140):
+        words = rng.choices([word for word in WORDS if word.strip()], k=num_words)
+        words.insert(rng.randrange(num_words + 1), rng.choice(KEYS))
+        messages = [{"role": "user", "content": " ".join(words)}]
+        tokens = render_for_completion(TOKENIZER, {"messages": messages}, 512)
+        max_tokens = rng.randint(5, 60)
+        answer = echo(TOKENIZER, tokens, max_tokens)
+        lines.append(json.dumps({"messages": messages, "max_tokens": max_tokens, "answer": answer}))
+    path = tmp_path / "expect.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def echo_worker(**settings):
+    return Worker(echo_model(echo_config(TOKENIZER.get_vocab_size())), TOKENIZER, "echo", **settings)
+
+
+def test_answers_under_load_are_those_given_alone(run):
+    """Random weights, whose answers depend on all of the decode state; a fifth of the clients leaves."""
+    config = small_config(vocab_size=TOKENIZER.get_vocab_size(), sequence_len=512)
+    worker = Worker(random_model(config).eval(), TOKENIZER, "random", slots=8)
+    with serve(worker) as client:
+        status, result = run(client, "--clients=24", "--seconds=4", "--max-tokens=30", "--check")
+        stats = client.get("/stats").json()
+    assert result["first_problems"] == []
+    assert status == 0
+    assert result["compared"]
+    assert result["complete"] > 50
+    assert result["left"] > 5
+    assert stats["requests_cancelled"] > 5
+    assert (stats["running"], stats["waiting"], stats["requests_failed"]) == (0, 0, 0)
+    assert result["health_s"]["median"] < 0.1
+
+
+def test_no_answer_is_another_s(run, expectations):
+    with serve(echo_worker(slots=4, prefill_chunk=32)) as client:
+        status, result = run(client, "--clients=12", "--seconds=2", f"--expect={expectations}")
+    assert result["first_problems"] == []
+    assert status == 0
+    assert result["complete"] > 10
+
+
+def test_a_wrong_answer_is_noticed(run, expectations):
+    text = expectations.read_text()
+    answer = json.loads(text.splitlines()[-1])["answer"]
+    expectations.write_text(text.replace(answer, answer[:-1] + "!"))
+    with serve(echo_worker()) as client:
+        status, result = run(client, "--clients=8", "--seconds=0.5", f"--expect={expectations}")
+    assert status == 1
+    assert 0 < result["problems"] < result["complete"]
+    assert "wrong: " in result["first_problems"][0]
+
+
+def test_failures_are_noticed(run):
+    backend = FakeBackend(TOKENIZER)
+    backend.scripts = [["the", End(0, "error", "CUDA error")], ValueError("no"), ["the river"]]
+    with serve(backend) as client:
+        status, result = run(client, "--clients=1", "--seconds=1.5", "--disconnect=0")
+    assert status == 1
+    assert result["problems"] == 2
+    assert "the model failed" in result["first_problems"][0]
+    assert "status 400" in result["first_problems"][1]
+
+
+def test_a_slot_that_is_not_freed_is_noticed(run, monkeypatch):
+    monkeypatch.setattr(bench_serve, "DRAIN_S", 0.3)
+    backend, pause = FakeBackend(TOKENIZER), Pause()
+    submit = backend.submit
+
+    def submit_for_ever(request, emit):
+        handle = submit(request, emit)
+        handle.cancel = lambda: None
+        return handle
+
+    monkeypatch.setattr(backend, "submit", submit_for_ever)
+    backend.scripts = [["river"] * 40 + [pause]]
+    with serve(backend) as client:
+        status, result = run(client, "--clients=1", "--seconds=0.5", "--disconnect=1")
+        pause.end()
+    assert status == 1
+    assert "leaked: 1 run and 0 wait" in str(result["first_problems"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--url=127.0.0.1:8000"], "must be like http://"),
+        (["--clients=0"], "clients=0"),
+        (["--disconnect=1.5"], "disconnect=1.5"),
+        (["--check", "--expect=x"], "leave one out"),
+        (["--expect=x"], "No such file"),
+        (["--url=http://127.0.0.1:9"], "Connect call failed"),
+    ],
+)
+def test_settings_that_cannot_be(flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        bench_serve.main(flags)
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "scripts.bench_serve", "--help"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert time.perf_counter() - start < 2
