@@ -455,22 +455,6 @@ def test_two_tabs_see_each_other(page, server):
     expect(answers(page)).to_have_count(2)
 
 
-def test_export_and_import(page, open_page, tmp_path):
-    exchange(page, "first")
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Export").click()
-    path = tmp_path / "chats.json"
-    download.value.save_as(path)
-    other = open_page(locale="en-GB")
-    expect(other.locator("#chats li")).to_have_count(0)
-    other.locator("#file").set_input_files(path)
-    chat_button(other, "first").click()
-    expect(answers(other)).to_have_text("Fine.")
-    path.write_text('{"conversations": 3}')
-    other.locator("#file").set_input_files(path)
-    expect(other.locator("#notice span")).to_have_text("This file holds no conversations.")
-
-
 # ---- Settings
 
 
@@ -627,19 +611,17 @@ def test_hostile_text_stays_text(page, server):
     assert page.evaluate("() => window.owned") is None
 
 
-def test_hostile_file_stays_text(page, tmp_path):
-    chat = json.loads(stored_chat("<b>", 2)["iberis:chat:<b>"])
+def test_hostile_storage_stays_text(page):
+    key, value = next(iter(stored_chat("<b>", 2).items()))
+    chat = json.loads(value)
     chat["title"] = chat["draft"] = HOSTILE
     chat["messages"][1]["tools"] = [{"expression": HOSTILE, "result": HOSTILE}]
     chat["messages"][1]["content"] = "\ue000 [x](javascript:owned=1)"
-    bad_role = {**chat, "id": "2", "messages": [{"role": "system", "content": "x"}] * 2}
-    path = tmp_path / "chats.json"
-    path.write_text(json.dumps({"conversations": [chat, bad_role, 7, None]}))
-    page.locator("#file").set_input_files(path)
+    page.evaluate("([key, value]) => localStorage.setItem(key, value)", [key, json.dumps(chat)])
+    page.reload()
     page.locator("#chats .title").click()
     expect(answers(page).locator(".chip")).to_contain_text("<img")
-    expect(page.locator("#chats li")).to_have_count(1)
-    expect(page.locator("#thread, #chats").locator("a, img, b, iframe, script")).to_have_count(0)
+    expect(page.locator("#thread, #chats, h1").locator("a, img, b, iframe, script")).to_have_count(0)
     assert page.evaluate("() => window.owned") is None
 
 
@@ -781,7 +763,7 @@ def test_keyboard_only(page, server):
         assert is_marked, name
         seen.append(name)
     assert seen == [
-        *("Hide conversations", "New chat", "Hello", "Rename", "Delete", "Export", "Import"),
+        *("Hide conversations", "New chat", "Hello", "Rename", "Delete"),
         *("Dark or light", "Sampling settings"),
         *("Messages", "Edit", "Copy", "Regenerate", "Copy"),
         *("Message", "Send"),
@@ -886,7 +868,7 @@ def test_text_can_be_read(open_page, server, scheme):
         "Title",
         "1+1 = 2",
         "HTTP 500",
-        "Export",
+        "New chat",
         "python",
         "Temperature",
         "edge of seed",
