@@ -25,6 +25,7 @@ class Decoder(Protocol):
 
     slots: int
     context: int  # tokens a slot has room for
+    device: torch.device
     logits: Tensor  # (B,V) float32, soft-capped, of the last step, in its order
 
     def open(self, params: SamplingParams) -> int:
@@ -66,6 +67,7 @@ class PlainDecoder:
 
     def __init__(self, model: GPT, slots: int):
         self.model, self.slots, self.context = model, slots, model.config.sequence_len
+        self.device = model.device
         self.logits = torch.empty(0)
         self._cache = model.new_cache(slots, self.context)
         self._running: list[int] = []  # the slot of each row

@@ -1,0 +1,201 @@
+"""Time prefill and decoding on this machine: one JSON line for each batch size and context.
+
+    python -m scripts.bench_infer                                 # d20, random weights
+    python -m scripts.bench_infer --depth=12 --batch-sizes 1 8 --decoder=plain
+
+Every sequence of a batch has `context` tokens once the last step is done. `prefill_ms` is the pass over a prompt
+of that length, `first_token_ms` the time from a prompt to its first new token. `floor_share` is the time in which
+the card copies as many bytes as a step must read, over the time that a step takes; the copy is timed here, too.
+All times are medians, of whole steps as the server sees them: from tokens known to the host to tokens known to it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+from nanochat.common import parse, run, setup_runtime
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchInferConfig:
+    depth: int = 20
+    """The model's size; its weights are random."""
+    vocab_size: int = 65_536
+    """Number of tokens."""
+    slc_rate: int = 3
+    """Every so manieth layer is attention; 0: all are."""
+    batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
+    """Sequences decoded at once."""
+    contexts: tuple[int, ...] = (512, 2048)
+    """Tokens of a sequence when the last step is done."""
+    steps: int = 64
+    """Steps to time for each."""
+    decoder: Literal["best", "plain"] = "best"
+    """plain: the model as it is, step by step."""
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_k: int = 0
+    """Sample from the likeliest k tokens only; 0: from all."""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "steps", *(("batch_sizes", "contexts"))):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if min(self.contexts) <= self.steps:
+            raise ValueError(f"steps={self.steps} must be fewer than the tokens of contexts={self.contexts}")
+
+
+def random_model(config: GPTConfig, device: torch.device) -> GPT:
+    """A model in eval mode, none of whose weights is zero: zeros would run faster."""
+    import torch
+
+    from nanochat.gpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=parameter.size(-1) ** -0.5)
+    return model.eval()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(action: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of an action that has run before."""
+    taken = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        action()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return median(taken)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that are read and written by a large copy."""
+    import torch
+
+    source = torch.empty(1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
+    target = source.clone()
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), device, 20)
+
+
+def step_bytes(model: GPT, batch_size: int, context: int) -> int:
+    """What a step must read: each weight but the embedding once, and the state of each sequence."""
+    parts = model.num_parameters()
+    state = model.state_bytes(model.activation_dtype)
+    weights = (parts["total"] - parts["wte"]) * model.activation_dtype.itemsize
+    return weights + batch_size * (context * state["per_token"] + state["per_sequence"])
+
+
+def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context: int) -> dict[str, float]:
+    """Prefill and decode times in milliseconds."""
+    import torch
+
+    from nanochat.sampling import SamplingParams
+
+    device, vocab_size = decoder.device, config.vocab_size
+    params = SamplingParams(temperature=config.temperature, top_k=config.top_k)
+    prompt = torch.randint(0, vocab_size, (context,)).tolist()
+
+    def prefill() -> None:
+        slot = decoder.open(params)
+        decoder.feed(slot, prompt)
+        decoder.close(slot)
+
+    def first_token() -> None:
+        slot = decoder.open(params)
+        decoder.feed(slot, prompt[:-1])
+        decoder.step({slot: prompt[-1]})
+        decoder.close(slot)
+
+    times = {}
+    for name, action in (("prefill_ms", prefill), ("first_token_ms", first_token)):
+        action()
+        times[name] = 1e3 * seconds(action, device, 10)
+
+    slots = [decoder.open(params)]
+    decoder.feed(slots[0], prompt[: context - config.steps - 3])
+    slots += [decoder.fork(slots[0], params) for _ in range(batch_size - 1)]
+    last, taken = {slot: (7 * i) % vocab_size for i, slot in enumerate(slots)}, []
+    for _ in range(config.steps + 3):  # the first ones record a graph and warm up
+        start = time.perf_counter()
+        last = dict(zip(slots, decoder.step(last), strict=True))
+        taken.append(time.perf_counter() - start)
+    for slot in slots:
+        decoder.close(slot)
+    return {**times, "step_ms": 1e3 * median(taken[3:])}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    config = parse(BenchInferConfig, argv)
+    runtime = setup_runtime(config.device_type)
+    import torch
+
+    from nanochat.decoder import PlainDecoder, decoder_for
+    from nanochat.gpt import GPTConfig
+    from nanochat.hardware import describe
+
+    shape = GPTConfig.from_depth(
+        config.depth, vocab_size=config.vocab_size, slc_rate=config.slc_rate, sequence_len=max(config.contexts)
+    )
+    model = random_model(shape, runtime.device)
+    bandwidth = copy_bandwidth(runtime.device)
+    make = decoder_for if config.decoder == "best" else PlainDecoder
+    for batch_size in config.batch_sizes:
+        for context in config.contexts:
+            decoder = make(model, batch_size)
+            times = measure(decoder, config, batch_size, context)
+            del decoder
+            floor_ms = 1e3 * step_bytes(model, batch_size, context) / bandwidth
+            result = {
+                "batch_size": batch_size,
+                "context": context,
+                "tokens_per_second": round(1e3 * batch_size / times["step_ms"], 1),
+                **{name: round(value, 4) for name, value in times.items()},
+                "floor_share": round(floor_ms / times["step_ms"], 3),
+                "copy_gb_per_second": round(bandwidth / 1e9),
+                "decoder": make.__name__ if config.decoder == "plain" else "best",
+                "temperature": config.temperature,
+                "top_k": config.top_k,
+                "depth": config.depth,
+                "slc_rate": config.slc_rate,
+                **describe(runtime.device),
+            }
+            if runtime.device.type == "cuda":
+                result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                torch.cuda.reset_peak_memory_stats()
+            print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

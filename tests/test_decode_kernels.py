@@ -1,0 +1,200 @@
+"""The kernels of decoding against their references: interpreted on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+
+from nanochat.gpt import apply_rotary, norm, rotary_tables
+from nanochat.kernels import sampling as kernel_sampling
+from nanochat.kernels.attention_decode import attend, attend_reference, rope_append
+from nanochat.kernels.pointwise import embed, norm_relu2
+from nanochat.kernels.row_linear import row_linear, row_linear_reference
+from nanochat.kernels.slc2_decode import slc2_mix, slc2_mix_reference, slc2_rows
+from nanochat.sampling import SamplingParams, sample_rows
+
+BFLOAT16 = {torch.float32: 2e-5, torch.bfloat16: 4e-3}  # relative Frobenius error of an output
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled on this machine, and run by -m gpu")
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+def error(value, reference):
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def poison(*shape, dtype, device):
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(("B", "N", "K"), [(1, 37, 256), (3, 64, 384), (2, 21, 1280), (4, 10, 5120)])
+@pytest.mark.parametrize("form", [{}, {"norm": True, "relu2": True}, {"add": True}, {"norm": True, "add": True}], ids=str)
+def test_row_linear(device, dtype, B, N, K, form):
+    x = (3 * torch.randn(B, K, device=device)).to(dtype)
+    weight = (torch.randn(N, K, device=device) * K**-0.5).to(dtype)
+    add = form.get("add", False)
+    out = torch.randn(B, N, device=device).to(dtype) if add else poison(B, N, dtype=dtype, device=device)
+    reference = row_linear_reference(
+        x.double(), weight.double(), norm=form.get("norm", False), relu2=form.get("relu2", False),
+        residual=out.double() if add else None,
+    )  # fmt: skip
+    row_linear(x, weight, out, **form)
+    assert error(out, reference) < BFLOAT16[dtype]
+
+
+@pytest.mark.parametrize(("H", "D", "K"), [(3, 32, 3), (2, 64, 2), (5, 16, 4), (10, 128, 3)])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 1), (1, 2), (2, 3), (1, 9)])
+def test_slc2(device, dtype, H, D, K, B, T):
+    """Rows of one token and prefill, from a window that is not zero; other slots stay as they are."""
+    E = H * D
+    weight = (torch.randn(2 * E + D + H, E, device=device) * 2 * E**-0.5).to(dtype)
+    conv = torch.randn(E, 1, K, device=device)
+    before = torch.randn(6, K - 1, E, device=device).to(dtype)
+    slots = torch.tensor([4, 1, 3][:B], dtype=torch.int32, device=device)
+    x = (2 * torch.randn(B * T, E, device=device)).to(dtype)
+    packed = (x.double() @ weight.double().T).to(dtype)
+    expected, windows = [], before.double()
+    for i, slot in enumerate(slots.tolist()):
+        rows = slice(i * T, i * T + T)
+        y, windows[slot] = slc2_mix_reference(
+            packed[rows].double(), x[rows].double(), conv.double(), before[slot].double(), H
+        )
+        expected.append(y)
+
+    def check(run):
+        state, y = before.clone(), poison(B * T, E, dtype=dtype, device=device)
+        run(state, y)
+        assert error(y, torch.cat(expected)) < 3 * BFLOAT16[dtype]
+        assert error(state[slots.long()], windows[slots.long()]) < 3 * BFLOAT16[dtype]
+        assert torch.equal(state[[0, 2, 5]], before[[0, 2, 5]])
+
+    check(lambda state, y: slc2_mix(packed, x, conv, state, slots, y))
+    if T == 1:
+        check(lambda state, y: slc2_rows(x, weight, conv, state, slots, y))
+
+
+@pytest.mark.parametrize(("H", "H_kv", "D"), [(3, 3, 32), (6, 2, 16), (10, 10, 128)])
+@pytest.mark.parametrize("T", [1, 5])
+def test_rope_append(device, dtype, H, H_kv, D, T):
+    E, slots, positions = 48, [3, 0], [0, 130]
+    x = (2 * torch.randn(2 * T, E, device=device)).to(dtype)
+    packed = (x.double() @ torch.randn((H + 2 * H_kv) * D, E, device=device).double().T).to(dtype)
+    tables = rotary_tables(200, D, x.device)
+    q = poison(2 * T, H, D, dtype=dtype, device=device)
+    k, v = (poison(4, H_kv, 200, D, dtype=dtype, device=device) for _ in "kv")
+    as_int = {"dtype": torch.int32, "device": device}
+    rope_append(packed, x, tables, torch.tensor(slots, **as_int), torch.tensor(positions, **as_int), q, k, v)
+    scaled = packed.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 2.0**-23)
+    for i, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        rows, places = slice(i * T, i * T + T), slice(position, position + T)
+        cos, sin = (table[places] for table in tables)
+        parts = scaled[None, rows].split([H * D, H_kv * D, H_kv * D], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, D)) for part in parts)
+        assert error(q[rows], norm(apply_rotary(query, cos, sin))[0]) < BFLOAT16[dtype]
+        assert error(k[slot, :, places], norm(apply_rotary(key, cos, sin))[0].transpose(0, 1)) < BFLOAT16[dtype]
+        assert error(v[slot, :, places], value[0].transpose(0, 1)) < BFLOAT16[dtype]
+    assert k[[1, 2]].isnan().all()
+    assert v[0, :, :130].isnan().all()
+
+
+@pytest.mark.parametrize(("H", "H_kv", "D"), [(3, 3, 32), (6, 2, 16), (10, 10, 128)])
+@pytest.mark.parametrize("splits", [1, 3, 16])
+def test_attend(device, dtype, H, H_kv, D, splits):
+    """What lies beyond a sequence, here NaN, is never read; splits that have nothing to do change nothing."""
+    slots, lengths = [2, 0, 3], [1, 131, 64]
+    k, v = (poison(4, H_kv, 200, D, dtype=dtype, device=device) for _ in "kv")
+    for slot, length in zip(slots, lengths, strict=True):
+        k[slot, :, :length] = norm(torch.randn(H_kv, length, D, device=device)).to(dtype)
+        v[slot, :, :length] = torch.randn(H_kv, length, D, device=device).to(dtype)
+    q = (2 * torch.randn(3, H, D, device=device)).to(dtype)
+    y = poison(3, H, D, dtype=dtype, device=device)
+    as_int = {"dtype": torch.int32, "device": device}
+    attend(q, k, v, torch.tensor(slots, **as_int), torch.tensor(lengths, **as_int) - 1, y, splits)
+    for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        reference = attend_reference(q[i].double(), k[slot, :, :length].double(), v[slot, :, :length].double())
+        assert error(y[i], reference) < 1.5 * BFLOAT16[dtype]
+
+
+def test_embed_and_relu2(device, dtype):
+    wte = torch.randn(50, 48, device=device).to(dtype)
+    tokens = torch.tensor([3, 49, 0, 7], dtype=torch.int32, device=device)
+    seen = torch.zeros(5, 50, dtype=torch.uint8, device=device)
+    x = poison(4, 48, dtype=dtype, device=device)
+    embed(tokens, wte, torch.tensor([4, 1], dtype=torch.int32, device=device), seen, x)
+    assert error(x, norm(wte[tokens.long()].double())) < BFLOAT16[dtype]
+    assert seen.nonzero().tolist() == [[1, 0], [1, 7], [4, 3], [4, 49]]
+    h = torch.randn(4, 193, device=device).to(dtype)
+    scaled = h.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 2.0**-23)
+    norm_relu2(h, x)
+    assert error(h, scaled.relu().square()) < 2 * BFLOAT16[dtype]
+
+
+PARAMS = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.8},
+    {"seed": 7},
+    {"temperature": 0.7, "top_k": 3, "seed": 5},
+    {"temperature": 1.3, "top_k": 50, "top_p": 0.6, "seed": 2**32 - 3},
+    {"top_p": 0.9, "repetition_penalty": 1.5, "seed": 11},
+    {"top_k": 1, "seed": 3},
+    {"top_k": 100_000, "seed": 9},
+]
+
+
+@pytest.mark.parametrize("V", [700, 1024, 5000])
+def test_sampling_is_sample_rows(device, V):
+    B, blocks = len(PARAMS), -(-V // kernel_sampling.BLOCK)
+    params = [SamplingParams(**fields) for fields in PARAMS]
+    columns = {
+        name: torch.tensor([getattr(p, name) for p in params], dtype=torch.float32, device=device)
+        for name in ("temperature", "top_p", "repetition_penalty")
+    }
+    columns["top_k"] = torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device)
+    columns["seed"] = torch.tensor([p.seed for p in params], device=device).to(torch.int32)  # its low 32 bits
+    drawn = set()
+    for trial in range(8):
+        logits = torch.randn(B, V, device=device) * 6
+        capped = 15 * torch.tanh(logits / 15)
+        seen = (torch.rand(B + 2, V, device=device) < 0.02).to(torch.uint8)
+        slots = torch.randperm(B + 2, device=device)[:B].int()
+        places = torch.arange(B, device=device) + 7 * trial
+        said = [seen[slot].nonzero()[:, 0].tolist() for slot in slots.tolist()]
+        expected = sample_rows(capped.clone(), params, places.tolist(), said)
+        out = torch.full((B,), -1, dtype=torch.int32, device=device)
+        buffers = (
+            poison(B, V, dtype=torch.float32, device=device),
+            poison(B, blocks, dtype=torch.float32, device=device),
+            torch.full((B, blocks), -1, dtype=torch.int32, device=device),
+        )
+        kernel_sampling.sample_rows(
+            logits, seen, slots, {**columns, "place": places.int()}, buffers, out, cap=15.0
+        )
+        assert out.tolist() == expected
+        assert torch.allclose(logits, capped, atol=1e-5)
+        drawn.add(tuple(expected))
+    assert len(drawn) == 8
+
+
+def test_tokens_of_equal_score_stay_or_go_together(device):
+    """Eight tokens at the top, of which top_k=3 and top_p=0.2 each say three: all eight are drawn."""
+    logits = torch.full((400, 900), -9.0, device=device)
+    logits[:, 100:108] = 2.0
+    columns = {name: torch.ones(400, device=device) for name in ("temperature", "top_p", "repetition_penalty")}
+    columns["top_p"][200:] = 0.2
+    for name in ("top_k", "seed", "place"):
+        columns[name] = torch.arange(400, dtype=torch.int32, device=device)
+    columns["top_k"][:200], columns["top_k"][200:] = 3, 0
+    out = torch.full((400,), -1, dtype=torch.int32, device=device)
+    buffers = (torch.empty_like(logits), torch.empty(400, 1, device=device), out[:, None].clone())
+    slots = torch.zeros(400, dtype=torch.int32, device=device)
+    seen = torch.zeros(1, 900, dtype=torch.uint8, device=device)
+    kernel_sampling.sample_rows(logits, seen, slots, columns, buffers, out, cap=15.0)
+    assert set(out[:200].tolist()) == set(out[200:].tolist()) == set(range(100, 108))
