@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nanochat.api_errors import ApiError
 from nanochat.chat_format import render_for_completion
@@ -48,6 +48,11 @@ class Settings:
         return min(asked or self.max_tokens, context // 2)
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # 7.0 is an integer in JSON
 Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(fail_fast=True)]  # what clients send may be nothing but mistakes
 
@@ -62,11 +67,11 @@ class Sampling(StrictModel):
     """How to sample, and how much."""
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_k: int | None = Field(None, ge=0, le=200)
+    top_k: Whole | None = Field(None, ge=0, le=200)
     top_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1, le=4096)
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: Whole | None = Field(None, ge=1, le=4096)
 
     def to_request(self, settings: Settings, tokens: list[int], max_tokens: int, **more: Any) -> Request:
         """Return the request for the worker; `more` are further fields of it."""

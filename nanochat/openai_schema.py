@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nanochat.chat_request import Items, Message, Sampling, StrictModel
+from nanochat.chat_request import Items, Message, Sampling, StrictModel, Whole
 
 # Fields that are not served, and the values of them that ask for nothing.
 _OFF: dict[str, list[Any]] = {
@@ -29,7 +29,7 @@ _OFF: dict[str, list[Any]] = {
 _NO_EFFECT = ("user", "safety_identifier", "metadata")  # say who asks, not what
 
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[Whole, Field(ge=0)]
 ONE = Field(min_length=1, max_length=1)
 
 
@@ -45,7 +45,7 @@ class Completing(Sampling):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=8)
+    n: Whole = Field(1, ge=1, le=8)
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
 
     @model_validator(mode="before")
@@ -105,9 +105,9 @@ class ChatCompleting(Completing):
     """The body of POST /v1/chat/completions."""
 
     messages: Items[ChatMessage]
-    max_completion_tokens: int | None = Field(None, ge=1, le=4096)
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=4096)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
     def check_pairs(self) -> ChatCompleting:
@@ -128,4 +128,4 @@ class TextCompleting(Completing):
     """The body of POST /v1/completions: one prompt, as text or as tokens."""
 
     prompt: str | Annotated[Items[TokenId], Field(min_length=1)] | Annotated[Items[str], ONE]
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: Whole | None = Field(None, ge=0, le=5)
