@@ -901,6 +901,6 @@ def test_every_word_has_its_translation(open_page):
     )
     assert [text for text in words if text.isascii()] == ["Top-p"]
     script = page.content().split("<script>")[1]
-    known = set(re.findall(r'"([^"]+)": "', script.split("const JAPANESE")[1].split("};")[0]))
+    known = set(re.findall(r'"([^"]+)":\s+"', script.split("const JAPANESE")[1].split("};")[0]))
     assert set(re.findall(r'\bt\("([^"]+)"', script)) <= known
     assert set(re.findall(r'toolButton\("\w+", "([^"]+)"', script)) <= known
