@@ -194,6 +194,8 @@ class Gate:
         refusal = self._refusal(scope)
         try:
             await (refusal.response() if refusal else self.app)(scope, receive_no_more, note_status)
+        except asyncio.CancelledError:
+            pass  # the server has no more patience with what runs; nothing comes after the gate
         except Exception:
             status = 500
             raise

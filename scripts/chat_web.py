@@ -6,7 +6,7 @@
 
 One GPU decodes up to --slots replies at a time; up to --max-waiting more requests wait for one, and any more
 are told to come back later. Nothing that is said is logged, unless --log-chats. Ctrl-C or SIGTERM lets the
-replies that run finish, for half a minute at most.
+replies that run finish, for half a minute at most; a second Ctrl-C does not.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tyro
 from nanochat.common import parse, run, setup_runtime
 
 GRACE_S = 30
+BACKLOG = 2048  # connections that wait to be accepted, uvicorn's default
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         uvicorn.Config(
             create_app(worker, settings),
             log_config=None,  # ours
+            access_log=False,  # /metrics counts requests, and an address may hold what was said
             server_header=False,
             timeout_graceful_shutdown=GRACE_S,
         )
@@ -118,10 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("warning: whoever can reach this machine can use the server; see --api-key", file=sys.stderr)
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{sock.getsockname()[1]}"
+    sock.listen(BACKLOG)
     print(f"{name}, step {meta['step']}, on {runtime.device}: {address}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # uvicorn handles both, and raises them again after its end
     server.run(sockets=[sock])
+    worker.close(drain=False)  # it is closed, unless a second Ctrl-C came
     stats = worker.stats()
     print(f"served {stats['requests_finished']} requests, {stats['tokens_generated']} tokens")
     return 0

@@ -429,6 +429,19 @@ def test_shutdown_lets_running_streams_finish(backend):
     assert backend.closed_with is True
 
 
+def test_a_stream_that_does_not_end_is_cut(backend, caplog):
+    """After the time of grace, and that is no crash."""
+    backend.prepare(["the", Pause()])
+    with serve(backend) as client:
+        client.server.config.timeout_graceful_shutdown = 0.2
+        with client.stream("POST", "/chat/completions", json=HELLO) as response:
+            client.server.should_exit = True
+            with pytest.raises(httpx2.RemoteProtocolError):
+                list(response.iter_bytes())
+    assert backend.handles[0].cancelled.is_set()
+    assert "Traceback" not in caplog.text
+
+
 def test_new_requests_are_turned_away_while_the_worker_finishes(backend):
     async def ask(app, path, **request):
         transport = httpx2.ASGITransport(app)
