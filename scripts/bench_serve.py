@@ -34,6 +34,7 @@ from urllib.parse import urlsplit
 from nanochat.common import parse, run
 
 PATIENCE_S = 120  # for an answer, its time in the queue included
+ARRIVAL_S = 1  # in which the clients come: nowhere do hundreds begin in the same millisecond
 DRAIN_S = 10
 HEALTH_EVERY_S = 0.5
 RETRY_S = 0.5
@@ -189,6 +190,7 @@ async def client(
     """Ask until the time is up."""
     rng = random.Random(f"{config.seed} {number}")
     end = time.perf_counter() + config.seconds
+    await asyncio.sleep(rng.random() * min(ARRIVAL_S, config.seconds / 4))
     while time.perf_counter() < end:
         question = rng.choice(questions)
         leaves = rng.random() < config.disconnect
