@@ -1,16 +1,17 @@
 """Decoders: the model as those see it who serve many sequences at once.
 
 A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, `fork` it for more samples of the
-same prompt. Each `step` then takes the last token of every running sequence and returns the next ones, drawn by the
-sequence's own settings and seed, whoever else is there. `PlainDecoder` runs the model as it is, anywhere;
-nanochat/graph_decoder.py does the same on NVIDIA GPUs without Python in the loop.
+same prompt. Each `launch` then takes the last token of every running sequence, and `collect` returns the next ones,
+drawn by each sequence's own settings and seed, whoever else is there. `PlainDecoder` runs the model as it is,
+anywhere; nanochat/graph_decoder.py does the same on NVIDIA GPUs without Python in the loop.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,28 +21,45 @@ from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams, sample_rows
 
 
-class Decoder(Protocol):
+class Decoder(ABC):
     """Slots for sequences, and a model that moves them on. For one thread."""
 
     slots: int
     context: int  # tokens a slot has room for
     device: torch.device
-    logits: Tensor  # (B,V) float32, soft-capped, of the last step, in its order
+    logits: Tensor  # (B,V) float32, soft-capped, of the last launch, in its order
 
+    @abstractmethod
     def open(self, params: SamplingParams) -> int:
         """Return the slot of a new sequence; IndexError if all are taken."""
 
+    @abstractmethod
     def feed(self, slot: int, tokens: Sequence[int]) -> None:
-        """Append tokens to a sequence that no step has seen yet."""
+        """Append tokens to a sequence that has not been launched yet."""
 
+    @abstractmethod
     def fork(self, slot: int, params: SamplingParams) -> int:
         """Return the slot of a new sequence that has been fed what this one has."""
 
-    def step(self, last: Mapping[int, int]) -> list[int]:
-        """Append a token to each slot and return the next of each; all that run take part in every step."""
+    @abstractmethod
+    def launch(self, last: Mapping[int, int | None]) -> None:
+        """Begin to append a token to each slot and to draw the next; None: the one that was drawn for it last.
 
+        A slot that has been launched takes part in all launches until it is closed.
+        """
+
+    @abstractmethod
+    def collect(self) -> list[int]:
+        """Wait for the oldest launch not yet collected; return its tokens in its order."""
+
+    @abstractmethod
     def close(self, slot: int) -> None:
         """Free a slot."""
+
+    def step(self, last: Mapping[int, int | None]) -> list[int]:
+        """Launch and collect."""
+        self.launch(last)
+        return self.collect()
 
 
 def decoder_for(model: GPT, slots: int) -> Decoder:
@@ -60,9 +78,10 @@ class _Sequence:
     cache: HybridCache | None  # of its own, until the first step
     tokens: list[int] = field(default_factory=list)
     fed: int = 0
+    drawn: int = 0  # the latest
 
 
-class PlainDecoder:
+class PlainDecoder(Decoder):
     """A Decoder over GPT.next_logits: the rows that run are the first of one cache."""
 
     def __init__(self, model: GPT, slots: int):
@@ -73,6 +92,7 @@ class PlainDecoder:
         self._running: list[int] = []  # the slot of each row
         self._sequences: dict[int, _Sequence] = {}
         self._free = list(range(slots))[::-1]
+        self._drawn: deque[list[int]] = deque()
 
     def open(self, params: SamplingParams) -> int:
         """See Decoder."""
@@ -84,7 +104,7 @@ class PlainDecoder:
     def feed(self, slot: int, tokens: Sequence[int]) -> None:
         """See Decoder."""
         sequence = self._sequences[slot]
-        self.model.hidden(torch.tensor([tokens], device=self.model.device), sequence.cache)
+        self.model.hidden(torch.tensor([tokens], device=self.device), sequence.cache)
         sequence.tokens += tokens
         sequence.fed += len(tokens)
 
@@ -98,25 +118,32 @@ class PlainDecoder:
         return copy
 
     @torch.inference_mode()
-    def step(self, last: Mapping[int, int]) -> list[int]:
+    def launch(self, last: Mapping[int, int | None]) -> None:
         """See Decoder."""
-        for slot in last:
-            self._join(slot)
-        assert set(last) == set(self._running), "a step without some of those that run"
+        for slot, token in last.items():
+            sequence = self._sequences[slot]
+            self._join(slot, sequence)
+            sequence.tokens.append(sequence.drawn if token is None else token)
+        assert set(last) == set(self._running), "a launch without some of those that run"
         rows = self._cache.first(len(last))
-        tokens = torch.tensor([last[slot] for slot in self._running], device=self.model.device)
-        logits = self.model.next_logits(tokens[:, None], rows)
+        tokens = [self._sequences[slot].tokens[-1] for slot in self._running]
+        logits = self.model.next_logits(torch.tensor(tokens, device=self.device)[:, None], rows)
         self._cache.lengths[: len(last)] = rows.lengths
         self.logits = logits[[self._running.index(slot) for slot in last]]
         sequences = [self._sequences[slot] for slot in last]
-        for sequence, token in zip(sequences, last.values(), strict=True):
-            sequence.tokens.append(token)
-        return sample_rows(
+        drawn = sample_rows(
             self.logits,
             [s.params for s in sequences],
             [len(s.tokens) - s.fed - 1 for s in sequences],
             [s.tokens for s in sequences],
         )
+        for sequence, token in zip(sequences, drawn, strict=True):
+            sequence.drawn = token
+        self._drawn.append(drawn)
+
+    def collect(self) -> list[int]:
+        """See Decoder."""
+        return self._drawn.popleft()
 
     @torch.inference_mode()
     def close(self, slot: int) -> None:
@@ -130,8 +157,7 @@ class PlainDecoder:
                 self._running[row] = self._running[end]
             self._running.pop()
 
-    def _join(self, slot: int) -> None:
-        sequence = self._sequences[slot]
+    def _join(self, slot: int, sequence: _Sequence) -> None:
         if sequence.cache is not None:
             self._cache.copy_row(len(self._running), sequence.cache, 0)
             self._running.append(slot)

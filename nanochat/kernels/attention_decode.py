@@ -3,7 +3,8 @@
 `rope_append` turns projections into queries and appends keys and values to the slots of a KV state. `attend` reads
 what a sequence has so far and no more, which is all the time that it takes: the tokens of a row are split over
 several programs, or one row would keep one multiprocessor busy and leave the others idle (Flash-Decoding, Dao et
-al. 2023), and their partial softmaxes are combined (Milakov & Gimelshein 2018).
+al. 2023), and their partial softmaxes are combined (Milakov & Gimelshein 2018). `attend_causal` is for prefill:
+many new tokens of one sequence (FlashAttention-2, Dao 2023), of any length in one recorded graph.
 """
 
 from __future__ import annotations
@@ -57,12 +58,14 @@ def _rope_append(
     position = tl.load(positions_ptr + row // T) + row % T
     x = tl.load(x_ptr + row * E + c, mask=c < E, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
-    cos = tl.load(cos_ptr + position * (D // 2) + half).to(tl.float32)
-    sin = tl.load(sin_ptr + position * (D // 2) + half).to(tl.float32)
     packed = packed_ptr + row * (H + 2 * H_KV) * D + h * D + half
     state = (slot * H_KV + h) * max_len * D + position * D + half
+    has_room = position < max_len  # padding may reach further
+    cos_sin = position * (D // 2) + half
+    cos = tl.load(cos_ptr + cos_sin, mask=has_room, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + cos_sin, mask=has_room, other=0.0).to(tl.float32)
     for part in tl.static_range(2):  # queries, then keys
-        mask = h < (H if part == 0 else H_KV)
+        mask = has_room & (h < (H if part == 0 else H_KV))
         source = packed + part * H * D
         x1 = tl.load(source, mask=mask, other=0.0).to(tl.float32) * scale
         x2 = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32) * scale
@@ -74,7 +77,7 @@ def _rope_append(
     source = packed + (H + H_KV) * D
     for offset in tl.static_range(0, D, D // 2):
         value = tl.load(source + offset, mask=h < H_KV, other=0.0).to(tl.float32) * scale
-        tl.store(v_ptr + state + offset, value, mask=h < H_KV)
+        tl.store(v_ptr + state + offset, value, mask=has_room & (h < H_KV))
 
 
 def rope_append(
@@ -154,7 +157,13 @@ def _attend(
 
 @triton.jit
 def _combine(
-    partial_ptr, logsum_ptr, y_ptr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr
+    partial_ptr,
+    logsum_ptr,
+    y_ptr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     release(PDL)
     row = tl.program_id(0)
@@ -169,9 +178,7 @@ def _combine(
     tl.store(y_ptr + row * D + d, tl.sum(partial * weight[:, None], 0))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, y: Tensor, splits: int
-) -> None:
+def attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, y: Tensor, splits: int) -> None:
     """Write y (B,H,D), attention of q (B,H,D) over the first positions + 1 tokens of its slots of k, v."""
     (B, H, D), (_, H_kv, max_len, _) = q.shape, k.shape
     group = H // H_kv
@@ -182,3 +189,65 @@ def attend(
         max(16, triton.next_power_of_2(group)), BLOCK_T, D**-0.5 * LOG2_E, num_warps=4, num_stages=3, **pdl(),
     )  # fmt: skip
     _combine[(B * H,)](partial, logsum, y, splits, triton.next_power_of_2(splits), D, num_warps=1, **pdl())
+
+
+@triton.jit
+def _attend_causal(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    slot_ptr,
+    position_ptr,
+    y_ptr,
+    T,
+    max_len,
+    GROUP: tl.constexpr,
+    H_KV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows come first
+    head = tl.program_id(1)
+    rows = first + tl.arange(0, BLOCK_Q)
+    d = tl.arange(0, D)
+    wait(PDL)
+    position = tl.load(position_ptr)
+    start = (tl.load(slot_ptr).to(tl.int64) * H_KV + head // GROUP) * max_len * D
+    at_q = (rows[:, None] * H_KV * GROUP + head) * D + d[None, :]
+    q = tl.load(q_ptr + at_q, mask=rows[:, None] < T, other=0.0)
+    highest = tl.full((BLOCK_Q,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    y = tl.zeros((BLOCK_Q, D), tl.float32)
+    end = tl.minimum(position + tl.minimum(first + BLOCK_Q, T), max_len)
+    for t0 in range(0, end, BLOCK):
+        t = t0 + tl.arange(0, BLOCK)
+        at = start + t[:, None] * D + d[None, :]
+        k = tl.load(k_ptr + at, mask=t[:, None] < end, other=0.0)
+        v = tl.load(v_ptr + at, mask=t[:, None] < end, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+        if t0 + BLOCK > position + first:
+            scores = tl.where(t[None, :] <= position + rows[:, None], scores, -1e30)
+        peak = tl.maximum(highest, tl.max(scores, 1))
+        p = tl.exp2(scores - peak[:, None])
+        fade = tl.exp2(highest - peak)
+        total = total * fade + tl.sum(p, 1)
+        y = y * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = peak
+    tl.store(y_ptr + at_q, y / total[:, None], mask=rows[:, None] < T)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, y: Tensor) -> None:
+    """Write y (T,H,D): queries q (T,H,D) at position, position + 1, ... attend to all up to themselves.
+
+    slot and position are (1,) int32; k and v (S,H_kv,max_len,D) hold the new tokens, too.
+    """
+    (T, H, D), (_, H_kv, max_len, _) = q.shape, k.shape
+    block_q = 128 if T > 64 else 16
+    _attend_causal[(triton.cdiv(T, block_q), H)](
+        q, k, v, slot, position, y, T, max_len, H // H_kv, H_kv, D, block_q, BLOCK_T, D**-0.5 * LOG2_E,
+        num_warps=8 if T > 64 else 4, num_stages=3, **pdl(),
+    )  # fmt: skip

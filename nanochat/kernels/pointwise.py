@@ -11,28 +11,46 @@ from nanochat.kernels.launch import pdl, release, wait
 
 @triton.jit
 def _embed(
-    tokens_ptr, wte_ptr, slots_ptr, seen_ptr, x_ptr, T, V, E: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    tokens_ptr,
+    wte_ptr,
+    slots_ptr,
+    counts_ptr,
+    latest_ptr,
+    seen_ptr,
+    x_ptr,
+    T,
+    V,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     release(PDL)
     row = tl.program_id(0)
     c = tl.arange(0, BLOCK)
     wait(PDL)
+    slot = tl.load(slots_ptr + row // T).to(tl.int64)
     token = tl.load(tokens_ptr + row).to(tl.int64)
+    token = tl.where(token < 0, tl.load(latest_ptr + slot), token)
     x = tl.load(wte_ptr + token * E + c, mask=c < E, other=0.0).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
     tl.store(x_ptr + row.to(tl.int64) * E + c, x, mask=c < E)
-    tl.store(seen_ptr + tl.load(slots_ptr + row // T).to(tl.int64) * V + token, 1)
+    is_real = row % T < tl.load(counts_ptr + row // T)
+    tl.store(seen_ptr + slot * V + token, 1, mask=is_real)
 
 
-def embed(tokens: Tensor, wte: Tensor, slots: Tensor, seen: Tensor, x: Tensor) -> None:
-    """Write rms_norm(wte[tokens]) to x (R,E); note in seen (S,V) uint8 which tokens the slots have seen.
+def embed(
+    tokens: Tensor, wte: Tensor, slots: Tensor, counts: Tensor, latest: Tensor, seen: Tensor, x: Tensor
+) -> None:
+    """Write rms_norm(wte[tokens]) to x (R,E); note in seen (rows,V) uint8 which tokens the slots have seen.
 
-    tokens (R,) are those of len(slots) sequences, one after another.
+    tokens (R,) are R/S of each of S sequences, below 0 the latest (rows,) of the slot; slots and counts (S,) say
+    where each sequence is, and how many of its tokens are real. All int32.
     """
     (R, E), V = x.shape, wte.size(0)
     _embed[(R,)](
-        tokens, wte, slots, seen, x, R // len(slots), V, E, triton.next_power_of_2(E), num_warps=4, **pdl()
-    )
+        tokens, wte, slots, counts, latest, seen, x, R // len(slots), V, E, triton.next_power_of_2(E),
+        num_warps=4, **pdl(),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -126,6 +126,8 @@ def _pick(
     scores_ptr,
     best_ptr,
     winner_ptr,
+    slots_ptr,
+    latest_ptr,
     out_ptr,
     V,
     BLOCKS: tl.constexpr,
@@ -189,6 +191,7 @@ def _pick(
                 lead = top
                 winner = start + at
     tl.store(out_ptr + row, winner)
+    tl.store(latest_ptr + tl.load(slots_ptr + row).to(tl.int64), winner)
 
 
 def sample_rows(
@@ -197,10 +200,13 @@ def sample_rows(
     slots: Tensor,
     settings: dict[str, Tensor],
     buffers: tuple[Tensor, Tensor, Tensor],
+    latest: Tensor,
     out: Tensor,
     cap: float,
 ) -> None:
-    """Write the next token of each row of logits (B,V) float32 to out (B,), int32; logits are capped in place.
+    """Write the next token of each row of logits (B,V) float32 to out (B,) and to latest (S,) of its slot, int32.
+
+    The logits are soft-capped in place.
 
     seen (S,V) uint8 says which tokens a slot has seen. settings: temperature, repetition_penalty, top_p, float32,
     and top_k, seed, place, int32, (B,) each. buffers: B*V float32 for scores, and, for each row and block of 1024
@@ -214,6 +220,6 @@ def sample_rows(
         s["place"], scores, best, winner, V, cap, BLOCK, num_warps=4, **pdl(),
     )  # fmt: skip
     _pick[(B,)](
-        s["temperature"], s["top_k"], s["top_p"], s["seed"], s["place"], scores, best, winner, out, V, blocks,
-        triton.next_power_of_2(blocks), 8 * BLOCK, num_warps=32, **pdl(),
+        s["temperature"], s["top_k"], s["top_p"], s["seed"], s["place"], scores, best, winner, slots, latest,
+        out, V, blocks, triton.next_power_of_2(blocks), 8 * BLOCK, num_warps=32, **pdl(),
     )  # fmt: skip

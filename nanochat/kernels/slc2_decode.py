@@ -3,10 +3,10 @@
 The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order. The conv
 state of a sequence is the last K-1 values of u, oldest first, at its slot in windows (slots, K-1, E).
 
-For a few rows of one token each `slc2_rows` does it all in one kernel, bound by reading the weights: a program
-computes a few channels of one head from beginning to end, so the state needs no second kernel. A is shared by the
-heads, so its rows are read again for each head, but from the cache. For more rows the projections are a matrix
-product of their own, and `slc2_mix` does the rest.
+For one token of one sequence `slc2_row` does it all in one kernel, bound by reading the weights: a program computes
+a few channels of one head from beginning to end, so the state needs no second kernel. A is shared by the heads, so
+its rows are read again for each head, but from the cache. For more tokens the projections are a matrix product of
+their own, and `slc2_mix` does the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from nanochat.kernels.launch import pdl, release, wait
 from nanochat.slc2 import gate, short_conv
 
-CHANNELS = 4  # of a program of slc2_rows
+CHANNELS = 4  # of a program of slc2_row
 
 
 def slc2_mix_reference(
@@ -41,14 +41,13 @@ def _silu(x):
 
 
 @triton.jit
-def _slc2_rows(
+def _slc2_row(
     x_ptr,
     w_ptr,
     conv_ptr,
     windows_ptr,
     slots_ptr,
     y_ptr,
-    B: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
     TAPS: tl.constexpr,
@@ -71,48 +70,43 @@ def _slc2_rows(
         wa += (tl.load(a_rows + i * BLOCK_K),)
         walpha += (tl.load(alpha_row + i * BLOCK_K),)
     wait(PDL)
-    sums = ()
-    for _ in tl.static_range(B):
-        zeros = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-        sums += ((zeros, zeros, zeros, tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)),)
+    px = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    pb = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    pa = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    palpha = tl.zeros((BLOCK_K,), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
     for i in tl.static_range(E // BLOCK_K):
-        new_sums = ()
-        for row in tl.static_range(B):
-            px, pb, pa, palpha, squares = sums[row]
-            x = tl.load(x_ptr + row * E + i * BLOCK_K + k).to(tl.float32)
-            px += wx[i].to(tl.float32) * x[None, :]
-            pb += wb[i].to(tl.float32) * x[None, :]
-            pa += wa[i].to(tl.float32) * x[None, :]
-            new_sums += ((px, pb, pa, palpha + walpha[i].to(tl.float32) * x, squares + x * x),)
-        sums = new_sums
-    for row in tl.static_range(B):
-        px, pb, pa, palpha, squares = sums[row]
-        scale = tl.rsqrt(tl.sum(squares, 0) / E + 2.0**-23)
-        A = _silu(tl.sum(palpha, 0) * scale) * (tl.sum(pa, 1) * scale)
-        u = (_silu(A) * (tl.sum(px, 1) * scale)).to(y_ptr.dtype.element_ty)
-        z = u.to(tl.float32) * tl.load(conv_ptr + c * TAPS + TAPS - 1)
-        window = windows_ptr + tl.load(slots_ptr + row).to(tl.int64) * (TAPS - 1) * E + c
-        past = ()
-        for w in tl.static_range(TAPS - 1):
-            past += (tl.load(window + w * E),)
-            z += past[w].to(tl.float32) * tl.load(conv_ptr + c * TAPS + w)
-        tl.debug_barrier()  # other threads may hold copies of these channels: all have read before one writes
-        for w in tl.static_range(TAPS - 2):
-            tl.store(window + w * E, past[w + 1])
-        if TAPS > 1:
-            tl.store(window + (TAPS - 2) * E, u)
-        tl.store(y_ptr + row * E + c, tl.sum(pb, 1) * scale * _silu(z))
+        x = tl.load(x_ptr + i * BLOCK_K + k).to(tl.float32)
+        px += wx[i].to(tl.float32) * x[None, :]
+        pb += wb[i].to(tl.float32) * x[None, :]
+        pa += wa[i].to(tl.float32) * x[None, :]
+        palpha += walpha[i].to(tl.float32) * x
+        squares += x * x
+    scale = tl.rsqrt(tl.sum(squares, 0) / E + 2.0**-23)
+    A = _silu(tl.sum(palpha, 0) * scale) * (tl.sum(pa, 1) * scale)
+    u = (_silu(A) * (tl.sum(px, 1) * scale)).to(y_ptr.dtype.element_ty)
+    z = u.to(tl.float32) * tl.load(conv_ptr + c * TAPS + TAPS - 1)
+    window = windows_ptr + tl.load(slots_ptr).to(tl.int64) * (TAPS - 1) * E + c
+    past = ()
+    for w in tl.static_range(TAPS - 1):
+        past += (tl.load(window + w * E),)
+        z += past[w].to(tl.float32) * tl.load(conv_ptr + c * TAPS + w)
+    tl.debug_barrier()  # other threads may hold copies of these channels: all have read before one writes
+    for w in tl.static_range(TAPS - 2):
+        tl.store(window + w * E, past[w + 1])
+    tl.store(window + (TAPS - 2) * E, u)
+    tl.store(y_ptr + c, tl.sum(pb, 1) * scale * _silu(z))
 
 
-def slc2_rows(x: Tensor, weight: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor) -> None:
-    """Write y (B,E) of the residual stream x (B,E), a token of each row; windows[slots] move on by it.
+def slc2_row(x: Tensor, weight: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor) -> None:
+    """Write y (1,E) of the residual stream x (1,E), one token of one sequence; windows[slots] move on by it.
 
-    weight (2E+D+H, E) packed; conv (E,1,K) float32; windows (S,K-1,E) in x's dtype; slots (B,) int64.
+    weight (2E+D+H, E) packed; conv (E,1,K) float32, K > 1; windows (S,K-1,E) in x's dtype; slots (1,) int32.
     """
-    (B, E), K = x.shape, conv.size(-1)
+    (_, E), K = x.shape, conv.size(-1)
     H, D = _heads(weight, E)
-    _slc2_rows[(H, D // CHANNELS)](
-        x, weight, conv, windows, slots, y, B, E, D, K, CHANNELS, min(1024, E & -E), num_warps=4, **pdl()
+    _slc2_row[(H, D // CHANNELS)](
+        x, weight, conv, windows, slots, y, E, D, K, CHANNELS, min(1024, E & -E), num_warps=4, **pdl()
     )
 
 
@@ -130,6 +124,7 @@ def _slc2_mix(
     conv_ptr,
     windows_ptr,
     slots_ptr,
+    counts_ptr,
     tails_ptr,
     y_ptr,
     T,
@@ -167,21 +162,42 @@ def _slc2_mix(
         z += u.to(tl.float32) * tl.load(conv_ptr + c * TAPS + TAPS - 1 - j, mask=inside, other=0.0)
     tl.store(y_ptr + row * E + c, b * _silu(z), mask=inside)
     tl.debug_barrier()  # the tail may be the window
-    if t == T - 1:
-        tail = tails_ptr + (tl.load(slots_ptr + row).to(tl.int64) if T == 1 else row // T) * (TAPS - 1) * E + c
+    if t == tl.load(counts_ptr + row // T) - 1:
+        tail = (
+            tails_ptr + (tl.load(slots_ptr + row).to(tl.int64) if T == 1 else row // T) * (TAPS - 1) * E + c
+        )
         for j in tl.static_range(TAPS - 1):
             tl.store(tail + (TAPS - 2 - j) * E, taps[j], mask=inside)
 
 
-def slc2_mix(packed: Tensor, x: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor) -> None:
-    """Write y (R,E) of packed (R, 2E+D+H) = x W^T, R tokens of len(slots) sequences; windows[slots] move on."""
+def slc2_mix(
+    packed: Tensor, x: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, counts: Tensor, y: Tensor
+) -> None:
+    """Write y (R,E) of packed (R, 2E+D+H) = x W^T, R/S tokens of each of S sequences; their windows move on.
+
+    slots and counts (S,) int32: where a sequence is, and how many of its tokens are real, the first ones.
+    """
     (R, E), K = x.shape, conv.size(-1)
     T = R // len(slots)
     H, D = _heads(packed.T, E)
     # a program for each token: where they are several, the first ones may still read what the last one leaves
     tails = windows if T == 1 else torch.empty_like(windows[: len(slots)])
     _slc2_mix[(R,)](
-        packed, x, conv, windows, slots, tails, y, T, E, D, K, triton.next_power_of_2(E), num_warps=4, **pdl()
+        packed,
+        x,
+        conv,
+        windows,
+        slots,
+        counts,
+        tails,
+        y,
+        T,
+        E,
+        D,
+        K,
+        triton.next_power_of_2(E),
+        num_warps=4,
+        **pdl(),
     )
     if T > 1:
         windows[slots] = tails
