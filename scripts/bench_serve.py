@@ -24,8 +24,9 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from operator import sub
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,8 +59,8 @@ class BenchServeConfig:
     """compare each answer with the one that was given before the load"""
     expect: str = ""
     """file of questions with their answers, to ask these and compare"""
-    api_key: str = field(default_factory=lambda: os.environ.get("NANOCHAT_API_KEY", ""))
-    """the server's key, by default $NANOCHAT_API_KEY"""
+    api_key: str = ""
+    """the server's key; empty: $NANOCHAT_API_KEY"""
     seed: int = 0
     """of the order of questions, and of who leaves when"""
 
@@ -94,9 +95,17 @@ class Tally:
     left: int = 0  # by the client, in the middle
     turned_away: int = 0  # 429
     first_token_s: list[float] = field(default_factory=list)
-    between_tokens_s: list[float] = field(default_factory=list)
+    between_tokens_s: list[float] = field(default_factory=list)  # mean of an answer
+    longest_gap_s: list[float] = field(default_factory=list)  # of an answer
     health_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+
+class TurnedAway(OSError):
+    """Too many requests wait."""
+
+
+FAILURES = (OSError, ValueError, EOFError, asyncio.TimeoutError)  # of a request
 
 
 class Server:
@@ -156,32 +165,31 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
 
 async def ask(server: Server, question: Question, tally: Tally, leave_after: float = float("inf")) -> str:
     """Return the answer, as far as it was read: the client leaves after so many tokens."""
-    start = last = time.perf_counter()
-    text, num_tokens = "", 0
+    start = time.perf_counter()
+    text, times = "", []
     async with server.request("/chat/completions", question.body) as (status, chunks):
         if status == 429:
-            tally.turned_away += 1
-            await asyncio.sleep(RETRY_S)
-            return ""
+            raise TurnedAway("the server has too many requests")
         if status != 200:
             await _read(status, chunks)
         async for event in _events(chunks):
             if "done" in event:
                 tally.complete += 1
+                tally.first_token_s += [times[0] - start] if times else []
+                if len(times) > 1:
+                    tally.between_tokens_s.append((times[-1] - times[0]) / (len(times) - 1))
+                    tally.longest_gap_s.append(max(map(sub, times[1:], times)))
                 if question.answer not in (None, text):
                     tally.problems.append(f"wrong: {text!r} is not {question.answer!r}")
                 return text
             if "error" in event:
                 raise OSError(event["error"]["message"])
-            now = time.perf_counter()
-            (tally.between_tokens_s if num_tokens else tally.first_token_s).append(now - last)
-            last = now
-            num_tokens += 1
+            times.append(time.perf_counter())
             text += event.get("token", "")
-            if num_tokens >= leave_after:
+            if len(times) >= leave_after:
                 tally.left += 1
                 return text
-    raise OSError(f"an answer broke off after {time.perf_counter() - start:.1f} s and {num_tokens} tokens")
+    raise OSError(f"an answer broke off after {time.perf_counter() - start:.1f} s and {len(times)} tokens")
 
 
 async def client(
@@ -197,7 +205,10 @@ async def client(
         leave_after = rng.randint(1, max(1, question.max_tokens // 2)) if leaves else float("inf")
         try:
             await asyncio.wait_for(ask(server, question, tally, leave_after), PATIENCE_S)
-        except (OSError, ValueError, EOFError, asyncio.TimeoutError) as error:
+        except TurnedAway:
+            tally.turned_away += 1
+            await asyncio.sleep(RETRY_S)
+        except FAILURES as error:
             tally.problems.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(RETRY_S)
 
@@ -208,7 +219,7 @@ async def watch_health(server: Server, tally: Tally) -> None:
         start = time.perf_counter()
         try:
             await asyncio.wait_for(server.get("/health"), PATIENCE_S)
-        except (OSError, ValueError, EOFError, asyncio.TimeoutError) as error:
+        except FAILURES as error:
             tally.problems.append(f"/health: {type(error).__name__}: {error}")
         tally.health_s.append(time.perf_counter() - start)
         await asyncio.sleep(HEALTH_EVERY_S)
@@ -250,7 +261,7 @@ def make_questions(config: BenchServeConfig) -> list[Question]:
 
 async def bench(config: BenchServeConfig) -> dict[str, Any]:
     """Run the load; the result has the numbers and the problems."""
-    server = Server(config.url, config.api_key)
+    server = Server(config.url, config.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
     questions = make_questions(config)
     before = await server.get("/stats")
     if config.check:
@@ -263,6 +274,8 @@ async def bench(config: BenchServeConfig) -> dict[str, Any]:
     await asyncio.gather(*(client(server, questions, tally, config, i) for i in range(config.clients)))
     seconds = time.perf_counter() - start
     watch.cancel()
+    with suppress(asyncio.CancelledError):
+        await watch
     stats = await drained(server)
     if stats["running"] or stats["waiting"]:
         tally.problems.append(f"leaked: {stats['running']} run and {stats['waiting']} wait for nobody")
@@ -281,6 +294,7 @@ async def bench(config: BenchServeConfig) -> dict[str, Any]:
         "tokens_per_s": round((stats["tokens_generated"] - num_tokens) / seconds, 1),
         "first_token_s": spread(tally.first_token_s),
         "between_tokens_s": spread(tally.between_tokens_s),
+        "longest_gap_s": spread(tally.longest_gap_s),
         "health_s": spread(tally.health_s),
         "problems": len(tally.problems),
         "first_problems": tally.problems[:5],

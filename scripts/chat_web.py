@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -50,8 +50,8 @@ class ServerConfig:
     """0: any that is free"""
     host: str = "127.0.0.1"
     """address to listen at; 0.0.0.0: all of this machine's"""
-    api_key: str = field(default_factory=lambda: os.environ.get("NANOCHAT_API_KEY", ""))
-    """what clients must know, by default $NANOCHAT_API_KEY; empty: nothing"""
+    api_key: str = ""
+    """what clients must know; empty: $NANOCHAT_API_KEY, and without that nothing"""
     slots: int = 32
     """replies that are decoded at a time"""
     max_waiting: int = 256
@@ -93,11 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.server import Settings, create_app
     from nanochat.worker import Worker
 
+    api_key = config.api_key or os.environ.get("NANOCHAT_API_KEY", "")
     settings = Settings(
         temperature=config.temperature,
         top_k=config.top_k,
         max_tokens=config.max_tokens,
-        api_key=config.api_key,
+        api_key=api_key,
         log_chats=config.log_chats,
     )
     sock = listen(config.host, config.port)  # before the model is loaded, which takes a while
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timeout_graceful_shutdown=GRACE_S,
         )
     )
-    if config.host not in LOOPBACK and not config.api_key:
+    if config.host not in LOOPBACK and not api_key:
         print("warning: whoever can reach this machine can use the server; see --api-key", file=sys.stderr)
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{sock.getsockname()[1]}"

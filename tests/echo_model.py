@@ -18,12 +18,19 @@ Layers 0 (SLC2) and 1 (attention) do the work, whatever the size of the model. P
 
 from __future__ import annotations
 
+import json
+import random
 import string
+from pathlib import Path
 
 import torch
 
+from nanochat.chat_format import render_for_completion
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat.common import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
+from tests.vocabulary import WORDS, train_tokenizer
 
 KEYS = string.ascii_uppercase[:16]
 CLASSES = 26
@@ -94,3 +101,37 @@ def echo(tokenizer: RustBPETokenizer, tokens: list[int], length: int) -> str:
     for _ in range(length):
         classes.append((classes[-3] + STRIDES[keys[0]]) % CLASSES)
     return "".join(LETTERS[number] for number in classes[len(tokens) :])
+
+
+def questions(tokenizer: RustBPETokenizer, count: int, longest: int, seed: int = 0) -> list[dict]:
+    """Return requests to chat, of up to `longest` words, with answers, as bench_serve --expect reads them."""
+    rng = random.Random(seed)
+    words = [word for word in WORDS if word.strip()]
+    found = []
+    for i in range(count):
+        said = rng.choices(words, k=longest * i // count)
+        said.insert(rng.randrange(len(said) + 1), rng.choice(KEYS))
+        messages = [{"role": "user", "content": " ".join(said)}]
+        max_tokens = rng.randint(5, 100)
+        tokens = render_for_completion(tokenizer, {"messages": messages}, 1 << 20)
+        answer = echo(tokenizer, tokens, max_tokens)
+        found.append({"messages": messages, "max_tokens": max_tokens, "answer": answer})
+    return found
+
+
+def save_echo(longest: int = 150, **changes: int) -> Path:
+    """Leave tokenizer and SFT checkpoint "echo" in the base directory; return the file for --expect.
+
+    To check a GPU, where rounding depends on who else is served:
+
+        python -c "from tests.echo_model import save_echo; print(save_echo(sequence_len=2048))"
+        python -m scripts.chat_web -g echo &
+        python -m scripts.bench_serve --expect=$NANOCHAT_BASE_DIR/expect.jsonl
+    """
+    tokenizer = train_tokenizer()
+    tokenizer.save(base_dir() / "tokenizer")
+    model = echo_model(echo_config(tokenizer.get_vocab_size(), **changes))
+    save_checkpoint(checkpoint_dir("sft", "echo"), 0, model, None, {})
+    path = base_dir() / "expect.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions(tokenizer, 64, longest)))
+    return path

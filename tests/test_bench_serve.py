@@ -1,7 +1,6 @@
 """The load test, in a small size: answers are right, slots come back, and what is wrong is noticed."""
 
 import json
-import random
 import subprocess
 import sys
 import time
@@ -9,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.chat_format import render_for_completion
 from nanochat.serving import End
 from nanochat.worker import Worker
 from scripts import bench_serve
-from tests.echo_model import KEYS, echo, echo_config, echo_model
+from tests.echo_model import echo_config, echo_model, save_echo
 from tests.fake_backend import FakeBackend, Pause, serve
 from tests.models import random_model, small_config
-from tests.vocabulary import WORDS, train_tokenizer
+from tests.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = train_tokenizer()
@@ -34,21 +32,9 @@ def run(capsys):
 
 
 @pytest.fixture
-def expectations(tmp_path):
+def expectations():
     """A file of questions with the answers of the echo model."""
-    rng = random.Random(0)
-    lines = []
-    for num_words in (0, 1, 3, 8, 20, 60, 100, 140):
-        words = rng.choices([word for word in WORDS if word.strip()], k=num_words)
-        words.insert(rng.randrange(num_words + 1), rng.choice(KEYS))
-        messages = [{"role": "user", "content": " ".join(words)}]
-        tokens = render_for_completion(TOKENIZER, {"messages": messages}, 512)
-        max_tokens = rng.randint(5, 60)
-        answer = echo(TOKENIZER, tokens, max_tokens)
-        lines.append(json.dumps({"messages": messages, "max_tokens": max_tokens, "answer": answer}))
-    path = tmp_path / "expect.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return save_echo()
 
 
 def echo_worker(**settings):
@@ -81,9 +67,10 @@ def test_no_answer_is_another_s(run, expectations):
 
 
 def test_a_wrong_answer_is_noticed(run, expectations):
-    text = expectations.read_text()
-    answer = json.loads(text.splitlines()[-1])["answer"]
-    expectations.write_text(text.replace(answer, answer[:-1] + "!"))
+    lines = [json.loads(line) for line in expectations.read_text().splitlines()]
+    for line in lines[::2]:
+        line["answer"] = line["answer"][:-1] + "!"
+    expectations.write_text("\n".join(map(json.dumps, lines)))
     with serve(echo_worker()) as client:
         status, result = run(client, "--clients=8", "--seconds=0.5", f"--expect={expectations}")
     assert status == 1
