@@ -2,7 +2,7 @@
 
     POST /chat/completions    server-sent events of one reply:
                               data: {"token": "text", "gpu": 0}
-                              data: {"tool": {"expression": "12*7", "result": "84"}}     the calculator
+                              data: {"tool": {"expression": "12*7", "result": "84"}}     or null: refused
                               data: {"done": true}                                       or {"error": {...}}
     /v1/...                   see openai_api
     GET /  /health            the page, and whether the server is up; these two need no key

@@ -91,10 +91,13 @@ def test_a_broken_character_shows_at_the_end(server, backend):
     assert lines(chat(server)) == ['data: {"token": "\ufffd", "gpu": 0}', DONE]
 
 
-def test_calculator(server, backend):
-    call = ["<|python_start|>", "12*7", "<|python_end|>", "<|output_start|>", "84", "<|output_end|>"]
-    backend.prepare(["the", *call, "of"])
-    tool = 'data: {"tool": {"expression": "12*7", "result": "84"}}'
+@pytest.mark.parametrize(
+    ("output", "result"),
+    [(["<|output_start|>", "84", "<|output_end|>"], '"84"'), ([], "null")],  # null: it refused
+)
+def test_calculator(server, backend, output, result):
+    backend.prepare(["the", "<|python_start|>", "12*7", "<|python_end|>", *output, "of"])
+    tool = f'data: {{"tool": {{"expression": "12*7", "result": {result}}}}}'
     found = lines(chat(server))
     assert tool in found[1:-2]
     assert said_by(found) == "theof"
