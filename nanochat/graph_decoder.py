@@ -19,13 +19,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.decoder import Decoder
-from nanochat.gpt import GPT, SOFTCAP, GPTConfig, rotary_tables
+from nanochat.gpt import GPT, SOFTCAP, GPTConfig, norm, rotary_tables
 from nanochat.kernels import sampling
 from nanochat.kernels.attention_decode import attend, attend_causal, rope_append
-from nanochat.kernels.linear import COUNTERS, MAX_ROWS, linear
+from nanochat.kernels.linear import COUNTERS, MAX_ROWS, batch_linear, batch_linear_add, row_linear
 from nanochat.kernels.pointwise import embed, norm_relu2
 from nanochat.kernels.slc2_decode import slc2_mix, slc2_row
 from nanochat.sampling import SamplingParams
@@ -48,7 +49,7 @@ def supports(config: GPTConfig) -> bool:
 def packed_weights(model: GPT, dtype: torch.dtype) -> list[Tensor]:
     """Copies of wte, lm_head and, of each layer, mixer in, mixer out, MLP in and out, and for SLC2 the taps.
 
-    What goes into a mixer is laid together: q, k, v; or x, B, A, alpha. The taps stay float32.
+    What goes into a mixer is laid together: q, k, v; or x, B, A, alpha; with zeros below. The taps stay float32.
     """
 
     def pack(*weights: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def packed_weights(model: GPT, dtype: torch.dtype) -> list[Tensor]:
     for block in model.transformer.h:
         mixer = block.attn
         names = ("c_q", "c_k", "c_v") if block.is_attention else ("x_proj", "B_proj", "A_proj", "alpha_proj")
-        packed.append(pack(*(getattr(mixer, name).weight for name in names)))
+        mixer_in = pack(*(getattr(mixer, name).weight for name in names))
+        packed.append(F.pad(mixer_in, (0, 0, 0, -len(mixer_in) % 64)))  # cuBLAS is slow with odd sizes
         packed += [pack(layer.weight) for layer in (mixer.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
         if not block.is_attention:
             packed.append(mixer.conv1d.weight.detach().float().clone())
@@ -240,7 +242,12 @@ class GraphDecoder(Decoder):
         B = inputs.size(1)
         x = self._trunk(of["token"], of["slot"], of["position"], self._ones[:B])
         logits = self._logits[:B]
-        linear(x, self.head, logits, self._counters, norm=True)
+        if B == 1:
+            row_linear(x, self.head, logits, norm=True)
+        elif self.dtype == torch.float32:
+            torch.mm(norm(x), self.head.T, out=logits)
+        else:
+            torch.mm(norm(x), self.head.T, torch.float32, out=logits)
         blocks = -(-self.config.vocab_size // sampling.BLOCK)
         best = torch.empty(B, blocks, device=self.device)
         buffers = (self._scores, best, torch.empty_like(best, dtype=torch.int32))
@@ -248,58 +255,74 @@ class GraphDecoder(Decoder):
 
     def _prefill(self, inputs: Tensor) -> None:
         """The tokens of one sequence, inputs[3:], whose first three are its slot and position and their count."""
-        self._trunk(inputs[3:], inputs[:1], inputs[1:2], inputs[2:3])
+        slot = inputs[:1]
+        tails = torch.empty_like(self.windows[:, :1])
+        self._trunk(inputs[3:], slot, inputs[1:2], inputs[2:3], tails)
+        self.windows[:, slot] = tails
 
-    def _trunk(self, tokens: Tensor, slots: Tensor, positions: Tensor, counts: Tensor) -> Tensor:
+    def _trunk(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, counts: Tensor, tails: Tensor | None = None
+    ) -> Tensor:
         """Residual stream (R,E) after the last layer, for R/S tokens of each of S sequences.
 
-        tokens (R,); slots, positions of the first tokens, and counts of real ones (S,); all int32.
+        tokens (R,); slots, positions of the first tokens, and counts of real ones (S,); all int32. If there are
+        several tokens each, tails (SLC2 layers,S,K-1,E) get the conv state after them.
         """
         c, R = self.config, len(tokens)
         x = torch.empty(R, c.n_embd, dtype=self.dtype, device=self.device)
-        y = torch.empty_like(x)
+        y, q = torch.empty_like(x), torch.empty_like(x).view(R, c.n_head, c.head_dim)
+        scale = torch.empty(R, device=self.device)
         embed(tokens, self.wte, slots, counts, self.latest, self.seen, x)
         for layer in self.layers:
+            i = layer.state
             if layer.conv is None:
-                q = torch.empty_like(y).view(R, c.n_head, c.head_dim)
-                k, v = self.k[layer.state], self.v[layer.state]
-                rope_append(self._product(x, layer.mixer_in), x, self.tables, slots, positions, q, k, v)
-                if R == len(slots):
+                packed = self._product(x, layer.mixer_in, scale)
+                rope_append(packed, x, self.tables, slots, positions, q, self.k[i], self.v[i])
+                if tails is None:
                     splits = max(1, min(32, ATTENTION_PROGRAMS // (R * c.n_kv_head)))
-                    attend(q, k, v, slots, positions, y.view_as(q), splits)
+                    attend(q, self.k[i], self.v[i], slots, positions, y.view_as(q), splits)
                 else:
-                    attend_causal(q, k, v, slots, positions, y.view_as(q))
+                    attend_causal(q, self.k[i], self.v[i], slots, positions, y.view_as(q))
             elif R == 1:
-                slc2_row(x, layer.mixer_in, layer.conv, self.windows[layer.state], slots, y)
+                slc2_row(x, layer.mixer_in, layer.conv, self.windows[i], slots, y, c.n_head)
             else:
-                packed = self._product(x, layer.mixer_in)
-                slc2_mix(packed, x, layer.conv, self.windows[layer.state], slots, counts, y)
+                packed = self._product(x, layer.mixer_in, scale)
+                tail = self.windows[i] if tails is None else tails[i]
+                slc2_mix(packed, x, layer.conv, self.windows[i], slots, counts, tail, y, c.n_head)
             self._add(x, y, layer.mixer_out)
-            self._add(x, self._mlp_hidden(x, layer.mlp_in), layer.mlp_out)
+            self._mlp(x, layer, scale)
         return x
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """x W^T, not yet divided by rms(x)."""
         if len(x) > MAX_ROWS:
             return x @ weight.T
         y = x.new_empty(len(x), len(weight))
-        linear(x, weight, y, self._counters)
+        row_linear(x, weight, y) if len(x) == 1 else batch_linear(x, weight, y, scale)
         return y
 
-    def _mlp_hidden(self, x: Tensor, weight: Tensor) -> Tensor:
-        if len(x) > MAX_ROWS:
-            h = x @ weight.T
-            norm_relu2(h, x)
-            return h
-        h = x.new_empty(len(x), len(weight))
-        linear(x, weight, h, self._counters, norm=True, relu2=True)
-        return h
-
     def _add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        """x += y W^T, in place."""
-        if len(x) > MAX_ROWS:
-            x.addmm_(y, weight.T)
+        """x += y W^T."""
+        if len(x) == 1:
+            row_linear(y, weight, x, add=True)
+        elif len(x) <= MAX_ROWS:
+            batch_linear_add(y, weight, x, self._counters)
         else:
-            linear(y, weight, x, self._counters, add=True)
+            x.addmm_(y, weight.T)
+
+    def _mlp(self, x: Tensor, layer: _Layer, scale: Tensor) -> None:
+        """x += MLP(norm(x))."""
+        h = x.new_empty(len(x), len(layer.mlp_in))
+        if len(x) == 1:
+            row_linear(x, layer.mlp_in, h, norm=True, relu2=True)
+            row_linear(h, layer.mlp_out, x, add=True)
+        elif len(x) <= MAX_ROWS:
+            batch_linear(x, layer.mlp_in, h, scale, relu2=True)
+            batch_linear_add(h, layer.mlp_out, x, self._counters, scale)
+        else:
+            torch.mm(x, layer.mlp_in.T, out=h)
+            norm_relu2(h, x)
+            x.addmm_(h, layer.mlp_out.T)
 
 
 def size_for(n: int) -> int:

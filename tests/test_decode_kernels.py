@@ -6,7 +6,7 @@ import torch
 from nanochat.gpt import apply_rotary, norm, rotary_tables
 from nanochat.kernels import sampling as kernel_sampling
 from nanochat.kernels.attention_decode import attend, attend_causal, attend_reference, rope_append
-from nanochat.kernels.linear import COUNTERS, linear, linear_reference
+from nanochat.kernels.linear import COUNTERS, batch_linear, batch_linear_add, linear_reference, row_linear
 from nanochat.kernels.pointwise import embed, norm_relu2
 from nanochat.kernels.slc2_decode import slc2_mix, slc2_mix_reference, slc2_row
 from nanochat.sampling import SamplingParams, sample_rows
@@ -41,30 +41,51 @@ def poison(*shape, dtype, device):
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 
-LINEAR_SHAPES = [
-    (1, 37, 256), (3, 33, 96), (17, 16, 512), on_gpu(1, 10, 5120), on_gpu(2, 2698, 1280), on_gpu(32, 1280, 5120),
-    on_gpu(100, 1280, 1280), on_gpu(128, 33_003, 384),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("R", "N", "K"), LINEAR_SHAPES)
-@pytest.mark.parametrize(
-    "form", [{}, {"norm": True, "relu2": True}, {"add": True}, {"norm": True, "add": True}], ids=str
-)
-def test_linear(device, dtype, R, N, K, form):
-    """Twice over the same counters, which are zero again: the same bits each time, splits or not."""
+def linear_case(device, dtype, R, N, K):
     x = (3 * torch.randn(R, K, device=device)).to(dtype)
     weight = (torch.randn(N, K, device=device) * K**-0.5).to(dtype)
-    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    add = form.get("add", False)
-    before = torch.randn(R, N, device=device).to(dtype) if add else poison(R, N, dtype=dtype, device=device)
+    return x, weight, torch.randn(R, N, device=device).to(dtype)
+
+
+@pytest.mark.parametrize(("N", "K"), [(37, 256), (33, 96), on_gpu(10, 5120), on_gpu(2698, 1280)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("form", [{}, {"relu2": True}, {"add": True}], ids=str)
+def test_row_linear(device, dtype, N, K, norm, form):
+    x, weight, before = linear_case(device, dtype, 1, N, K)
+    is_added = "add" in form
+    out = before.clone() if is_added else torch.full_like(before, torch.nan)
+    row_linear(x, weight, out, norm=norm, **form)
     reference = linear_reference(
-        x.double(), weight.double(), norm=form.get("norm", False), relu2=form.get("relu2", False),
-        residual=before.double() if add else None,
-    )  # fmt: skip
+        x.double(), weight.double(), norm=norm, relu2="relu2" in form, residual=before.double() if is_added else None
+    )
+    assert error(out, reference) < TOLERANCE[dtype]
+
+
+BATCHES = [(2, 33, 96), (17, 16, 512), on_gpu(8, 2752, 1280), on_gpu(32, 1280, 5120), on_gpu(31, 5120, 1280)]
+
+
+@pytest.mark.parametrize(("R", "N", "K"), BATCHES)
+@pytest.mark.parametrize("relu2", [False, True])
+def test_batch_linear(device, dtype, R, N, K, relu2):
+    x, weight, out = linear_case(device, dtype, R, N, K)
+    scale = poison(R, dtype=torch.float32, device=device)
+    batch_linear(x, weight, out.fill_(torch.nan), scale, relu2=relu2)
+    assert error(out, linear_reference(x.double(), weight.double(), relu2=relu2)) < TOLERANCE[dtype]
+    assert error(scale, torch.rsqrt(x.double().square().mean(1) + 2.0**-23)) < 1e-6
+
+
+@pytest.mark.parametrize(("R", "N", "K"), BATCHES)
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_batch_linear_add(device, dtype, R, N, K, is_scaled):
+    """Twice over the same counters, which are zero again: the same bits each time, whoever came last."""
+    x, weight, before = linear_case(device, dtype, R, N, K)
+    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    scale = torch.rand(R, device=device) if is_scaled else None
+    added = linear_reference(x.double(), weight.double())
+    reference = before.double() + (added * scale.double().square()[:, None] if is_scaled else added)
     outs = [before.clone(), before.clone()]
     for out in outs:
-        linear(x, weight, out, counters, **form)
+        batch_linear_add(x, weight, out, counters, scale)
         assert not counters.any()
     assert error(outs[0], reference) < TOLERANCE[dtype]
     assert torch.equal(outs[0], outs[1])
@@ -84,6 +105,7 @@ def test_slc2(device, dtype, H, D, K, counts, T):
     slots = torch.tensor([4, 1, 3][:B], dtype=torch.int32, device=device)
     x = (2 * torch.randn(B * T, E, device=device)).to(dtype)
     packed = (x.double() @ weight.double().T).to(dtype)
+    packed = torch.nn.functional.pad(packed, (0, 6), value=torch.nan)  # columns that nobody may read
     expected, windows = [], before.double()
     for i, slot in enumerate(slots.tolist()):
         rows = slice(i * T, i * T + counts[i])
@@ -100,10 +122,17 @@ def test_slc2(device, dtype, H, D, K, counts, T):
         assert error(state[slots.long()], windows[slots.long()]) < 3 * TOLERANCE[dtype]
         assert torch.equal(state[[0, 2, 5]], before[[0, 2, 5]])
 
-    real = torch.tensor(counts, dtype=torch.int32, device=device)
-    check(lambda state, y: slc2_mix(packed, x, conv, state, slots, real, y))
+    def mix(state, y):
+        real = torch.tensor(counts, dtype=torch.int32, device=device)
+        tails = poison(B, K - 1, E, dtype=dtype, device=device)
+        slc2_mix(packed, x, conv, state, slots, real, tails, y, H)
+        if T > 1:
+            assert torch.equal(state, before)
+            state[slots.long()] = tails
+
+    check(mix)
     if B * T == 1:
-        check(lambda state, y: slc2_row(x, weight, conv, state, slots, y))
+        check(lambda state, y: slc2_row(x, weight, conv, state, slots, y, H))
 
 
 HEADS = [(3, 3, 32), (6, 2, 16), on_gpu(10, 10, 128)]
@@ -114,7 +143,7 @@ HEADS = [(3, 3, 32), (6, 2, 16), on_gpu(10, 10, 128)]
 def test_rope_append(device, dtype, H, H_kv, D, T):
     E, slots, positions = 48, [3, 0], [0, 130]
     x = (2 * torch.randn(2 * T, E, device=device)).to(dtype)
-    packed = (x.double() @ torch.randn((H + 2 * H_kv) * D, E, device=device).double().T).to(dtype)
+    packed = (x.double() @ torch.randn((H + 2 * H_kv) * D + 8, E, device=device).double().T).to(dtype)
     tables = rotary_tables(200, D, x.device)
     q = poison(2 * T, H, D, dtype=dtype, device=device)
     k, v = (poison(4, H_kv, 200, D, dtype=dtype, device=device) for _ in "kv")
@@ -124,7 +153,7 @@ def test_rope_append(device, dtype, H, H_kv, D, T):
     for i, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         rows, places = slice(i * T, i * T + T), slice(position, position + T)
         cos, sin = (table[places] for table in tables)
-        parts = scaled[None, rows].split([H * D, H_kv * D, H_kv * D], dim=-1)
+        parts = scaled[None, rows, :-8].split([H * D, H_kv * D, H_kv * D], dim=-1)
         query, key, value = (part.unflatten(-1, (-1, D)) for part in parts)
         assert error(q[rows], norm(apply_rotary(query, cos, sin))[0]) < TOLERANCE[dtype]
         assert (

@@ -40,6 +40,7 @@ def _rope_append(
     v_ptr,
     T,
     max_len,
+    WIDTH,
     E: tl.constexpr,
     H: tl.constexpr,
     H_KV: tl.constexpr,
@@ -58,7 +59,7 @@ def _rope_append(
     position = tl.load(positions_ptr + row // T) + row % T
     x = tl.load(x_ptr + row * E + c, mask=c < E, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
-    packed = packed_ptr + row * (H + 2 * H_KV) * D + h * D + half
+    packed = packed_ptr + row * WIDTH + h * D + half
     state = (slot * H_KV + h) * max_len * D + position * D + half
     has_room = position < max_len  # padding may reach further
     cos_sin = position * (D // 2) + half
@@ -92,12 +93,12 @@ def rope_append(
 ) -> None:
     """Write queries q (R,H,D), and keys and values to k, v (S,H_kv,max_len,D), at their slots and positions.
 
-    packed (R, (H + 2 H_kv) D) = x W^T, R tokens of len(slots) sequences that go on at positions (len(slots),);
+    packed (R, >= (H + 2 H_kv) D) = x W^T, R tokens of len(slots) sequences that go on at positions (len(slots),);
     x (R,E) is the residual stream; tables are cos and sin (max_len, D/2).
     """
     (R, H, D), (_, H_kv, max_len, _), E = q.shape, k.shape, x.size(1)
     _rope_append[(R,)](
-        packed, x, *tables, slots, positions, q, k, v, R // len(slots), max_len, E, H, H_kv, D,
+        packed, x, *tables, slots, positions, q, k, v, R // len(slots), max_len, packed.size(1), E, H, H_kv, D,
         triton.next_power_of_2(E), triton.next_power_of_2(H), num_warps=4, **pdl(),
     )  # fmt: skip
 

@@ -1,9 +1,11 @@
-"""y = f(norm(x) W^T) for up to 128 rows x, as fast as W can be read.
+"""Linear layers for a few rows x, as fast as their weights W can be read.
 
 Decoding reads every weight for each token and does next to nothing with it, so what counts is that the memory
 bus never rests: a program asks for its rows of W before it waits for x (nanochat/kernels/launch.py). For one row
-they are held in registers, a matrix-vector product; for more the tensor cores multiply what the L2 cache was asked
-to fetch. RMSNorm has no weights and commutes with the product, norm(x) W^T = (x W^T) / rms(x), so it costs nothing.
+they are held in registers, a matrix-vector product; for up to 32 the tensor cores multiply what the L2 cache was
+asked to fetch. RMSNorm has no weights and commutes with the product: norm(x) W^T = s (x W^T), s = 1 / rms(x) of each
+row. So one row is scaled at the end; and as relu(s h)^2 = s^2 relu(h)^2, several rows of an MLP are scaled when its
+second product is added to the residual stream, by an s that one program more has found for all of them.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from torch import Tensor
 from nanochat.kernels.launch import pdl, release, wait
 
 ELEMENTS = 10240  # weights that a program for one row holds, 80 a thread
-PROGRAMS = 132  # as many as there are multiprocessors, at least, for more rows
-MAX_ROWS = 128
-COUNTERS = 8192
+MAX_ROWS = 32
+COUNTERS = 1024  # a product that is split has no more blocks of rows of W
 
 
 def linear_reference(x: Tensor, weight: Tensor, *, norm=False, relu2=False, residual=None) -> Tensor:
@@ -70,6 +71,16 @@ def _row_linear(
     tl.store(y_ptr + n, y, mask=n < N)
 
 
+def row_linear(x: Tensor, weight: Tensor, out: Tensor, *, norm=False, relu2=False, add=False) -> None:
+    """Write y (linear_reference) of one row x (1,K) to out (1,N), or add it to what is there; all contiguous."""
+    N, K = weight.shape
+    block_k = min(1024, K & -K)
+    block_n = max(1, triton.next_power_of_2(ELEMENTS // K + 1) // 2)
+    _row_linear[(triton.cdiv(N, block_n),)](
+        x, weight, out, N, K, block_n, block_k, norm, relu2, add, num_warps=4, **pdl()
+    )
+
+
 @triton.jit
 def _prefetch(pointers, bytes):
     """Ask the L2 cache for some bytes, a multiple of 16, at each pointer."""
@@ -85,10 +96,70 @@ def _prefetch(pointers, bytes):
 
 
 @triton.jit
+def _product(x_ptr, w_rows, r, R, begin, END: tl.constexpr, K: tl.constexpr, n, BLOCK_K: tl.constexpr):
+    """x W^T for rows r of x and some rows of W, over END columns from begin."""
+    y = tl.zeros((r.shape[0], n.shape[0]), tl.float32)
+    for k0 in range(0, END, BLOCK_K):
+        k = begin + k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + r[:, None] * K + k[None, :], mask=r[:, None] < R, other=0.0)
+        y = tl.dot(x, tl.trans(tl.load(w_rows + k[None, :])), y, input_precision="ieee")
+    return y
+
+
+@triton.jit
 def _batch_linear(
     x_ptr,
     w_ptr,
     y_ptr,
+    scale_ptr,
+    R,
+    N,
+    K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RELU2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    if tl.program_id(0) * BLOCK_N >= N:  # the one program more
+        wait(PDL)
+        squares = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            at = r[:, None] * K + k0 + tl.arange(0, BLOCK_K)[None, :]
+            x = tl.load(x_ptr + at, mask=r[:, None] < R, other=0.0).to(tl.float32)
+            squares += x * x
+        tl.store(scale_ptr + r, tl.rsqrt(tl.sum(squares, 1) / K + 2.0**-23), mask=r < R)
+    else:
+        w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+        if PDL:
+            parts = w_rows + (K // 4) * tl.arange(0, 4)[None, :]
+            _prefetch(parts, K // 4 * w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        wait(PDL)
+        y = _product(x_ptr, w_rows, r, R, 0, K, K, n, BLOCK_K)
+        if RELU2:
+            y = tl.maximum(y, 0.0)
+            y *= y
+        tl.store(y_ptr + r[:, None] * N + n[None, :], y, mask=(r[:, None] < R) & (n[None, :] < N))
+
+
+def batch_linear(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, *, relu2=False) -> None:
+    """Write x W^T, or relu^2 of it, to out (R,N), and 1 / rms(x) to scale (R,) float32; R <= MAX_ROWS."""
+    (R, K), N = x.shape, weight.size(0)
+    block_n = 32
+    _batch_linear[(triton.cdiv(N, block_n) + 1,)](
+        x, weight, out, scale, R, N, K, _rows(R), block_n, min(128, K & -K), relu2, num_warps=4, num_stages=6, **pdl()
+    )
+
+
+@triton.jit
+def _batch_linear_add(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    scale_ptr,
     partial_ptr,
     counter_ptr,
     R,
@@ -98,76 +169,55 @@ def _batch_linear(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr,
-    RELU2: tl.constexpr,
-    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
     block, split = tl.program_id(0), tl.program_id(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
-    begin = split * (K // SPLITS)
+    part: tl.constexpr = K // SPLITS
     w_rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     if PDL:
-        part: tl.constexpr = K // SPLITS // 4
-        parts = w_rows + begin + part * tl.arange(0, 4)[None, :]
-        _prefetch(parts, part * w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        parts = w_rows + split * part + (part // 4) * tl.arange(0, 4)[None, :]
+        _prefetch(parts, part // 4 * w_ptr.dtype.element_ty.primitive_bitwidth // 8)
     wait(PDL)
-    y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_R,), tl.float32)
-    for k0 in range(begin, begin + K // SPLITS, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + r[:, None] * K + k[None, :], mask=r[:, None] < R, other=0.0)
-        w = tl.load(w_rows + k[None, :])
-        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
-        if NORM:
-            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+    y = _product(x_ptr, w_rows, r, R, split * part, part, K, n, BLOCK_K)
     inside = (r[:, None] < R) & (n[None, :] < N)
-    at = r.to(tl.int64)[:, None] * N + n[None, :]
-    is_last = True
-    if SPLITS > 1:  # whoever comes last adds up what all have left, in their order: the same sum every time
-        tl.store(partial_ptr + split * R * N + at, y, mask=inside)
-        tl.debug_barrier()
-        is_last = tl.atomic_add(counter_ptr + block, 1, sem="acq_rel") == SPLITS - 1
-        if is_last:
-            y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-            for s in range(SPLITS):
-                y += tl.load(partial_ptr + s * R * N + at, mask=inside, other=0.0, cache_modifier=".cg")
-            tl.store(counter_ptr + block, 0)
-    if is_last:
-        if NORM:
-            y *= tl.rsqrt(squares / K + 2.0**-23)[:, None]
-        if RELU2:
-            y = tl.maximum(y, 0.0)
-            y *= y
-        if ADD:
-            y += tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    at = r[:, None] * N + n[None, :]
+    tl.store(partial_ptr + split * R * N + at, y, mask=inside)
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr + block, 1, sem="acq_rel") == SPLITS - 1:
+        # whoever comes last adds up what all have left, in their order: the same sum every time
+        y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for s in tl.static_range(SPLITS):
+            y += tl.load(partial_ptr + s * R * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+        if SCALED:
+            scale = tl.load(scale_ptr + r, mask=r < R, other=0.0)
+            y *= (scale * scale)[:, None]
+        y += tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(y_ptr + at, y, mask=inside)
+        tl.store(counter_ptr + block, 0)
 
 
-def linear(
-    x: Tensor, weight: Tensor, out: Tensor, counters: Tensor, *, norm=False, relu2=False, add=False
+def batch_linear_add(
+    x: Tensor, weight: Tensor, out: Tensor, counters: Tensor, scale: Tensor | None = None
 ) -> None:
-    """Write y (linear_reference) to out (R,N), or add it to what is there; all contiguous, R <= MAX_ROWS.
+    """Add x W^T, times scale (R,) squared if it is given, to out (R,N), in place; R <= MAX_ROWS.
 
-    counters are COUNTERS int32 zeros, and are so again afterwards; kernels that run at once must not share them.
+    counters are COUNTERS int32 zeros, and are so again afterwards.
     """
     (R, K), N = x.shape, weight.size(0)
-    if R == 1:
-        block_k = min(1024, K & -K)
-        block_n = max(1, triton.next_power_of_2(ELEMENTS // K + 1) // 2)
-        _row_linear[(triton.cdiv(N, block_n),)](
-            x, weight, out, N, K, block_n, block_k, norm, relu2, add, num_warps=4, **pdl()
-        )
-        return
-    block_n = 64 if N >= 64 * 4 * PROGRAMS else 32 if N >= 32 * PROGRAMS else 16
-    splits = 1
-    while not norm and triton.cdiv(N, block_n) * splits < PROGRAMS and K // splits % 256 == 0:
-        splits *= 2
+    splits, block_n = (8 if K > 2048 else 2), 32
+    while K // splits % 32:
+        splits //= 2
     block_k = min(128, (K // splits) & -(K // splits))
-    partial = torch.empty((splits, R, N) if splits > 1 else 0, device=x.device)
-    _batch_linear[(triton.cdiv(N, block_n), splits)](
-        x, weight, out, partial, counters, R, N, K, splits, max(16, triton.next_power_of_2(R)), block_n, block_k,
-        norm, relu2, add, num_warps=4, num_stages=4, **pdl(),
+    partial = torch.empty(splits, R, N, device=x.device)
+    _batch_linear_add[(triton.cdiv(N, block_n), splits)](
+        x, weight, out, counters if scale is None else scale, partial, counters, R, N, K, splits, _rows(R), block_n,
+        block_k, scale is not None, num_warps=4, num_stages=5, **pdl(),
     )  # fmt: skip
+
+
+def _rows(R: int) -> int:
+    return max(16, triton.next_power_of_2(R))

@@ -1,7 +1,7 @@
 """SLC2 on the way to an answer: everything between the residual stream and c_proj (nanochat/slc2.py).
 
-The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order. The conv
-state of a sequence is the last K-1 values of u, oldest first, at its slot in windows (slots, K-1, E).
+The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order, and maybe
+more that nobody reads. The conv state of a sequence is the last K-1 values of u, oldest first, at its slot in windows (slots, K-1, E).
 
 For one token of one sequence `slc2_row` does it all in one kernel, bound by reading the weights: a program computes
 a few channels of one head from beginning to end, so the state needs no second kernel. A is shared by the heads, so
@@ -29,7 +29,7 @@ def slc2_mix_reference(
     """y (T,E) and the next window (K-1,E) of one sequence: packed (T, 2E+D+H), not yet divided by rms(x)."""
     E = x.size(1)
     packed = packed * torch.rsqrt(x.square().mean(1, keepdim=True) + 2.0**-23)
-    p, b, a, alpha = packed.split([E, E, E // n_head, n_head], dim=1)
+    p, b, a, alpha = packed[:, : 2 * E + E // n_head + n_head].split([E, E, E // n_head, n_head], dim=1)
     window = window[None].clone()
     z = short_conv(gate(p, alpha, a)[None], conv, window)
     return b * F.silu(z[0]), window[0]
@@ -98,23 +98,18 @@ def _slc2_row(
     tl.store(y_ptr + c, tl.sum(pb, 1) * scale * _silu(z))
 
 
-def slc2_row(x: Tensor, weight: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor) -> None:
+def slc2_row(
+    x: Tensor, weight: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor, n_head: int
+) -> None:
     """Write y (1,E) of the residual stream x (1,E), one token of one sequence; windows[slots] move on by it.
 
-    weight (2E+D+H, E) packed; conv (E,1,K) float32, K > 1; windows (S,K-1,E) in x's dtype; slots (1,) int32.
+    weight (>= 2E+D+H, E) packed; conv (E,1,K) float32, K > 1; windows (S,K-1,E) in x's dtype; slots (1,) int32.
     """
     (_, E), K = x.shape, conv.size(-1)
-    H, D = _heads(weight, E)
-    _slc2_row[(H, D // CHANNELS)](
+    D = E // n_head
+    _slc2_row[(n_head, D // CHANNELS)](
         x, weight, conv, windows, slots, y, E, D, K, CHANNELS, min(1024, E & -E), num_warps=4, **pdl()
     )
-
-
-def _heads(weight: Tensor, E: int) -> tuple[int, int]:
-    """(H,D) from D + H, the rows that a packed weight has beyond 2E, and D * H = E."""
-    rest = weight.size(0) - 2 * E
-    D = round((rest + (rest * rest - 4 * E) ** 0.5) / 2)
-    return rest - D, D
 
 
 @triton.jit
@@ -130,6 +125,7 @@ def _slc2_mix(
     T,
     E: tl.constexpr,
     D: tl.constexpr,
+    WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -137,27 +133,26 @@ def _slc2_mix(
     release(PDL)
     row = tl.program_id(0).to(tl.int64)
     t = row % T
-    width: tl.constexpr = 2 * E + D + E // D
     c = tl.arange(0, BLOCK)
     inside = c < E
     wait(PDL)
     window = windows_ptr + tl.load(slots_ptr + row // T).to(tl.int64) * (TAPS - 1) * E + c
     z = tl.zeros((BLOCK,), tl.float32)
-    b = tl.zeros((BLOCK,), tl.float32)
+    b = tl.load(packed_ptr + row * WIDTH + E + c, mask=inside, other=0.0).to(tl.float32)
     taps = ()
-    for j in tl.static_range(TAPS):  # the current token, then those before it
-        if t >= j:
-            x = tl.load(x_ptr + (row - j) * E + c, mask=inside, other=0.0).to(tl.float32)
-            scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
-            packed = packed_ptr + (row - j) * width
-            a = tl.load(packed + 2 * E + c % D, mask=inside, other=0.0).to(tl.float32)
-            alpha = tl.load(packed + 2 * E + D + c // D, mask=inside, other=0.0).to(tl.float32)
-            p = tl.load(packed + c, mask=inside, other=0.0).to(tl.float32)
-            u = (_silu(_silu(alpha * scale) * a * scale) * p * scale).to(y_ptr.dtype.element_ty)
-            if j == 0:
-                b = tl.load(packed + E + c, mask=inside, other=0.0).to(tl.float32) * scale
-        else:
-            u = tl.load(window + (TAPS - 1 + t - j) * E, mask=inside, other=0.0)
+    for j in tl.static_range(TAPS):  # the current token, then those before it; no branches: all loads at once
+        is_new = inside & (t >= j)
+        x = tl.load(x_ptr + (row - j) * E + c, mask=is_new, other=0.0).to(tl.float32)
+        packed = packed_ptr + (row - j) * WIDTH
+        a = tl.load(packed + 2 * E + c % D, mask=is_new, other=0.0).to(tl.float32)
+        alpha = tl.load(packed + 2 * E + D + c // D, mask=is_new, other=0.0).to(tl.float32)
+        p = tl.load(packed + c, mask=is_new, other=0.0).to(tl.float32)
+        old = tl.load(window + (TAPS - 1 + t - j) * E, mask=inside & (t < j), other=0.0)
+        scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
+        u = (_silu(_silu(alpha * scale) * a * scale) * p * scale).to(y_ptr.dtype.element_ty)
+        u = tl.where(t >= j, u, old)
+        if j == 0:
+            b *= scale
         taps += (u,)
         z += u.to(tl.float32) * tl.load(conv_ptr + c * TAPS + TAPS - 1 - j, mask=inside, other=0.0)
     tl.store(y_ptr + row * E + c, b * _silu(z), mask=inside)
@@ -171,33 +166,25 @@ def _slc2_mix(
 
 
 def slc2_mix(
-    packed: Tensor, x: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, counts: Tensor, y: Tensor
+    packed: Tensor,
+    x: Tensor,
+    conv: Tensor,
+    windows: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    tails: Tensor,
+    y: Tensor,
+    n_head: int,
 ) -> None:
-    """Write y (R,E) of packed (R, 2E+D+H) = x W^T, R/S tokens of each of S sequences; their windows move on.
+    """Write y (R,E) of packed (R, >= 2E+D+H) = x W^T, R/S tokens of each of S sequences.
 
-    slots and counts (S,) int32: where a sequence is, and how many of its tokens are real, the first ones.
+    slots and counts (S,) int32: where a sequence is, and how many of its tokens are real, the first ones. The windows
+    that come next are written to windows[slots] if there is one token each; else to tails (S,K-1,E), because the
+    program of the last token may be done before that of the first has read the window.
     """
     (R, E), K = x.shape, conv.size(-1)
     T = R // len(slots)
-    H, D = _heads(packed.T, E)
-    # a program for each token: where they are several, the first ones may still read what the last one leaves
-    tails = windows if T == 1 else torch.empty_like(windows[: len(slots)])
     _slc2_mix[(R,)](
-        packed,
-        x,
-        conv,
-        windows,
-        slots,
-        counts,
-        tails,
-        y,
-        T,
-        E,
-        D,
-        K,
-        triton.next_power_of_2(E),
-        num_warps=4,
-        **pdl(),
-    )
-    if T > 1:
-        windows[slots] = tails
+        packed, x, conv, windows, slots, counts, windows if T == 1 else tails, y, T, E, E // n_head, packed.size(1),
+        K, triton.next_power_of_2(E), num_warps=8, **pdl(),
+    )  # fmt: skip
