@@ -27,6 +27,7 @@ class Decoder(ABC):
     slots: int
     context: int  # tokens a slot has room for
     device: torch.device
+    overlaps: bool  # whether launch returns before its work is done
     logits: Tensor  # (B,V) float32, soft-capped, of the last launch, in its order
 
     @abstractmethod
@@ -83,6 +84,8 @@ class _Sequence:
 
 class PlainDecoder(Decoder):
     """A Decoder over GPT.next_logits: the rows that run are the first of one cache."""
+
+    overlaps = False
 
     def __init__(self, model: GPT, slots: int):
         self.model, self.slots, self.context = model, slots, model.config.sequence_len

@@ -91,6 +91,8 @@ def _layers(config: GPTConfig, weights: list[Tensor]) -> list[_Layer]:
 class GraphDecoder(Decoder):
     """A Decoder for NVIDIA GPUs. On a CPU it takes the same steps without graphs, for tests."""
 
+    overlaps = True
+
     def __init__(self, model: GPT, slots: int):
         c = self.config = model.config
         if not 1 <= slots <= BATCH_SIZES[-1]:

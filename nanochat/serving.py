@@ -58,6 +58,9 @@ class Handle(Protocol):
     def cancel(self) -> None:
         """Stop decoding and free its rows; its samples that still run end as "cancelled". May come twice."""
 
+    def stop(self, sample: int) -> None:
+        """End one sample, as "stop", if it still runs: it has said all that is wanted."""
+
 
 class Backend(Protocol):
     """Decodes requests, many at a time. All methods may be called from any thread."""

@@ -1,11 +1,11 @@
 """The decoding worker: one thread that owns a model and serves requests that come and go.
 
 Each turn of its loop runs a chunk of one waiting prompt, so that long prompts do not hold up those who are
-being answered, and then one decoding step for all rows (continuous batching, Yu et al. 2022, Orca). The rows
-that are being answered are the first of a fixed number of slots: a new one is put behind them, and when one
-ends the last one takes its place. So a step computes what is alive and nothing else. Requests are served in
-the order in which they came; what a row says depends on its prompt, settings and seed, never on its
-neighbours.
+being answered, and then one decoding step for all who are (continuous batching, Yu et al. 2022, Orca). Where
+the decoder works on its own, on a GPU, the next step is launched before the tokens of the last are looked at:
+what a row does with a token does not keep the GPU waiting. A row that turns out to have ended has then taken
+part in one step too many, which nobody sees. Requests are served in the order in which they came; what a row
+says depends on its prompt, settings and seed, never on its neighbours.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nanochat.cache import HybridCache
+from nanochat.decoder import decoder_for
 from nanochat.gpt import GPT
 from nanochat.row import Row, special_ids
-from nanochat.sampling import SamplingParams, sample_rows
+from nanochat.sampling import SamplingParams
 from nanochat.serving import End, QueueFull, Request, Token
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -38,26 +38,37 @@ class Job:
     def __init__(self, request: Request, emit: Emit):
         self.request, self.emit = request, emit
         self.is_cancelled = False
-        self.ended: set[int] = set()  # samples
-        self.cache: HybridCache | None = None  # of the prompt, while it is being run
+        self.stopped: set[int] = set()  # samples that need not go on
+        self.ended: set[int] = set()
+        self.slot: int | None = None  # of the prompt, while it is being run
+        self.fed = 0  # tokens of the prompt
+        self.seed = 0
 
     def cancel(self) -> None:
         """See serving.Handle; the worker looks at it before its next step."""
         self.is_cancelled = True
 
+    def stop(self, sample: int) -> None:
+        """See serving.Handle; so for this."""
+        self.stopped.add(sample)
 
-@dataclass
+
+@dataclass(eq=False)
 class _Sample:
-    """What occupies a slot."""
+    """A slot and who has it."""
 
     job: Job
     number: int
     row: Row
-    params: SamplingParams
+    slot: int
+    last: int  # token
+    launches: int = 0  # whose tokens it has not seen
 
-    @property
-    def tokens(self) -> list[int]:
-        return self.row.completion.tokens
+    def next_input(self) -> int | None:
+        """What the next launch appends: the last token, where it is known; None: what will have been drawn."""
+        if not self.launches:
+            return self.last
+        return self.row.forced[0] if self.row.forced else None
 
 
 class Worker:
@@ -79,12 +90,14 @@ class Worker:
         self.context = model.config.sequence_len
         self.n_slots, self.max_waiting, self.prefill_chunk = slots, max_waiting, prefill_chunk
         self.special = special_ids(tokenizer)
-        self._cache = model.new_cache(slots, self.context)
-        self._samples: list[_Sample] = []  # of the first slots
+        self.decoder = decoder_for(model, slots)
+        self._samples: list[_Sample] = []
+        self._flight: list[_Sample] = []  # those in the launch that is not yet collected
         self._queue: deque[Job] = deque()  # jobs that have no slots yet; guarded by _changed
         self._changed = threading.Condition()
         self._is_closing = False
-        self._counts = dict.fromkeys(("tokens_generated", "finished", "cancelled", "failed"), 0)
+        self._counts = dict.fromkeys(("finished", "cancelled", "failed"), 0)
+        self._tokens_generated = 0
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     # -----------------------------------------------------------------------------------------------------
@@ -121,7 +134,7 @@ class Worker:
             "slots": self.n_slots,
             "running": len(self._samples),
             "waiting": len(self._queue),
-            "tokens_generated": self._counts["tokens_generated"],
+            "tokens_generated": self._tokens_generated,
             **{f"requests_{kind}": self._counts[kind] for kind in ("finished", "cancelled", "failed")},
         }
 
@@ -134,7 +147,7 @@ class Worker:
         with self._changed:
             self._is_closing = True
             if not drain:
-                for job in (*self._queue, *(sample.job for sample in self._samples)):
+                for job in (*self._queue, *(sample.job for sample in [*self._samples])):
                     job.cancel()
             self._changed.notify()
         self._thread.join()
@@ -145,8 +158,8 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._samples or self._is_closing)
-            if not (self._queue or self._samples):
+                self._changed.wait_for(lambda: self._has_work() or self._is_closing)
+            if not self._has_work():
                 return
             try:
                 self._turn()
@@ -154,77 +167,83 @@ class Worker:
                 logger.exception("decoding failed")
                 self._fail()
 
-    @torch.inference_mode()
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._samples or self._flight)
+
     def _turn(self) -> None:
-        self._drop_cancelled()
+        self._drop()
         budget = self.prefill_chunk
         while budget > 0 and self._queue and len(self._samples) + self._queue[0].request.n <= self.n_slots:
             budget -= self._prefill(self._queue[0], budget)
+        flight = self._flight
         if self._samples:
-            self._step()
+            if not self.decoder.overlaps or any(s.job.request.logprobs is not None for s in self._samples):
+                self._land(flight)  # the logits of a launch are gone with the next one
+                self._launch()
+                flight = self._flight
+            else:
+                self._launch()
+        self._land(flight)
 
-    def _drop_cancelled(self) -> None:
-        for i in reversed(range(len(self._samples))):
-            if self._samples[i].job.is_cancelled:
-                self._remove(i, "cancelled")
+    def _drop(self) -> None:
+        """Free what is not wanted any more."""
+        for sample in [*self._samples]:
+            if sample.job.is_cancelled:
+                self._remove(sample, "cancelled")
+            elif sample.number in sample.job.stopped:
+                self._remove(sample, "stop")
         for job in [job for job in self._queue if job.is_cancelled]:
             self._unqueue(job)
             for number in range(job.request.n):
                 self._end(job, number, "cancelled")
 
     def _prefill(self, job: Job, budget: int) -> int:
-        """Run up to budget tokens of a prompt; once all are run, let its samples have slots."""
+        """Run up to budget tokens of a prompt; the last one is that of its samples' first step."""
         request = job.request
-        if job.cache is None:
-            job.cache = self.model.new_cache(1, len(request.tokens))
-        done = job.cache.lengths[0]
-        chunk = request.tokens[done : done + budget]
-        logits = self.model.next_logits(torch.tensor([chunk], device=self.model.device), job.cache)
-        if done + len(chunk) == len(request.tokens):
-            seed = secrets.randbits(32) if request.seed is None else request.seed
-            samples = [
-                _Sample(job, number, Row(self.tokenizer, self.special), _params(request, seed, number))
-                for number in range(request.n)
-            ]
-            reasons = self._advance(samples, logits.repeat(request.n, 1))
-            for sample in (s for s, reason in zip(samples, reasons, strict=True) if reason is None):
-                self._cache.copy_row(len(self._samples), job.cache, 0)
-                self._samples.append(sample)
+        *tokens, last = request.tokens
+        if job.slot is None:
+            job.seed = secrets.randbits(32) if request.seed is None else request.seed
+            job.slot = self.decoder.open(_params(request, job.seed, 0))
+        chunk = tokens[job.fed : job.fed + budget]
+        if chunk:
+            self.decoder.feed(job.slot, chunk)
+            job.fed += len(chunk)
+        if job.fed == len(tokens):
+            slots = [job.slot]
+            for number in range(1, request.n):
+                slots.append(self.decoder.fork(job.slot, _params(request, job.seed, number)))
+            job.slot = None
             self._unqueue(job)
-            job.cache = None
-            for sample, reason in zip(samples, reasons, strict=True):
-                if reason is not None:
-                    self._end(job, sample.number, reason)
+            for number, slot in enumerate(slots):
+                self._samples.append(_Sample(job, number, Row(self.tokenizer, self.special), slot, last))
         return len(chunk)
 
-    def _step(self) -> None:
-        """One token for every sample."""
-        rows = self._cache.first(len(self._samples))
-        tokens = torch.tensor([sample.row.last[0] for sample in self._samples], device=self.model.device)
-        logits = self.model.next_logits(tokens[:, None], rows)
-        self._cache.lengths[: len(self._samples)] = rows.lengths
-        reasons = self._advance(self._samples, logits)
-        for i, reason in reversed(list(enumerate(reasons))):
-            if reason is not None:
-                self._remove(i, reason)
+    def _launch(self) -> None:
+        """Begin a step of all samples."""
+        self.decoder.launch({sample.slot: sample.next_input() for sample in self._samples})
+        self._flight = [*self._samples]
+        for sample in self._flight:
+            sample.launches += 1
 
-    def _advance(self, samples: Sequence[_Sample], logits: Tensor) -> list[str | None]:
-        """Sample and emit; return why each sample is over, None if it goes on; logits (len(samples),V)."""
-        said = [  # read only where repetition has a price
-            [*s.job.request.tokens, *s.tokens] if s.params.repetition_penalty != 1 else [] for s in samples
-        ]
-        places = [len(s.tokens) for s in samples]
-        drawn = sample_rows(logits, [s.params for s in samples], places, said)
-        self._counts["tokens_generated"] += len(samples)
-        reasons: list[str | None] = []
-        for sample, token, row_logits in zip(samples, drawn, logits, strict=True):
-            sample.row.take(token)
-            if sample.row.has_ended:
-                reasons.append("stop")
+    def _land(self, flight: list[_Sample]) -> None:
+        """Take the tokens of a step, if there is one: emit them, and free the slots of those who are over."""
+        if not flight:
+            return
+        if flight is self._flight:
+            self._flight = []
+        for i, (sample, token) in enumerate(zip(flight, self.decoder.collect(), strict=True)):
+            sample.launches -= 1
+            if sample not in self._samples:  # over since then
                 continue
-            sample.job.emit(_token(sample, row_logits))
-            reasons.append("length" if len(sample.tokens) == sample.job.request.max_tokens else None)
-        return reasons
+            self._tokens_generated += 1
+            sample.row.take(token)
+            sample.last = sample.row.last[0]
+            if sample.row.has_ended:
+                self._remove(sample, "stop")
+                continue
+            sample.job.emit(_token(sample, self.decoder.logits, i))
+            if len(sample.row.completion.tokens) == sample.job.request.max_tokens:
+                self._remove(sample, "length")
 
     def _end(self, job: Job, number: int, reason: str, message: str = "") -> None:
         if number in job.ended:  # told before the step failed
@@ -234,26 +253,27 @@ class Worker:
             self._counts[{"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")] += 1
         job.emit(End(number, reason, message))
 
-    def _remove(self, i: int, reason: str) -> None:
-        """Free slot i, into which the last sample moves; only then tell that its sample is over."""
-        sample = self._samples[i]
-        last = len(self._samples) - 1
-        if i != last:
-            self._cache.copy_row(i, self._cache, last)
-            self._samples[i] = self._samples[last]
-        self._samples.pop()
-        self._end(sample.job, sample.number, reason)
+    def _remove(self, sample: _Sample, reason: str, message: str = "") -> None:
+        """Free a sample's slot; only then tell that it is over."""
+        self._samples.remove(sample)
+        self.decoder.close(sample.slot)
+        self._end(sample.job, sample.number, reason, message)
 
     def _unqueue(self, job: Job) -> None:
         with self._changed:
             self._queue.remove(job)
+        if job.slot is not None:
+            self.decoder.close(job.slot)
 
     def _fail(self) -> None:
         """End everything that a failed step may have left half done: what runs, and the prompt being run."""
-        samples, self._samples = self._samples, []
-        for sample in samples:
-            self._end(sample.job, sample.number, "error", "decoding failed")
-        for job in [job for job in self._queue if job.cache is not None]:
+        self._flight = []
+        with suppress(IndexError):  # none are left
+            while True:
+                self.decoder.collect()
+        for sample in [*self._samples]:
+            self._remove(sample, "error", "decoding failed")
+        for job in [job for job in self._queue if job.slot is not None]:
             self._unqueue(job)
             for number in range(job.request.n):
                 self._end(job, number, "error", "decoding failed")
@@ -265,16 +285,16 @@ def _params(request: Request, seed: int, number: int) -> SamplingParams:
         top_k=request.top_k,
         top_p=request.top_p,
         repetition_penalty=request.repetition_penalty,
-        seed=seed + 0x9E3779B1 * number,
+        seed=seed + 0x9E3779B1 * number & 0xFFFFFFFF,  # which is all that the noise looks at
     )
 
 
-def _token(sample: _Sample, logits: Tensor) -> Token:
+def _token(sample: _Sample, logits: Tensor, i: int) -> Token:
     token, is_sampled = sample.row.last
     n = sample.job.request.logprobs
     if n is None:
         return Token(sample.number, token, not is_sampled)
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits[i].log_softmax(-1)
     best = logprobs.topk(n)
     alternatives = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return Token(sample.number, token, not is_sampled, logprobs[token].item(), alternatives)

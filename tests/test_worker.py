@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from nanochat.decoder import PlainDecoder
 from nanochat.engine import Engine
 from nanochat.serving import End, QueueFull, Request, Token
 from nanochat.worker import Worker
@@ -22,8 +23,10 @@ def small_model(**changes):
     return random_model(small_config(**shape)).eval()
 
 
-@pytest.fixture
-def make_worker():
+@pytest.fixture(params=[False, True], ids=["in step", "overlapping"])
+def make_worker(request, monkeypatch):
+    """Workers that land a launch before the next one, or after it."""
+    monkeypatch.setattr(PlainDecoder, "overlaps", request.param)
     workers = []
 
     def make(model=None, start=True, **settings):
@@ -37,6 +40,23 @@ def make_worker():
     for worker in workers:
         if worker._thread.is_alive():
             worker.close(drain=False)
+
+
+SPECIAL = ("python_start", "python_end", "output_start", "output_end", "assistant_end")
+
+
+def next_token_model(chain, then):
+    """A model without mixers and MLPs, which says of each token in a chain the next, and so for then."""
+    model = small_model(vocab_size=TOKENIZER.get_vocab_size(), n_embd=48, n_head=2)
+    followers = {**dict(zip(chain, chain[1:], strict=False)), **then}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("c_proj.weight") or name == "lm_head.weight":
+                parameter.zero_()
+        embeddings = torch.nn.functional.normalize(model.transformer.wte.weight)
+        for token, follower in followers.items():
+            model.lm_head.weight[follower] = 4 * embeddings[token]
+    return model
 
 
 class Reader:
@@ -137,6 +157,38 @@ def test_cancelled_requests_end_once_and_free_their_slots(make_worker):
     assert set(running.ends.values()) <= {"cancelled", "stop", "length"}
     assert waiting.all().ends[0] in ("stop", "length")
     assert worker.stats()["running"] == 0
+
+
+def test_a_sample_can_be_stopped_and_others_go_on(make_worker):
+    worker = make_worker(slots=2)
+    reader = Reader(worker, tokens=[1, 2], max_tokens=60, n=2, temperature=1.0, seed=0)
+    while not reader.tokens[1]:
+        reader.next()
+    reader.handle.stop(1)
+    reader.all()
+    assert reader.ends[1] == "stop"
+    assert len(reader.tokens[1]) < len(reader.tokens[0])
+    assert worker.stats()["requests_finished"] == 1
+
+
+def test_calculator_results_are_forced_into_the_stream(make_worker):
+    """The model says 12*7 by force of its weights; what follows is the result, whatever it would have said."""
+    special = {name: TOKENIZER.encode_special(f"<|{name}|>") for name in SPECIAL}
+    call = [special["python_start"], *TOKENIZER.encode("12*7"), special["python_end"]]
+    result = [special["output_start"], *TOKENIZER.encode("84"), special["output_end"]]
+    model = next_token_model([TOKENIZER.encode("ask")[0], *call, 5], then={result[-1]: special["assistant_end"]})
+    worker = make_worker(model, slots=3)
+    readers = [Reader(worker, tokens=[TOKENIZER.encode("ask")[0]], max_tokens=40, temperature=0.0) for _ in range(5)]
+    for reader in readers:
+        assert reader.all().tokens[0] == [*call, *result]
+        assert reader.ends[0] == "stop"
+
+
+def test_large_seeds_harm_nobody(make_worker):
+    worker = make_worker(slots=4)
+    other = Reader(worker, tokens=[3], max_tokens=40, temperature=0.0)
+    assert set(Reader(worker, tokens=[1], max_tokens=4, n=2, seed=2**63 - 1).all().ends.values()) <= {"stop", "length"}
+    assert other.all().ends[0] in ("stop", "length")
 
 
 def test_a_request_that_waits_can_be_cancelled():
