@@ -114,6 +114,8 @@ class Generation:
             if event.reason == "cancelled":
                 raise ApiError(503, CLOSING)
         piece = sample.take(event)
+        if piece.finish and isinstance(event, Token):  # a stop string: the model would go on
+            self.handle.stop(event.sample)
         if self._log and piece.finish:
             logger.info("reply: %r", sample.text)
         return piece

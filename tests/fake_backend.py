@@ -28,6 +28,8 @@ class FakeHandle:
     def __init__(self):
         self.cancelled = threading.Event()
         self.cancel = self.cancelled.set
+        self.stopped = []  # samples
+        self.stop = self.stopped.append
 
 
 class FakeBackend:

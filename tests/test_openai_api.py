@@ -227,6 +227,7 @@ def test_a_sample_that_stops_leaves_the_others_going(ask, backend):
     backend.prepare([(0, "the\n"), (0, "never"), (1, "river of light"), (1, "\n"), Pause()])
     answer = ask(n=2, stop="\n")
     assert [choice.message.content for choice in answer.choices] == ["the", "river of light"]
+    assert backend.handles[0].stopped == [0, 1]
     wait_for(lambda: backend.handles[0].cancelled.is_set())
 
 
