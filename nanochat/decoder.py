@@ -57,20 +57,24 @@ class Decoder(ABC):
     def close(self, slot: int) -> None:
         """Free a slot."""
 
+    @abstractmethod
+    def load(self, model: GPT) -> None:
+        """Go on with the weights of a model of the same shape."""
+
     def step(self, last: Mapping[int, int | None]) -> list[int]:
         """Launch and collect."""
         self.launch(last)
         return self.collect()
 
 
-def decoder_for(model: GPT, slots: int) -> Decoder:
-    """The fastest decoder there is for a model, on its device; the model must be in eval mode."""
+def decoder_for(model: GPT, slots: int, context: int | None = None) -> Decoder:
+    """The fastest decoder there is for a model, on its device; context None: the model's sequence_len."""
     if model.device.type == "cuda":
         from nanochat.graph_decoder import GraphDecoder, supports
 
-        if supports(model.config):
-            return GraphDecoder(model, slots)
-    return PlainDecoder(model, slots)
+        if supports(model.config, slots):
+            return GraphDecoder(model, slots, context)
+    return PlainDecoder(model, slots, context)
 
 
 @dataclass
@@ -87,8 +91,8 @@ class PlainDecoder(Decoder):
 
     overlaps = False
 
-    def __init__(self, model: GPT, slots: int):
-        self.model, self.slots, self.context = model, slots, model.config.sequence_len
+    def __init__(self, model: GPT, slots: int, context: int | None = None):
+        self.model, self.slots, self.context = model, slots, context or model.config.sequence_len
         self.device = model.device
         self.logits = torch.empty(0)
         self._cache = model.new_cache(slots, self.context)
@@ -159,6 +163,10 @@ class PlainDecoder(Decoder):
                 self._cache.copy_row(row, self._cache, end)
                 self._running[row] = self._running[end]
             self._running.pop()
+
+    def load(self, model: GPT) -> None:
+        """See Decoder."""
+        self.model = model
 
     def _join(self, slot: int, sequence: _Sequence) -> None:
         if sequence.cache is not None:

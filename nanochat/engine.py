@@ -1,22 +1,25 @@
 """The engine: token ids in, sampled token ids out, many rows at a time, with the calculator in the loop.
 
-A prompt is run once through the model and its decode state copied to each of its samples; each of them draws
-its own first token. From then on one forward a step serves all rows, of whatever lengths. What a row does
-with a token, nanochat/row.py says. Once half of the rows have ended, the others go on in a smaller batch.
+A prompt is run once through the model and its decode state copied to each of its samples; each of them draws its
+own first token, by a seed of its own. From then on one step a token serves all rows, of whatever lengths; when one
+ends, the next prompt has its place. What a row does with a token, nanochat/row.py says.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from nanochat.cache import HybridCache
+from nanochat.decoder import Decoder, decoder_for
 from nanochat.gpt import GPT
 from nanochat.row import Completion, Row, special_ids
-from nanochat.sampling import check_sampling, sample
+from nanochat.running import Running, Seat
+from nanochat.sampling import SamplingParams, sample_seed
 from nanochat.tokenizer import RustBPETokenizer
 
 
@@ -39,6 +42,7 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: RustBPETokenizer):
         self.model, self.tokenizer, self.special = model, tokenizer, special_ids(tokenizer)
+        self._idle: list[Decoder] = []  # their graphs are worth keeping
 
     def generate(
         self,
@@ -55,12 +59,17 @@ class Engine:
         A sample that has ended repeats its end token, with mask 0. max_tokens defaults to what the context
         has left. The same seed gives the same tokens; None draws a fresh one.
         """
-        rows = self._rows(num_samples)
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        for running in self._steps(
-            [tokens], rows, self._room(tokens, max_tokens), self._generator(seed), settings
-        ):
-            yield [row.last[0] for row in rows], [row.last[1] * (i in running) for i, row in enumerate(rows)]
+        settings = _settings(temperature, top_k, top_p)
+        max_tokens = self._room(tokens, max_tokens)
+        _check([tokens], max_tokens, num_samples)
+        with self._running(num_samples, len(tokens) + max_tokens) as running:
+            seats = self._seat(running, tokens, num_samples, _seed(seed), settings)
+            while running.seats:
+                taken = [seat for _, seat in running.step()]
+                if not taken:
+                    continue
+                yield [s.row.last[0] for s in seats], [s.row.last[1] * (s in taken) for s in seats]
+                self._remove_ended(running, max_tokens)
 
     def generate_batch(
         self,
@@ -90,88 +99,89 @@ class Engine:
         batch_size: int = 64,
         seed: int | None = None,
         on_done: Callable[[int], object] = lambda n: None,
-        **settings,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> list[Completion]:
         """Complete every prompt num_samples times (sample j of prompt i is number i * num_samples + j).
 
-        At most batch_size rows run at a time, prompts of like length together; on_done is told how many
-        ended. The settings are generate's.
+        At most batch_size rows run at a time; on_done is told how many have ended. What a row says does not depend
+        on batch_size. The settings are generate's.
         """
-        if not 1 <= num_samples <= batch_size:
-            raise ValueError(
-                f"num_samples={num_samples} must be at least 1 and fit into batch_size={batch_size}"
-            )
-        completions: list[Completion] = [Completion()] * (len(prompts) * num_samples)
-        generator = self._generator(seed)
-        for chunk in of_like_length(prompts, batch_size // num_samples):
-            rows = self._rows(len(chunk) * num_samples)
-            for _ in self._steps([prompts[i] for i in chunk], rows, max_tokens, generator, settings):
-                pass
-            for place, i in enumerate(chunk):
-                for j in range(num_samples):
-                    completions[i * num_samples + j] = rows[place * num_samples + j].completion
-            on_done(len(rows))
-        return completions
-
-    def _rows(self, n: int) -> list[Row]:
-        return [Row(self.tokenizer, self.special) for _ in range(n)]
+        settings = _settings(temperature, top_k, top_p)
+        _check(prompts, max_tokens, num_samples)
+        if num_samples > batch_size:
+            raise ValueError(f"num_samples={num_samples} must fit into batch_size={batch_size}")
+        if not prompts:
+            return []
+        seed, waiting, rows = _seed(seed), deque(enumerate(prompts)), []
+        batch_size = min(batch_size, num_samples * len(prompts))
+        with self._running(batch_size, max(map(len, prompts)) + max_tokens) as running:
+            while waiting or running.seats:
+                while waiting and len(running.seats) + num_samples <= batch_size:
+                    i, prompt = waiting.popleft()
+                    first = sample_seed(seed, i * num_samples)
+                    rows += [seat.row for seat in self._seat(running, prompt, num_samples, first, settings)]
+                running.step()
+                ended = self._remove_ended(running, max_tokens)
+                if ended:
+                    on_done(ended)
+        return [row.completion for row in rows]
 
     def _room(self, tokens: Sequence[int], max_tokens: int | None) -> int:
         return max(1, self.model.config.sequence_len - len(tokens)) if max_tokens is None else max_tokens
 
-    def _generator(self, seed: int | None) -> torch.Generator:
-        generator = torch.Generator(self.model.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        return generator
+    @contextmanager
+    def _running(self, slots: int, context: int) -> Iterator[Running]:
+        """Seats for rows of so many tokens, on a decoder that is not in use and has the model's weights."""
+        fitting = [d for d in self._idle if d.slots >= slots and d.context >= context]
+        if fitting:
+            decoder = fitting[0]
+            self._idle.remove(decoder)
+            decoder.load(self.model)
+        else:
+            decoder = decoder_for(self.model, slots, max(context, self.model.config.sequence_len))
+        running = Running(decoder)
+        try:
+            yield running
+        finally:
+            running.clear()
+            self._idle.append(decoder)
 
-    @torch.inference_mode()
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], num_rows: int, max_tokens: int
-    ) -> tuple[Tensor, HybridCache]:
-        """Run the prompts; return logits (num_rows,V) of the first new token and the rows' decode state."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        idx = pad_right(prompts, self.special["<|bos|>"])
-        cache = self.model.new_cache(len(prompts), longest + max_tokens)
-        device = self.model.device
-        is_even = min(lengths) == longest
-        logits = self.model.next_logits(idx.to(device), cache, None if is_even else lengths)
-        if num_rows > len(prompts):
-            copies = torch.arange(num_rows) // (num_rows // len(prompts))
-            logits, cache = logits[copies.to(device)], cache.select(copies.tolist())
-        return logits, cache
+    def _seat(
+        self, running: Running, prompt: Sequence[int], n: int, seed: int, settings: dict[str, float]
+    ) -> list[Seat]:
+        """Run a prompt, but for the last token, and let n samples of it take their seats."""
+        params = [SamplingParams(**settings, seed=sample_seed(seed, j)) for j in range(n)]
+        slot = running.decoder.open(params[0])
+        if len(prompt) > 1:
+            running.decoder.feed(slot, prompt[:-1])
+        slots = [slot, *(running.decoder.fork(slot, p) for p in params[1:])]
+        seats = [Seat(slot, Row(self.tokenizer, self.special), prompt[-1]) for slot in slots]
+        running.seats += seats
+        return seats
 
-    @torch.inference_mode()  # around the forward alone: the mode is a thread's, and a generator may change it
-    def _decode(self, tokens: list[int], cache: HybridCache) -> Tensor:
-        return self.model.next_logits(torch.tensor(tokens, device=self.model.device)[:, None], cache)
+    def _remove_ended(self, running: Running, max_tokens: int) -> int:
+        ended = [
+            seat
+            for seat in running.seats
+            if seat.row.has_ended or len(seat.row.completion.tokens) == max_tokens
+        ]
+        for seat in ended:
+            running.remove(seat)
+        return len(ended)
 
-    def _steps(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: list[Row],
-        max_tokens: int,
-        generator: torch.Generator,
-        settings: dict[str, Any],
-    ) -> Iterator[set[int]]:
-        """Advance all rows token by token until they end; yield after each step which of them it advanced."""
-        check_sampling(settings.get("temperature", 1.0), settings.get("top_k"), settings.get("top_p"), 1.0)
-        if max_tokens < 1 or not rows or not all(map(len, prompts)):
-            raise ValueError(
-                f"max_tokens={max_tokens}, num_samples={len(rows) // len(prompts)} and the length of a "
-                "prompt must be at least 1"
-            )
-        running = list(range(len(rows)))  # which row each row of the cache is
-        logits, cache = self._prefill(prompts, len(rows), max_tokens)
-        for left in reversed(range(max_tokens)):
-            sampled = sample(logits, generator=generator, **settings)[:, 0].tolist()
-            advanced = {i for i in running if not rows[i].has_ended}
-            for i, token in zip(running, sampled, strict=True):
-                if i in advanced:
-                    rows[i].take(token)
-            yield advanced
-            alive = [place for place, i in enumerate(running) if not rows[i].has_ended]
-            if not alive or not left:
-                return
-            if 2 * len(alive) <= len(running):
-                cache, running = cache.select(alive), [running[place] for place in alive]
-            logits = self._decode([rows[i].last[0] for i in running], cache)
+
+def _settings(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, float]:
+    return {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
+
+
+def _seed(seed: int | None) -> int:
+    return secrets.randbits(32) if seed is None else seed
+
+
+def _check(prompts: Sequence[Sequence[int]], max_tokens: int, num_samples: int) -> None:
+    if max_tokens < 1 or num_samples < 1 or not all(map(len, prompts)):
+        raise ValueError(
+            f"max_tokens={max_tokens}, {num_samples=} and the length of a prompt must be at least 1"
+        )

@@ -40,10 +40,10 @@ TOKEN, SLOT, POSITION, PLACE = range(4)
 FLOATS = ("top_p", "temperature", "repetition_penalty")
 
 
-def supports(config: GPTConfig) -> bool:
-    """Whether the kernels have tiles for a model of this shape."""
+def supports(config: GPTConfig, slots: int) -> bool:
+    """Whether there are graphs for so many rows, and the kernels have tiles for a model of this shape."""
     D, E = config.head_dim, config.n_embd
-    return D >= 16 and D & (D - 1) == 0 and E % 32 == 0 and config.n_kernel > 1
+    return slots <= BATCH_SIZES[-1] and D >= 16 and D & (D - 1) == 0 and E % 32 == 0 and config.n_kernel > 1
 
 
 def packed_weights(model: GPT, dtype: torch.dtype) -> list[Tensor]:
@@ -93,11 +93,11 @@ class GraphDecoder(Decoder):
 
     overlaps = True
 
-    def __init__(self, model: GPT, slots: int):
+    def __init__(self, model: GPT, slots: int, context: int | None = None):
         c = self.config = model.config
         if not 1 <= slots <= BATCH_SIZES[-1]:
             raise ValueError(f"slots={slots} must be from 1 to {BATCH_SIZES[-1]}")
-        self.slots, self.context = slots, c.sequence_len
+        self.slots, self.context = slots, context or c.sequence_len
         self.device, self.dtype = model.device, model.activation_dtype
         self.weights = packed_weights(model, self.dtype)
         self.wte, self.head, *of_layers = self.weights

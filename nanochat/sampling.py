@@ -78,6 +78,11 @@ class SamplingParams:
         check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
 
 
+def sample_seed(seed: int, number: int) -> int:
+    """Seed, of 32 bits, of one of several samples that are to differ."""
+    return seed + 0x9E3779B1 * number & _MASK
+
+
 def sample_rows(
     logits: Tensor, params: Sequence[SamplingParams], places: Sequence[int], seen: Sequence[Sequence[int]]
 ) -> list[int]:

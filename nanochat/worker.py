@@ -1,11 +1,9 @@
 """The decoding worker: one thread that owns a model and serves requests that come and go.
 
 Each turn of its loop runs a chunk of one waiting prompt, so that long prompts do not hold up those who are
-being answered, and then one decoding step for all who are (continuous batching, Yu et al. 2022, Orca). Where
-the decoder works on its own, on a GPU, the next step is launched before the tokens of the last are looked at:
-what a row does with a token does not keep the GPU waiting. A row that turns out to have ended has then taken
-part in one step too many, which nobody sees. Requests are served in the order in which they came; what a row
-says depends on its prompt, settings and seed, never on its neighbours.
+being answered, and then one decoding step for all who are (continuous batching, Yu et al. 2022, Orca). Requests
+are served in the order in which they came; what a row says depends on its prompt, settings and seed, never on
+its neighbours.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +21,8 @@ from torch import Tensor
 from nanochat.decoder import decoder_for
 from nanochat.gpt import GPT
 from nanochat.row import Row, special_ids
-from nanochat.sampling import SamplingParams
+from nanochat.running import Running, Seat
+from nanochat.sampling import SamplingParams, sample_seed
 from nanochat.serving import End, QueueFull, Request, Token
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -53,22 +51,12 @@ class Job:
         self.stopped.add(sample)
 
 
-@dataclass(eq=False)
-class _Sample:
-    """A slot and who has it."""
+@dataclass(eq=False, kw_only=True)
+class _Sample(Seat):
+    """A sample of a job and its seat."""
 
     job: Job
     number: int
-    row: Row
-    slot: int
-    last: int  # token
-    launches: int = 0  # whose tokens it has not seen
-
-    def next_input(self) -> int | None:
-        """What the next launch appends: the last token, where it is known; None: what will have been drawn."""
-        if not self.launches:
-            return self.last
-        return self.row.forced[0] if self.row.forced else None
 
 
 class Worker:
@@ -91,8 +79,7 @@ class Worker:
         self.n_slots, self.max_waiting, self.prefill_chunk = slots, max_waiting, prefill_chunk
         self.special = special_ids(tokenizer)
         self.decoder = decoder_for(model, slots)
-        self._samples: list[_Sample] = []
-        self._flight: list[_Sample] = []  # those in the launch that is not yet collected
+        self._running = Running(self.decoder)
         self._queue: deque[Job] = deque()  # jobs that have no slots yet; guarded by _changed
         self._changed = threading.Condition()
         self._is_closing = False
@@ -167,23 +154,27 @@ class Worker:
                 logger.exception("decoding failed")
                 self._fail()
 
+    @property
+    def _samples(self) -> list[_Sample]:
+        return self._running.seats
+
     def _has_work(self) -> bool:
-        return bool(self._queue or self._samples or self._flight)
+        return bool(self._queue or self._running)
 
     def _turn(self) -> None:
         self._drop()
         budget = self.prefill_chunk
         while budget > 0 and self._queue and len(self._samples) + self._queue[0].request.n <= self.n_slots:
             budget -= self._prefill(self._queue[0], budget)
-        flight = self._flight
-        if self._samples:
-            if not self.decoder.overlaps or any(s.job.request.logprobs is not None for s in self._samples):
-                self._land(flight)  # the logits of a launch are gone with the next one
-                self._launch()
-                flight = self._flight
-            else:
-                self._launch()
-        self._land(flight)
+        wants_logits = any(sample.job.request.logprobs is not None for sample in self._samples)
+        for place, sample in self._running.step(in_step=wants_logits):
+            self._tokens_generated += 1
+            if sample.row.has_ended:
+                self._remove(sample, "stop")
+                continue
+            sample.job.emit(_token(sample, self.decoder.logits, place))
+            if len(sample.row.completion.tokens) == sample.job.request.max_tokens:
+                self._remove(sample, "length")
 
     def _drop(self) -> None:
         """Free what is not wanted any more."""
@@ -215,35 +206,9 @@ class Worker:
             job.slot = None
             self._unqueue(job)
             for number, slot in enumerate(slots):
-                self._samples.append(_Sample(job, number, Row(self.tokenizer, self.special), slot, last))
+                row = Row(self.tokenizer, self.special)
+                self._samples.append(_Sample(slot=slot, row=row, last=last, job=job, number=number))
         return len(chunk)
-
-    def _launch(self) -> None:
-        """Begin a step of all samples."""
-        self.decoder.launch({sample.slot: sample.next_input() for sample in self._samples})
-        self._flight = [*self._samples]
-        for sample in self._flight:
-            sample.launches += 1
-
-    def _land(self, flight: list[_Sample]) -> None:
-        """Take the tokens of a step, if there is one: emit them, and free the slots of those who are over."""
-        if not flight:
-            return
-        if flight is self._flight:
-            self._flight = []
-        for i, (sample, token) in enumerate(zip(flight, self.decoder.collect(), strict=True)):
-            sample.launches -= 1
-            if sample not in self._samples:  # over since then
-                continue
-            self._tokens_generated += 1
-            sample.row.take(token)
-            sample.last = sample.row.last[0]
-            if sample.row.has_ended:
-                self._remove(sample, "stop")
-                continue
-            sample.job.emit(_token(sample, self.decoder.logits, i))
-            if len(sample.row.completion.tokens) == sample.job.request.max_tokens:
-                self._remove(sample, "length")
 
     def _end(self, job: Job, number: int, reason: str, message: str = "") -> None:
         if number in job.ended:  # told before the step failed
@@ -253,11 +218,10 @@ class Worker:
             self._counts[{"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")] += 1
         job.emit(End(number, reason, message))
 
-    def _remove(self, sample: _Sample, reason: str, message: str = "") -> None:
+    def _remove(self, sample: _Sample, reason: str) -> None:
         """Free a sample's slot; only then tell that it is over."""
-        self._samples.remove(sample)
-        self.decoder.close(sample.slot)
-        self._end(sample.job, sample.number, reason, message)
+        self._running.remove(sample)
+        self._end(sample.job, sample.number, reason)
 
     def _unqueue(self, job: Job) -> None:
         with self._changed:
@@ -267,12 +231,10 @@ class Worker:
 
     def _fail(self) -> None:
         """End everything that a failed step may have left half done: what runs, and the prompt being run."""
-        self._flight = []
-        with suppress(IndexError):  # none are left
-            while True:
-                self.decoder.collect()
-        for sample in [*self._samples]:
-            self._remove(sample, "error", "decoding failed")
+        samples = [*self._samples]
+        self._running.clear()
+        for sample in samples:
+            self._end(sample.job, sample.number, "error", "decoding failed")
         for job in [job for job in self._queue if job.slot is not None]:
             self._unqueue(job)
             for number in range(job.request.n):
@@ -285,7 +247,7 @@ def _params(request: Request, seed: int, number: int) -> SamplingParams:
         top_k=request.top_k,
         top_p=request.top_p,
         repetition_penalty=request.repetition_penalty,
-        seed=seed + 0x9E3779B1 * number & 0xFFFFFFFF,  # which is all that the noise looks at
+        seed=sample_seed(seed, number),
     )
 
 

@@ -1,0 +1,88 @@
+"""The rows that are being decoded, step by step, and what the next step is to begin with.
+
+Where the decoder works on its own, on a GPU, the next step is launched before the tokens of the last are looked at:
+what a row does with a token does not keep the GPU waiting. A row that turns out to have ended has then taken part in
+one step too many, which nobody sees.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from nanochat.decoder import Decoder
+from nanochat.row import Row
+
+
+@dataclass(eq=False)
+class Seat:
+    """A slot of a decoder and the row that has it."""
+
+    slot: int
+    row: Row
+    last: int  # token
+    launches: int = 0  # whose tokens the row has not seen
+
+    def next_input(self) -> int | None:
+        """What the next launch appends: the last token, where it is known; None: what will have been drawn."""
+        if not self.launches:
+            return self.last
+        return self.row.forced[0] if self.row.forced else None
+
+
+class Running:
+    """The seats of a decoder."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.seats: list[Seat] = []
+        self._flight: list[Seat] = []  # those in the launch that is not yet collected
+
+    def __bool__(self) -> bool:
+        return bool(self.seats or self._flight)
+
+    def step(self, in_step: bool = False) -> list[tuple[int, Seat]]:
+        """Let rows take a token each; return them with their places in the decoder's logits.
+
+        in_step: nothing is launched ahead, so that the logits are still those of the tokens. Whoever has ended must
+        be removed before the next step.
+        """
+        flight = self._flight
+        if in_step or not self.decoder.overlaps:
+            if not flight:
+                flight = self._launch()
+            self._flight = []
+        else:
+            self._flight = self._launch()
+        return self._land(flight)
+
+    def remove(self, seat: Seat) -> None:
+        """Free a seat's slot."""
+        self.seats.remove(seat)
+        self.decoder.close(seat.slot)
+
+    def clear(self) -> None:
+        """Free all slots, whatever has become of the last step."""
+        self._flight = []
+        with suppress(IndexError):  # nothing is left
+            while True:
+                self.decoder.collect()
+        for seat in [*self.seats]:
+            self.remove(seat)
+
+    def _launch(self) -> list[Seat]:
+        if self.seats:
+            self.decoder.launch({seat.slot: seat.next_input() for seat in self.seats})
+        for seat in self.seats:
+            seat.launches += 1
+        return [*self.seats]
+
+    def _land(self, flight: list[Seat]) -> list[tuple[int, Seat]]:
+        taken = []
+        for place, (seat, token) in enumerate(zip(flight, self.decoder.collect() if flight else (), strict=True)):
+            seat.launches -= 1
+            if seat in self.seats:  # not removed since
+                seat.row.take(token)
+                seat.last = seat.row.last[0]
+                taken.append((place, seat))
+        return taken
