@@ -26,7 +26,7 @@ from nanochat.decoder import Decoder
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, norm, rotary_tables
 from nanochat.kernels import sampling
 from nanochat.kernels.attention_decode import attend, attend_causal, rope_append
-from nanochat.kernels.linear import COUNTERS, MAX_ROWS, batch_linear, batch_linear_add, row_linear
+from nanochat.kernels.linear import COUNTERS, MAX_ROWS, batch_linear_add, batch_linear_relu2, row_linear
 from nanochat.kernels.pointwise import embed, norm_relu2
 from nanochat.kernels.slc2_decode import slc2_mix, slc2_row
 from nanochat.sampling import SamplingParams
@@ -273,12 +273,11 @@ class GraphDecoder(Decoder):
         c, R = self.config, len(tokens)
         x = torch.empty(R, c.n_embd, dtype=self.dtype, device=self.device)
         y, q = torch.empty_like(x), torch.empty_like(x).view(R, c.n_head, c.head_dim)
-        scale = torch.empty(R, device=self.device)
         embed(tokens, self.wte, slots, counts, self.latest, self.seen, x)
         for layer in self.layers:
             i = layer.state
             if layer.conv is None:
-                packed = self._product(x, layer.mixer_in, scale)
+                packed = self._product(x, layer.mixer_in)
                 rope_append(packed, x, self.tables, slots, positions, q, self.k[i], self.v[i])
                 if tails is None:
                     splits = max(1, min(32, ATTENTION_PROGRAMS // (R * c.n_kv_head)))
@@ -288,19 +287,19 @@ class GraphDecoder(Decoder):
             elif R == 1:
                 slc2_row(x, layer.mixer_in, layer.conv, self.windows[i], slots, y, c.n_head)
             else:
-                packed = self._product(x, layer.mixer_in, scale)
+                packed = self._product(x, layer.mixer_in)
                 tail = self.windows[i] if tails is None else tails[i]
                 slc2_mix(packed, x, layer.conv, self.windows[i], slots, counts, tail, y, c.n_head)
             self._add(x, y, layer.mixer_out)
-            self._mlp(x, layer, scale)
+            self._mlp(x, layer)
         return x
 
-    def _product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T, not yet divided by rms(x)."""
-        if len(x) > MAX_ROWS:
+        if len(x) > 1:
             return x @ weight.T
-        y = x.new_empty(len(x), len(weight))
-        row_linear(x, weight, y) if len(x) == 1 else batch_linear(x, weight, y, scale)
+        y = x.new_empty(1, len(weight))
+        row_linear(x, weight, y)
         return y
 
     def _add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -312,14 +311,15 @@ class GraphDecoder(Decoder):
         else:
             x.addmm_(y, weight.T)
 
-    def _mlp(self, x: Tensor, layer: _Layer, scale: Tensor) -> None:
+    def _mlp(self, x: Tensor, layer: _Layer) -> None:
         """x += MLP(norm(x))."""
         h = x.new_empty(len(x), len(layer.mlp_in))
         if len(x) == 1:
             row_linear(x, layer.mlp_in, h, norm=True, relu2=True)
             row_linear(h, layer.mlp_out, x, add=True)
         elif len(x) <= MAX_ROWS:
-            batch_linear(x, layer.mlp_in, h, scale, relu2=True)
+            scale = torch.empty(len(x), device=self.device)
+            batch_linear_relu2(x, layer.mlp_in, h, scale)
             batch_linear_add(h, layer.mlp_out, x, self._counters, scale)
         else:
             torch.mm(x, layer.mlp_in.T, out=h)

@@ -79,7 +79,9 @@ class Running:
 
     def _land(self, flight: list[Seat]) -> list[tuple[int, Seat]]:
         taken = []
-        for place, (seat, token) in enumerate(zip(flight, self.decoder.collect() if flight else (), strict=True)):
+        for place, (seat, token) in enumerate(
+            zip(flight, self.decoder.collect() if flight else (), strict=True)
+        ):
             seat.launches -= 1
             if seat in self.seats:  # not removed since
                 seat.row.take(token)

@@ -1,13 +1,15 @@
 """The engine: many rows are as each alone, the calculator's tokens are forced, and who has ended leaves."""
 
-from collections import Counter
+import itertools
+from collections import Counter, deque
 from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nanochat.decoder import PlainDecoder
+from nanochat import engine as engine_module
+from nanochat.decoder import Decoder, PlainDecoder
 from nanochat.engine import Engine
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tests.models import random_model, small_config
@@ -90,7 +92,9 @@ def test_the_rows_that_go_on_are_the_right_ones(engine, monkeypatch):
     frequent = Counter(token for row in plain for token in set(row.tokens[1:])).most_common(4)
     sizes = []
     launch = PlainDecoder.launch
-    monkeypatch.setattr(PlainDecoder, "launch", lambda self, last: (sizes.append(len(last)), launch(self, last)))
+    monkeypatch.setattr(
+        PlainDecoder, "launch", lambda self, last: (sizes.append(len(last)), launch(self, last))
+    )
     for end, n_rows in frequent:
         engine.special["<|assistant_end|>"] = end
         ends = {end, engine.special["<|bos|>"]}
@@ -169,7 +173,7 @@ def test_settings_that_mean_nothing(engine, settings, message):
 
 
 def test_a_batch_holds_the_samples_of_a_prompt(engine):
-    with pytest.raises(ValueError, match="num_samples=3 must be at least 1 and fit into batch_size=2"):
+    with pytest.raises(ValueError, match="num_samples=3 must fit into batch_size=2"):
         engine.complete([[1]], max_tokens=1, num_samples=3, batch_size=2)
 
 
@@ -184,48 +188,77 @@ def test_what_the_context_has_left_is_the_default(engine):
 # With a model that writes what the test says
 
 
-class ScriptedCache:
-    def __init__(self, rows):
-        self.rows, self.place = rows, 0
+class ScriptedDecoder(Decoder):
+    """The i-th sequence to be opened or forked writes scripts[i]; `given` has the tokens of each launch."""
 
-    def select(self, rows):
-        is_fork = len(rows) > len(self.rows)  # the copies of a prompt's row go on by scripts of their own
-        chosen = ScriptedCache(list(range(len(rows))) if is_fork else [self.rows[row] for row in rows])
-        chosen.place = self.place
-        return chosen
+    device, overlaps = torch.device("cpu"), False
+
+    def __init__(self, scripts, given):
+        self.slots, self.context, self.scripts, self.given = 100, 100, scripts, given
+        self.places, self.drawn, self.last_slot = {}, deque(), itertools.count()
+
+    def open(self, params):
+        slot = next(self.last_slot)
+        self.places[slot] = 0
+        return slot
+
+    def feed(self, slot, tokens):
+        pass
+
+    def fork(self, slot, params):
+        return self.open(params)
+
+    def launch(self, last):
+        assert set(last) == set(self.places)
+        drawn = [self.scripts[slot][min(self.places[slot], len(self.scripts[slot]) - 1)] for slot in last]
+        inputs = [self.latest[slot] if token is None else token for slot, token in last.items()]
+        self.given.append(inputs)
+        self.latest = dict(zip(last, drawn, strict=True))
+        for slot in last:
+            self.places[slot] += 1
+        self.drawn.append(drawn)
+
+    def collect(self):
+        return self.drawn.popleft()
+
+    def close(self, slot):
+        del self.places[slot]
+
+    def load(self, model):
+        self.last_slot = itertools.count()
 
 
 class ScriptedModel:
-    """Row i writes scripts[i], whatever it is given; `given` has the tokens of each forward."""
+    """Row i writes scripts[i], whatever it is given."""
 
     config, device = SimpleNamespace(sequence_len=64), torch.device("cpu")
 
     def __init__(self, *scripts):
         self.scripts, self.given = scripts, []
 
-    def new_cache(self, batch_size, max_len):
-        return ScriptedCache(list(range(batch_size)))
 
-    def next_logits(self, idx, cache, lengths=None):
-        self.given.append(idx[:, -1].tolist())
-        logits = torch.zeros(len(idx), VOCAB_SIZE)
-        for place, row in enumerate(cache.rows):
-            script = self.scripts[row]
-            logits[place, script[min(cache.place, len(script) - 1)]] = 1e4
-        cache.place += 1
-        return logits
+@pytest.fixture(params=[False, True], ids=["in step", "overlapping"])
+def scripted(request, monkeypatch):
+    """Engines of scripted models get a decoder that waits for its tokens, or one that works ahead."""
+    monkeypatch.setattr(ScriptedDecoder, "overlaps", request.param)
+    monkeypatch.setattr(
+        engine_module, "decoder_for", lambda model, *_: ScriptedDecoder(model.scripts, model.given)
+    )
+    return request.param
 
 
 @pytest.fixture
-def write(tokenizer, spell):
+def write(tokenizer, spell, scripted):
     """Let a row write pieces, where None is a place whose token is forced; return its completion."""
 
     def written(*pieces, n_more=0):
         script = [id for piece in pieces for id in ([0] if piece is None else spell(piece))]
         model = ScriptedModel(script)
         (row,) = Engine(model, tokenizer).complete([[1]], max_tokens=len(script) + n_more, temperature=0)
-        fed = [column[0] for column in model.given[1:]]
-        assert fed == (row.tokens[:-1] if row.end_token is None else row.tokens)  # the model sees forced ones
+        fed = [inputs[0] for inputs in model.given[1:]]
+        expected = row.tokens[:-1] if row.end_token is None else row.tokens  # the model sees forced ones
+        assert fed[: len(expected)] == expected
+        assert len(fed) - len(expected) <= scripted  # one step too many where it works ahead
         return row
 
     return written
@@ -281,23 +314,24 @@ def test_a_call_that_begins_anew_and_a_second_call(write, spell):
     assert (cut.mask[-1], cut.end_token) == (0, None)
 
 
-def test_rows_that_have_ended_leave_the_batch(tokenizer, spell):
+def test_rows_that_have_ended_make_room(tokenizer, spell, scripted):
     """They went on through the model until the last one ended."""
     (end,) = spell("<|assistant_end|>")
     lengths = [1, 9, 2, 5, 3, 5, 2, 16]
     scripts = [[100 + row] * length + [end] for row, length in enumerate(lengths)]
     model = ScriptedModel(*scripts)
-    found = Engine(model, tokenizer).complete([[row + 1] for row in range(8)], max_tokens=40, temperature=0)
+    found = Engine(model, tokenizer).complete(
+        [[row + 1] for row in range(8)], max_tokens=40, temperature=0, batch_size=3
+    )
     assert [row.tokens for row in found] == [script[:-1] for script in scripts]
     assert {row.end_token for row in found} == {end}
-    # at most twice as many rows as are alive, and no forward once all have ended
-    alive = [sum(length > step for length in lengths) for step in range(16)]
-    sizes = [len(given) for given in model.given[1:]]
-    assert len(sizes) == 16
-    assert all(size < 2 * n for size, n in zip(sizes, alive, strict=True))
+    sizes = [len(inputs) for inputs in model.given]
+    assert max(sizes) == 3
+    surplus = len(scripts) if scripted else 0  # a step for each that had ended when it was looked at
+    assert sum(sizes) == sum(map(len, scripts)) + surplus
 
 
-def test_columns_have_every_sample_and_ended_ones_repeat_their_end(tokenizer, spell):
+def test_columns_have_every_sample_and_ended_ones_repeat_their_end(tokenizer, spell, scripted):
     (end,) = spell("<|assistant_end|>")
     model = ScriptedModel([50, 51, end], [50, end], [50, 52, 53, 54, end])
     columns = list(Engine(model, tokenizer).generate([1, 2], num_samples=3, temperature=0))

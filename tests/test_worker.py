@@ -176,9 +176,13 @@ def test_calculator_results_are_forced_into_the_stream(make_worker):
     special = {name: TOKENIZER.encode_special(f"<|{name}|>") for name in SPECIAL}
     call = [special["python_start"], *TOKENIZER.encode("12*7"), special["python_end"]]
     result = [special["output_start"], *TOKENIZER.encode("84"), special["output_end"]]
-    model = next_token_model([TOKENIZER.encode("ask")[0], *call, 5], then={result[-1]: special["assistant_end"]})
+    model = next_token_model(
+        [TOKENIZER.encode("ask")[0], *call, 5], then={result[-1]: special["assistant_end"]}
+    )
     worker = make_worker(model, slots=3)
-    readers = [Reader(worker, tokens=[TOKENIZER.encode("ask")[0]], max_tokens=40, temperature=0.0) for _ in range(5)]
+    readers = [
+        Reader(worker, tokens=[TOKENIZER.encode("ask")[0]], max_tokens=40, temperature=0.0) for _ in range(5)
+    ]
     for reader in readers:
         assert reader.all().tokens[0] == [*call, *result]
         assert reader.ends[0] == "stop"
@@ -187,7 +191,10 @@ def test_calculator_results_are_forced_into_the_stream(make_worker):
 def test_large_seeds_harm_nobody(make_worker):
     worker = make_worker(slots=4)
     other = Reader(worker, tokens=[3], max_tokens=40, temperature=0.0)
-    assert set(Reader(worker, tokens=[1], max_tokens=4, n=2, seed=2**63 - 1).all().ends.values()) <= {"stop", "length"}
+    assert set(Reader(worker, tokens=[1], max_tokens=4, n=2, seed=2**63 - 1).all().ends.values()) <= {
+        "stop",
+        "length",
+    }
     assert other.all().ends[0] in ("stop", "length")
 
 

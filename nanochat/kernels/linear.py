@@ -107,7 +107,7 @@ def _product(x_ptr, w_rows, r, R, begin, END: tl.constexpr, K: tl.constexpr, n, 
 
 
 @triton.jit
-def _batch_linear(
+def _batch_linear_relu2(
     x_ptr,
     w_ptr,
     y_ptr,
@@ -118,7 +118,6 @@ def _batch_linear(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    RELU2: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
@@ -138,19 +137,28 @@ def _batch_linear(
             parts = w_rows + (K // 4) * tl.arange(0, 4)[None, :]
             _prefetch(parts, K // 4 * w_ptr.dtype.element_ty.primitive_bitwidth // 8)
         wait(PDL)
-        y = _product(x_ptr, w_rows, r, R, 0, K, K, n, BLOCK_K)
-        if RELU2:
-            y = tl.maximum(y, 0.0)
-            y *= y
-        tl.store(y_ptr + r[:, None] * N + n[None, :], y, mask=(r[:, None] < R) & (n[None, :] < N))
+        y = tl.maximum(_product(x_ptr, w_rows, r, R, 0, K, K, n, BLOCK_K), 0.0)
+        tl.store(y_ptr + r[:, None] * N + n[None, :], y * y, mask=(r[:, None] < R) & (n[None, :] < N))
 
 
-def batch_linear(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, *, relu2=False) -> None:
-    """Write x W^T, or relu^2 of it, to out (R,N), and 1 / rms(x) to scale (R,) float32; R <= MAX_ROWS."""
+def batch_linear_relu2(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor) -> None:
+    """Write relu(x W^T)^2 to out (R,N), and 1 / rms(x) to scale (R,) float32; R <= MAX_ROWS."""
     (R, K), N = x.shape, weight.size(0)
-    block_n = 32
-    _batch_linear[(triton.cdiv(N, block_n) + 1,)](
-        x, weight, out, scale, R, N, K, _rows(R), block_n, min(128, K & -K), relu2, num_warps=4, num_stages=6, **pdl()
+    block_n = 64
+    _batch_linear_relu2[(triton.cdiv(N, block_n) + 1,)](
+        x,
+        weight,
+        out,
+        scale,
+        R,
+        N,
+        K,
+        _rows(R),
+        block_n,
+        min(128, K & -K),
+        num_warps=4,
+        num_stages=6,
+        **pdl(),
     )
 
 
