@@ -1,9 +1,10 @@
 """Decoders: the model as those see it who serve many sequences at once.
 
-A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, `fork` it for more samples of the
-same prompt. Each `launch` then takes the last token of every running sequence, and `collect` returns the next ones,
-drawn by each sequence's own settings and seed, whoever else is there. `PlainDecoder` runs the model as it is,
-anywhere; nanochat/graph_decoder.py does the same on NVIDIA GPUs without Python in the loop.
+A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, `fork` it for more
+samples of the same prompt. Each `launch` then takes the last token of every running sequence, and
+`collect` returns the next ones, drawn by each sequence's own settings and seed, whoever else is there.
+`PlainDecoder` runs the model as it is, anywhere; nanochat/graph_decoder.py does the same on NVIDIA GPUs
+without Python in the loop.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def launch(self, last: Mapping[int, int | None]) -> None:
-        """Begin to append a token to each slot and to draw the next; None: the one that was drawn for it last.
+        """Begin to append a token to each slot, None: the one drawn for it last, and to draw the next.
 
         A slot that has been launched takes part in all launches until it is closed.
         """

@@ -1,8 +1,9 @@
 """The engine: token ids in, sampled token ids out, many rows at a time, with the calculator in the loop.
 
-A prompt is run once through the model and its decode state copied to each of its samples; each of them draws its
-own first token, by a seed of its own. From then on one step a token serves all rows, of whatever lengths; when one
-ends, the next prompt has its place. What a row does with a token, nanochat/row.py says.
+A prompt is run once through the model and its decode state copied to each of its samples; each of them
+draws its own first token, by a seed of its own. From then on one step a token serves all rows, of
+whatever lengths; when one ends, the next prompt has its place. What a row does with a token,
+nanochat/row.py says.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class Engine:
     ) -> list[Completion]:
         """Complete every prompt num_samples times (sample j of prompt i is number i * num_samples + j).
 
-        At most batch_size rows run at a time; on_done is told how many have ended. What a row says does not depend
-        on batch_size. The settings are generate's.
+        At most batch_size rows run at a time, and what they say does not depend on it; on_done is told how many
+        have ended. The settings are generate's.
         """
         settings = _settings(temperature, top_k, top_p)
         _check(prompts, max_tokens, num_samples)

@@ -1,13 +1,14 @@
 """GraphDecoder: decoding at the speed at which weights and state can be read.
 
-A step of one row takes a third of a millisecond of memory traffic at d20, less than Python needs to ask for it.
-So: weights are cast and those that share an input laid together once, at load; what a step does, sampling included,
-is recorded as a CUDA graph, one for each of a few batch sizes, and replayed; so is prefill, for a few lengths.
-Positions, slots and settings are inputs, so that one graph serves whatever sequences there are, and attention reads
-what is there and no more. The next step can be launched before the tokens of this one are known to the host.
+A step of one row takes a third of a millisecond of memory traffic at d20, less than Python needs to ask
+for it. So: weights are cast and those that share an input laid together once, at load; what a step does,
+sampling included, is recorded as a CUDA graph, one for each of a few batch sizes, and replayed; so is
+prefill, for a few lengths. Positions, slots and settings are inputs, so that one graph serves whatever
+sequences there are, and attention reads what is there and no more. The next step can be launched before
+the tokens of this one are known to the host.
 
-RMSNorm without weights commutes with a matrix product, so no norm is ever computed by itself: who uses the product
-divides by it.
+RMSNorm without weights commutes with a matrix product, so no norm is ever computed by itself: who uses
+the product divides by it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def supports(config: GPTConfig, slots: int) -> bool:
 def packed_weights(model: GPT, dtype: torch.dtype) -> list[Tensor]:
     """Copies of wte, lm_head and, of each layer, mixer in, mixer out, MLP in and out, and for SLC2 the taps.
 
-    What goes into a mixer is laid together: q, k, v; or x, B, A, alpha; with zeros below. The taps stay float32.
+    What goes into a mixer is laid together, q, k, v or x, B, A, alpha, with zeros below. The taps stay float32.
     """
 
     def pack(*weights: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ class GraphDecoder(Decoder):
         sampling.sample_rows(logits, self.seen, of["slot"], of, buffers, self.latest, self._next[:B], SOFTCAP)
 
     def _prefill(self, inputs: Tensor) -> None:
-        """The tokens of one sequence, inputs[3:], whose first three are its slot and position and their count."""
+        """The tokens of one sequence, inputs[3:], after its slot, its position and their count."""
         slot = inputs[:1]
         tails = torch.empty_like(self.windows[:, :1])
         self._trunk(inputs[3:], slot, inputs[1:2], inputs[2:3], tails)
@@ -267,8 +268,8 @@ class GraphDecoder(Decoder):
     ) -> Tensor:
         """Residual stream (R,E) after the last layer, for R/S tokens of each of S sequences.
 
-        tokens (R,); slots, positions of the first tokens, and counts of real ones (S,); all int32. If there are
-        several tokens each, tails (SLC2 layers,S,K-1,E) get the conv state after them.
+        tokens (R,); slots, positions of the first tokens, and counts of real ones (S,); all int32. Where there
+        are several tokens each, tails (SLC2 layers,S,K-1,E) get the conv state after them.
         """
         c, R = self.config, len(tokens)
         x = torch.empty(R, c.n_embd, dtype=self.dtype, device=self.device)

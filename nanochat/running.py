@@ -1,8 +1,8 @@
 """The rows that are being decoded, step by step, and what the next step is to begin with.
 
-Where the decoder works on its own, on a GPU, the next step is launched before the tokens of the last are looked at:
-what a row does with a token does not keep the GPU waiting. A row that turns out to have ended has then taken part in
-one step too many, which nobody sees.
+Where the decoder works on its own, on a GPU, the next step is launched before the tokens of the last are
+looked at: what a row does with a token does not keep the GPU waiting. A row that turns out to have ended
+has then taken part in one step too many, which nobody sees.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Seat:
     launches: int = 0  # whose tokens the row has not seen
 
     def next_input(self) -> int | None:
-        """What the next launch appends: the last token, where it is known; None: what will have been drawn."""
+        """What the next launch appends: the last token, if it is known; None: what will have been drawn."""
         if not self.launches:
             return self.last
         return self.row.forced[0] if self.row.forced else None
@@ -44,8 +44,8 @@ class Running:
     def step(self, in_step: bool = False) -> list[tuple[int, Seat]]:
         """Let rows take a token each; return them with their places in the decoder's logits.
 
-        in_step: nothing is launched ahead, so that the logits are still those of the tokens. Whoever has ended must
-        be removed before the next step.
+        in_step: nothing is launched ahead, so that the logits are still those of the tokens. Whoever has ended
+        must be removed before the next step.
         """
         flight = self._flight
         if in_step or not self.decoder.overlaps:

@@ -38,15 +38,18 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Set logits (B,V) to -inf outside the top_k, then outside the least set with mass top_p."""
+    """Set logits (B,V) to -inf outside the top_k, then outside the least set with mass top_p.
+
+    Tokens of equal logits stay or go together.
+    """
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None and top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         mass_before = probs.cumsum(dim=-1) - probs
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, mass_before >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
+        kept = logits.gather(1, order).masked_fill(mass_before >= top_p, torch.inf)
+        logits = logits.masked_fill(logits < kept.amin(dim=-1, keepdim=True), -torch.inf)
     return logits
 
 
@@ -93,15 +96,21 @@ def sample_rows(
             ids = torch.tensor([seen[i]], device=device)
             penalized = penalize_repetition(logits[i : i + 1], ids, row.repetition_penalty)
             logits = torch.cat([logits[:i], penalized, logits[i + 1 :]])
-    temperature = torch.tensor([row.temperature for row in params], device=device)
-    scores = logits / temperature.clamp(min=1e-6)[:, None]
-    for top_k, top_p in {(row.top_k, row.top_p) for row in params}:
-        rows = [i for i, row in enumerate(params) if (row.top_k, row.top_p) == (top_k, top_p)]
-        scores[rows] = filter_logits(scores[rows], top_k, top_p)
-    seeds = torch.tensor([row.seed for row in params], device=device)
-    noise = gumbel_noise(seeds, torch.tensor(places, device=device), logits.size(1))
-    scores = torch.where(temperature[:, None] > 0, scores + noise, logits)
-    return scores.argmax(dim=-1).tolist()
+    drawn = logits.argmax(dim=-1)
+    for top_k, top_p in {(row.top_k, row.top_p) for row in params if row.temperature > 0}:
+        rows = [
+            i
+            for i, row in enumerate(params)
+            if row.temperature > 0 and (row.top_k, row.top_p) == (top_k, top_p)
+        ]
+        temperature = torch.tensor([params[i].temperature for i in rows], device=device)
+        scores = filter_logits(logits[rows] / temperature[:, None], top_k, top_p)
+        seeds, at = (
+            torch.tensor(values, device=device)
+            for values in ([params[i].seed for i in rows], [places[i] for i in rows])
+        )
+        drawn[rows] = (scores + gumbel_noise(seeds, at, logits.size(1))).argmax(dim=-1)
+    return drawn.tolist()
 
 
 def gumbel_noise(seeds: Tensor, places: Tensor, size: int) -> Tensor:

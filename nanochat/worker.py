@@ -1,9 +1,9 @@
 """The decoding worker: one thread that owns a model and serves requests that come and go.
 
-Each turn of its loop runs a chunk of one waiting prompt, so that long prompts do not hold up those who are
-being answered, and then one decoding step for all who are (continuous batching, Yu et al. 2022, Orca). Requests
-are served in the order in which they came; what a row says depends on its prompt, settings and seed, never on
-its neighbours.
+Each turn of its loop runs a chunk of one waiting prompt, so that long prompts do not hold up those who
+are being answered, and then one decoding step for all who are (continuous batching, Yu et al. 2022,
+Orca). Requests are served in the order in which they came; what a row says depends on its prompt,
+settings and seed, never on its neighbours.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     python -m scripts.bench_infer                                 # d20, random weights
     python -m scripts.bench_infer --depth=12 --batch-sizes 1 8 --decoder=plain
 
-Every sequence of a batch has `context` tokens once the last step is done. `prefill_ms` is the pass over a prompt
-of that length, `first_token_ms` the time from a prompt to its first new token. `floor_share` is the time in which
-the card copies as many bytes as a step must read, over the time that a step takes; the copy is timed here, too.
-All times are medians, as the server sees them: every token reaches the host, one step after the next was launched.
+Every sequence of a batch has `context` tokens once the last step is done. `prefill_ms` is the pass over
+a prompt of that length, `first_token_ms` the time from a prompt to its first new token. `floor_share` is
+the time in which the card copies as many bytes as a step must read, over the time that a step takes; the
+copy is timed here, too. All times are medians, as the server sees them: every token reaches the host,
+one step after the next was launched.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from nanochat.common import parse, run, setup_runtime
 if TYPE_CHECKING:
     import torch
 
-    from nanochat.gpt import GPT, GPTConfig
     from nanochat.decoder import Decoder
+    from nanochat.gpt import GPT, GPTConfig
 
 
 @dataclass(frozen=True, kw_only=True)

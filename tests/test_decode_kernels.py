@@ -105,7 +105,7 @@ def test_batch_linear_add(device, dtype, R, N, K, is_scaled):
     ("counts", "T"), [([1], 1), ([1, 1, 1], 1), ([2], 2), ([3, 1], 3), ([2, 3], 5), on_gpu([900], 1024)]
 )
 def test_slc2(device, dtype, H, D, K, counts, T):
-    """Rows of one token, and prefill with padding, from a window that is not zero; other slots stay as they are."""
+    """Rows of one token, and prefill with padding, from windows that are not zero; other slots stay."""
     B = len(counts)
     E = H * D
     weight = (torch.randn(2 * E + D + H, E, device=device) * 2 * E**-0.5).to(dtype)

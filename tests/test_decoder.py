@@ -57,7 +57,7 @@ def follow(decoder, last, n, said):
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", [PlainDecoder, GraphDecoder])
 def test_greedy_is_the_full_forward_in_any_company(device, kind, config):
-    """Sequences join, fork and leave, slots are used again; prompts are fed whole, in chunks or not at all."""
+    """Sequences join, fork and leave, slots are used again; prompts are fed whole, in parts or not at all."""
     model = model_on(device, config)
     decoder = kind(model, slots=7)
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [20], [30, 31], [40, 41, 42, 43, 44]]
@@ -188,7 +188,7 @@ def test_decoder_for_a_gpu_is_fast_where_the_kernels_fit():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_graph_path_at_d20():
-    """256 greedy tokens, equal in float32; in bfloat16 logits as near as bfloat16 is, position by position."""
+    """256 greedy tokens, equal in float32; in bfloat16 the logits are near, position by position."""
     config = GPTConfig.from_depth(20, vocab_size=65_536)
     model = model_on("cuda", config)
     prompt = torch.randint(0, 65_536, (300,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -24,7 +24,8 @@ def test_top_k():
 
 def test_top_p_is_the_least_set_of_each_row():
     """The published code shifted along the batch: a no-op for one row, wrong rows for several."""
-    assert kept(filter_logits(LOGITS, top_p=0.6)) == [[0, 1], [3]]
+    assert kept(filter_logits(LOGITS, top_p=0.6)) == [[0, 1, 2], [3]]  # 1 and 2 are alike
+    assert kept(filter_logits(LOGITS, top_p=0.5)) == [[0], [3]]
     assert kept(filter_logits(LOGITS, top_p=0.95)) == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert kept(filter_logits(LOGITS, top_p=1e-9)) == [[0], [3]]
     assert kept(filter_logits(LOGITS, top_p=1.0)) == [[0, 1, 2, 3]] * 2
@@ -32,7 +33,9 @@ def test_top_p_is_the_least_set_of_each_row():
 
 def test_top_p_counts_the_mass_that_top_k_left():
     assert kept(filter_logits(LOGITS[:1], top_k=3, top_p=0.5)) == [[0]]
-    assert kept(filter_logits(LOGITS[:1], top_k=3, top_p=0.56)) == [[0, 1]]
+    logits = torch.tensor([[0.5, 0.21, 0.19, 0.1]]).log()
+    assert kept(filter_logits(logits, top_k=3, top_p=0.57)) == [[0, 1]]
+    assert kept(filter_logits(logits, top_p=0.72)) == [[0, 1, 2]]
 
 
 def test_repetition_penalty():

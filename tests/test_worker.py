@@ -1,5 +1,6 @@
 """Requests that come and go: each is answered as if it were alone, and leaves nothing behind."""
 
+import itertools
 import queue
 import random
 import threading
@@ -48,7 +49,7 @@ SPECIAL = ("python_start", "python_end", "output_start", "output_end", "assistan
 def next_token_model(chain, then):
     """A model without mixers and MLPs, which says of each token in a chain the next, and so for then."""
     model = small_model(vocab_size=TOKENIZER.get_vocab_size(), n_embd=48, n_head=2)
-    followers = {**dict(zip(chain, chain[1:], strict=False)), **then}
+    followers = {**dict(itertools.pairwise(chain)), **then}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
@@ -172,7 +173,7 @@ def test_a_sample_can_be_stopped_and_others_go_on(make_worker):
 
 
 def test_calculator_results_are_forced_into_the_stream(make_worker):
-    """The model says 12*7 by force of its weights; what follows is the result, whatever it would have said."""
+    """The model's weights make it say 12*7; what follows is the result, whatever it would say."""
     special = {name: TOKENIZER.encode_special(f"<|{name}|>") for name in SPECIAL}
     call = [special["python_start"], *TOKENIZER.encode("12*7"), special["python_end"]]
     result = [special["output_start"], *TOKENIZER.encode("84"), special["output_end"]]

@@ -1,10 +1,11 @@
 """Attention on the way to an answer: rotary positions and the KV state, then one query against all before it.
 
-`rope_append` turns projections into queries and appends keys and values to the slots of a KV state. `attend` reads
-what a sequence has so far and no more, which is all the time that it takes: the tokens of a row are split over
-several programs, or one row would keep one multiprocessor busy and leave the others idle (Flash-Decoding, Dao et
-al. 2023), and their partial softmaxes are combined (Milakov & Gimelshein 2018). `attend_causal` is for prefill:
-many new tokens of one sequence (FlashAttention-2, Dao 2023), of any length in one recorded graph.
+`rope_append` turns projections into queries and appends keys and values to the slots of a KV state.
+`attend` reads what a sequence has so far and no more, which is all the time that it takes: the tokens of
+a row are split over several programs, or one row would keep one multiprocessor busy and leave the others
+idle (Flash-Decoding, Dao et al. 2023), and their partial softmaxes are combined (Milakov & Gimelshein
+2018). `attend_causal` is for prefill: many new tokens of one sequence (FlashAttention-2, Dao 2023), of
+any length in one recorded graph.
 """
 
 from __future__ import annotations
@@ -93,13 +94,13 @@ def rope_append(
 ) -> None:
     """Write queries q (R,H,D), and keys and values to k, v (S,H_kv,max_len,D), at their slots and positions.
 
-    packed (R, >= (H + 2 H_kv) D) = x W^T, R tokens of len(slots) sequences that go on at positions (len(slots),);
-    x (R,E) is the residual stream; tables are cos and sin (max_len, D/2).
+    packed (R, >= (H + 2 H_kv) D) = x W^T, R/S tokens of each of S sequences, at slots (S,), that go on at
+    positions (S,), int32; x (R,E) is the residual stream; tables are cos and sin (max_len, D/2).
     """
     (R, H, D), (_, H_kv, max_len, _), E = q.shape, k.shape, x.size(1)
     _rope_append[(R,)](
-        packed, x, *tables, slots, positions, q, k, v, R // len(slots), max_len, packed.size(1), E, H, H_kv, D,
-        triton.next_power_of_2(E), triton.next_power_of_2(H), num_warps=4, **pdl(),
+        packed, x, *tables, slots, positions, q, k, v, R // len(slots), max_len, packed.size(1), E, H, H_kv,
+        D, triton.next_power_of_2(E), triton.next_power_of_2(H), num_warps=4, **pdl(),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """How our kernels follow one another: programmatic dependent launch (PDL, CUDA programming guide 4.5).
 
-Every kernel first lets its successor start, and waits for its predecessor only where it needs its results.
-What comes before `wait`, loads of weights above all, so overlaps with the end of the kernel before: the memory
-bus is never idle while one kernel drains and the next one starts. Results are written after `wait` only.
+Every kernel first lets its successor start, and waits for its predecessor only where it needs its
+results. What comes before `wait`, loads of weights above all, so overlaps with the end of the kernel
+before: the memory bus is never idle while one kernel drains and the next one starts. Results are written
+after `wait` only.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Linear layers for a few rows x, as fast as their weights W can be read.
 
-Decoding reads every weight for each token and does next to nothing with it, so what counts is that the memory
-bus never rests: a program asks for its rows of W before it waits for x (nanochat/kernels/launch.py). For one row
-they are held in registers, a matrix-vector product; for up to 32 the tensor cores multiply what the L2 cache was
-asked to fetch. RMSNorm has no weights and commutes with the product: norm(x) W^T = s (x W^T), s = 1 / rms(x) of each
-row. So one row is scaled at the end; and as relu(s h)^2 = s^2 relu(h)^2, several rows of an MLP are scaled when its
-second product is added to the residual stream, by an s that one program more has found for all of them.
+Decoding reads every weight for each token and does next to nothing with it, so what counts is that the
+memory bus never rests: a program asks for its rows of W before it waits for x
+(nanochat/kernels/launch.py). For one row they are held in registers, a matrix-vector product; for up to
+32 the tensor cores multiply what the L2 cache was asked to fetch. RMSNorm has no weights and commutes
+with the product: norm(x) W^T = s (x W^T), s = 1 / rms(x) of each row. So one row is scaled at the end;
+and as relu(s h)^2 = s^2 relu(h)^2, several rows of an MLP are scaled when its second product is added to
+the residual stream, by an s that one program more has found for all of them.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _row_linear(
 
 
 def row_linear(x: Tensor, weight: Tensor, out: Tensor, *, norm=False, relu2=False, add=False) -> None:
-    """Write y (linear_reference) of one row x (1,K) to out (1,N), or add it to what is there; all contiguous."""
+    """Write y (linear_reference) of one row x (1,K) to out (1,N), or add it there; all contiguous."""
     N, K = weight.shape
     block_k = min(1024, K & -K)
     block_n = max(1, triton.next_power_of_2(ELEMENTS // K + 1) // 2)
@@ -222,8 +223,8 @@ def batch_linear_add(
     block_k = min(128, (K // splits) & -(K // splits))
     partial = torch.empty(splits, R, N, device=x.device)
     _batch_linear_add[(triton.cdiv(N, block_n), splits)](
-        x, weight, out, counters if scale is None else scale, partial, counters, R, N, K, splits, _rows(R), block_n,
-        block_k, scale is not None, num_warps=4, num_stages=5, **pdl(),
+        x, weight, out, counters if scale is None else scale, partial, counters, R, N, K, splits, _rows(R),
+        block_n, block_k, scale is not None, num_warps=4, num_stages=5, **pdl(),
     )  # fmt: skip
 
 

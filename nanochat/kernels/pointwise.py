@@ -43,8 +43,8 @@ def embed(
 ) -> None:
     """Write rms_norm(wte[tokens]) to x (R,E); note in seen (rows,V) uint8 which tokens the slots have seen.
 
-    tokens (R,) are R/S of each of S sequences, below 0 the latest (rows,) of the slot; slots and counts (S,) say
-    where each sequence is, and how many of its tokens are real. All int32.
+    tokens (R,) are R/S of each of S sequences, below 0 the latest (rows,) of the slot; slots and counts (S,)
+    say where each sequence is, and how many of its tokens are real. All int32.
     """
     (R, E), V = x.shape, wte.size(0)
     _embed[(R,)](

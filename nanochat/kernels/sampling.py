@@ -1,9 +1,10 @@
-"""nanochat.sampling.sample_rows on the GPU: each row by its own settings and seed, and nothing but ids to read back.
+"""nanochat.sampling.sample_rows on the GPU: each row by its own settings and seed, and nothing but ids
+to read back.
 
-`_score` looks at all of the vocabulary at once, a block at a time. A row without filters is done when its blocks'
-winners are compared. For top-k and top-p `_pick` searches the score at which the row is cut off, by halving the
-interval that it must lie in, in the order of the bits of float32; nothing is sorted. Tokens of equal score stay or
-go together.
+`_score` looks at all of the vocabulary at once, a block at a time. A row without filters is done when
+its blocks' winners are compared. For top-k and top-p `_pick` searches the score at which the row is cut
+off, by halving the interval that it must lie in, in the order of the bits of float32; nothing is sorted.
+Tokens of equal score stay or go together.
 """
 
 from __future__ import annotations
@@ -117,6 +118,44 @@ def _middle(low, high):
 
 
 @triton.jit
+def _top_k_cut(scores, V, top_k, keys, none, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+    """The highest cut that keeps top_k tokens or more; keys are those of the blocks' best, none keeps nothing."""
+    cut = tl.full((), -2147483647, tl.int32)
+    if top_k <= BLOCKS:  # as many blocks as k say of one token each: a start
+        high = none
+        while high.to(tl.int64) - cut.to(tl.int64) > 1:
+            middle = _middle(cut, high)
+            if tl.sum((keys >= middle).to(tl.int32), 0) >= top_k:
+                cut = middle
+            else:
+                high = middle
+    kept = _count(scores, V, cut, SIZE)
+    while (kept > top_k) & (none.to(tl.int64) - cut.to(tl.int64) > 1):
+        middle = _middle(cut, none)
+        n = _count(scores, V, middle, SIZE)
+        if n >= top_k:
+            cut = middle
+            kept = n
+        else:
+            none = middle
+    return cut
+
+
+@triton.jit
+def _top_p_cut(scores, V, top_p, highest, cut, SIZE: tl.constexpr):
+    """The lowest score above which there is less than top_p of the mass that a cut has left."""
+    wanted = top_p * _mass(scores, V, highest, cut, SIZE)
+    low, high = cut - 1, _order(highest)
+    while high.to(tl.int64) - low.to(tl.int64) > 1:
+        middle = _middle(low, high)
+        if _mass(scores, V, highest, middle + 1, SIZE) < wanted:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@triton.jit
 def _pick(
     temperature_ptr,
     top_k_ptr,
@@ -145,41 +184,11 @@ def _pick(
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
     if (tl.load(temperature_ptr + row) > 0) & (((top_k > 0) & (top_k < V)) | (top_p < 1.0)):
         scores = scores_ptr + row.to(tl.int64) * V
-        above = _order(highest) + 1  # a cut that keeps nothing
-        keys = _order(best)
         cut = tl.full((), -2147483647, tl.int32)  # keeps all
         if (top_k > 0) & (top_k < V):
-            # the cut keeps k tokens or more, `none` fewer. As many blocks as k say of one token each: a start.
-            none = above
-            if top_k <= BLOCKS:
-                low, high = cut, above
-                while high.to(tl.int64) - low.to(tl.int64) > 1:
-                    middle = _middle(low, high)
-                    if tl.sum((keys >= middle).to(tl.int32), 0) >= top_k:
-                        low = middle
-                    else:
-                        high = middle
-                cut = low
-            kept = _count(scores, V, cut, SIZE)
-            while (kept > top_k) & (none.to(tl.int64) - cut.to(tl.int64) > 1):
-                middle = _middle(cut, none)
-                n = _count(scores, V, middle, SIZE)
-                if n >= top_k:
-                    cut = middle
-                    kept = n
-                else:
-                    none = middle
+            cut = _top_k_cut(scores, V, top_k, _order(best), _order(highest) + 1, BLOCKS, SIZE)
         if top_p < 1.0:
-            # stays: what has less than top_p of the mass above it; so is all from `high` on, but nothing at `low`
-            wanted = top_p * _mass(scores, V, highest, cut, SIZE)
-            low, high = cut - 1, above - 1
-            while high.to(tl.int64) - low.to(tl.int64) > 1:
-                middle = _middle(low, high)
-                if _mass(scores, V, highest, middle + 1, SIZE) < wanted:
-                    high = middle
-                else:
-                    low = middle
-            cut = high
+            cut = _top_p_cut(scores, V, top_p, highest, cut, SIZE)
         seed, place = tl.load(seed_ptr + row), tl.load(place_ptr + row)
         lead = float("-inf")
         for start in range(0, V, SIZE):
@@ -204,13 +213,11 @@ def sample_rows(
     out: Tensor,
     cap: float,
 ) -> None:
-    """Write the next token of each row of logits (B,V) float32 to out (B,) and to latest (S,) of its slot, int32.
+    """Write the next token of each row of logits (B,V) to out (B,) and to latest (S,) of its slot, int32.
 
-    The logits are soft-capped in place.
-
-    seen (S,V) uint8 says which tokens a slot has seen. settings: temperature, repetition_penalty, top_p, float32,
-    and top_k, seed, place, int32, (B,) each. buffers: B*V float32 for scores, and, for each row and block of 1024
-    tokens, a float32 and an int32.
+    The logits are float32, and soft-capped in place. seen (S,V) uint8 says which tokens a slot has seen.
+    settings: temperature, repetition_penalty and top_p, float32, and top_k, seed and place, int32, (B,) each.
+    buffers: B*V float32 for scores, and, for each row and block of 1024 tokens, a float32 and an int32.
     """
     B, V = logits.shape
     s, (scores, best, winner) = settings, buffers

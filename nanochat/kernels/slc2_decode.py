@@ -1,12 +1,13 @@
 """SLC2 on the way to an answer: everything between the residual stream and c_proj (nanochat/slc2.py).
 
-The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order, and maybe
-more that nobody reads. The conv state of a sequence is the last K-1 values of u, oldest first, at its slot in windows (slots, K-1, E).
+The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order,
+and maybe more that nobody reads. The conv state of a sequence is the last K-1 values of u, oldest first,
+at its slot in windows (slots, K-1, E).
 
-For one token of one sequence `slc2_row` does it all in one kernel, bound by reading the weights: a program computes
-a few channels of one head from beginning to end, so the state needs no second kernel. A is shared by the heads, so
-its rows are read again for each head, but from the cache. For more tokens the projections are a matrix product of
-their own, and `slc2_mix` does the rest.
+For one token of one sequence `slc2_row` does it all in one kernel, bound by reading the weights: a
+program computes a few channels of one head from beginning to end, so the state needs no second kernel. A
+is shared by the heads, so its rows are read again for each head, but from the cache. For more tokens the
+projections are a matrix product of their own, and `slc2_mix` does the rest.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def slc2_row(
 ) -> None:
     """Write y (1,E) of the residual stream x (1,E), one token of one sequence; windows[slots] move on by it.
 
-    weight (>= 2E+D+H, E) packed; conv (E,1,K) float32, K > 1; windows (S,K-1,E) in x's dtype; slots (1,) int32.
+    weight (>= 2E+D+H, E) packed; conv (E,1,K) float32, K > 1; windows (slots,K-1,E); slots (1,) int32.
     """
     (_, E), K = x.shape, conv.size(-1)
     D = E // n_head
@@ -178,13 +179,13 @@ def slc2_mix(
 ) -> None:
     """Write y (R,E) of packed (R, >= 2E+D+H) = x W^T, R/S tokens of each of S sequences.
 
-    slots and counts (S,) int32: where a sequence is, and how many of its tokens are real, the first ones. The windows
-    that come next are written to windows[slots] if there is one token each; else to tails (S,K-1,E), because the
-    program of the last token may be done before that of the first has read the window.
+    slots and counts (S,) int32: where a sequence is, and how many of its tokens are real, the first ones. The
+    windows that come next are written to windows[slots] if there is one token each; else to tails (S,K-1,E),
+    because the program of the last token may be done before that of the first has read the window.
     """
     (R, E), K = x.shape, conv.size(-1)
     T = R // len(slots)
     _slc2_mix[(R,)](
-        packed, x, conv, windows, slots, counts, windows if T == 1 else tails, y, T, E, E // n_head, packed.size(1),
-        K, triton.next_power_of_2(E), num_warps=8, **pdl(),
+        packed, x, conv, windows, slots, counts, windows if T == 1 else tails, y, T, E, E // n_head,
+        packed.size(1), K, triton.next_power_of_2(E), num_warps=8, **pdl(),
     )  # fmt: skip
