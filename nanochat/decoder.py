@@ -62,6 +62,9 @@ class Decoder(ABC):
     def load(self, model: GPT) -> None:
         """Go on with the weights of a model of the same shape."""
 
+    def warm_up(self) -> None:  # noqa: B027 - most have nothing to do
+        """Do now what would else be done when it is first needed."""
+
     def step(self, last: Mapping[int, int | None]) -> list[int]:
         """Launch and collect."""
         self.launch(last)

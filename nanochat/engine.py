@@ -106,8 +106,8 @@ class Engine:
     ) -> list[Completion]:
         """Complete every prompt num_samples times (sample j of prompt i is number i * num_samples + j).
 
-        At most batch_size rows run at a time, and what they say does not depend on it; on_done is told how many
-        have ended. The settings are generate's.
+        At most batch_size rows run at a time, and what they say does not depend on it; on_done is told how
+        many have ended. The settings are generate's.
         """
         settings = _settings(temperature, top_k, top_p)
         _check(prompts, max_tokens, num_samples)

@@ -50,7 +50,7 @@ def supports(config: GPTConfig, slots: int) -> bool:
 def packed_weights(model: GPT, dtype: torch.dtype) -> list[Tensor]:
     """Copies of wte, lm_head and, of each layer, mixer in, mixer out, MLP in and out, and for SLC2 the taps.
 
-    What goes into a mixer is laid together, q, k, v or x, B, A, alpha, with zeros below. The taps stay float32.
+    What goes into a mixer is laid together: q, k, v or x, B, A, alpha, and zeros. The taps stay float32.
     """
 
     def pack(*weights: Tensor) -> Tensor:
@@ -156,10 +156,9 @@ class GraphDecoder(Decoder):
         while done < len(tokens):
             size = _prefill_size(len(tokens) - done)
             piece = tokens[done : done + size]
-            inputs, padding = np.zeros((2, 3 + size), np.int32)
+            inputs = np.zeros(3 + size, np.int32)
             inputs[: 3 + len(piece)] = [slot, start + done, len(piece), *piece]
-            padding[0] = self.slots
-            self._run(self._prefill, inputs, padding)
+            self._run(self._prefill, inputs, self._prefill_padding(size))
             done += len(piece)
         self._of_slot[POSITION, slot] += len(tokens)
 
@@ -183,8 +182,8 @@ class GraphDecoder(Decoder):
         if full.any():
             raise ValueError(f"{full.sum()} sequences have filled their context of {self.context}")
         self._of_slot[TOKEN, slots] = [-1 if token is None else token for token in last.values()]
-        pad = [self.slots] * size_for(n)
-        self._run(self._step, self._of_slot[:, slots + pad[n:]], self._of_slot[:, pad])
+        padding = self._step_padding(size_for(n))
+        self._run(self._step, np.hstack([self._of_slot[:, slots], padding[:, n:]]), padding)
         self._of_slot[[[POSITION], [PLACE]], slots] += 1
         self.logits = self._logits[:n]
         on_gpu = self.device.type == "cuda"
@@ -202,6 +201,22 @@ class GraphDecoder(Decoder):
         """See Decoder."""
         self._free.append(slot)
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """See Decoder."""
+        if self.device.type == "cuda":
+            for size in BATCH_SIZES[: BATCH_SIZES.index(size_for(self.slots)) + 1]:
+                self._graph(self._step, self._step_padding(size))
+            for size in PREFILL_SIZES:
+                if size <= max(self.context, PREFILL_SIZES[0]):
+                    self._graph(self._prefill, self._prefill_padding(size))
+
+    def _step_padding(self, B: int) -> np.ndarray:
+        return self._of_slot[:, [self.slots] * B]
+
+    def _prefill_padding(self, size: int) -> np.ndarray:
+        return np.array([self.slots, 0, 0, *[0] * size], np.int32)
+
     def _set_params(self, slot: int, params: SamplingParams) -> None:
         for row, name in enumerate(INPUTS):
             value = getattr(params, name, 0)
@@ -212,15 +227,22 @@ class GraphDecoder(Decoder):
 
     def _run(self, work: Callable[[Tensor], None], inputs: np.ndarray, padding: np.ndarray) -> None:
         """Do the work on inputs, int32, through the graph for their shape; padding does no harm."""
-        host, harmless = (torch.from_numpy(np.ascontiguousarray(array)) for array in (inputs, padding))
+        host = torch.from_numpy(np.ascontiguousarray(inputs))
         if self.device.type != "cuda":
             work(host)
             return
-        if inputs.shape not in self._graphs:
-            self._graphs[inputs.shape] = self._record(work, harmless.to(self.device))
-        graph, device_inputs = self._graphs[inputs.shape]
+        graph, device_inputs = self._graph(work, padding)
         device_inputs.copy_(host.pin_memory(), non_blocking=True)
         graph.replay()
+
+    def _graph(
+        self, work: Callable[[Tensor], None], padding: np.ndarray
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The graph for inputs of the shape of padding, and where it reads them."""
+        if padding.shape not in self._graphs:
+            inputs = torch.from_numpy(np.ascontiguousarray(padding)).to(self.device)
+            self._graphs[padding.shape] = self._record(work, inputs)
+        return self._graphs[padding.shape]
 
     def _record(self, work: Callable[[Tensor], None], inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         stream = torch.cuda.Stream()
@@ -268,8 +290,8 @@ class GraphDecoder(Decoder):
     ) -> Tensor:
         """Residual stream (R,E) after the last layer, for R/S tokens of each of S sequences.
 
-        tokens (R,); slots, positions of the first tokens, and counts of real ones (S,); all int32. Where there
-        are several tokens each, tails (SLC2 layers,S,K-1,E) get the conv state after them.
+        tokens (R,); slots, positions of the first tokens, and counts of real ones (S,); all int32. Where
+        there are several tokens each, tails (SLC2 layers,S,K-1,E) get the conv state after them.
         """
         c, R = self.config, len(tokens)
         x = torch.empty(R, c.n_embd, dtype=self.dtype, device=self.device)

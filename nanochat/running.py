@@ -44,8 +44,8 @@ class Running:
     def step(self, in_step: bool = False) -> list[tuple[int, Seat]]:
         """Let rows take a token each; return them with their places in the decoder's logits.
 
-        in_step: nothing is launched ahead, so that the logits are still those of the tokens. Whoever has ended
-        must be removed before the next step.
+        in_step: nothing is launched ahead, so that the logits are still those of the tokens. Whoever has
+        ended must be removed before the next step.
         """
         flight = self._flight
         if in_step or not self.decoder.overlaps:

@@ -143,6 +143,7 @@ class Worker:
     # For the worker's thread
 
     def _run(self) -> None:
+        self.decoder.warm_up()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._has_work() or self._is_closing)

@@ -221,3 +221,20 @@ def test_graph_path_at_d20():
     assert (logits[0] - logits[1]).abs().max() < 0.35  # measured: see dev/LOG.md
     agree = sum(a == b for a, b in zip(*choices, strict=True)) / len(forced)
     assert agree > 0.9
+
+
+@pytest.mark.gpu
+def test_warming_up_records_all_graphs_and_changes_nothing():
+    model = model_on("cuda", SMALL)
+    cold, warm = GraphDecoder(model, slots=5), GraphDecoder(model, slots=5)
+    warm.warm_up()
+    assert sorted(warm._graphs) == sorted([(19,), (35,), (67,), (9, 1), (9, 2), (9, 4), (9, 8)])
+    graphs, found = dict(warm._graphs), []
+    for decoder in (cold, warm):
+        slot = decoder.open(SamplingParams(repetition_penalty=1.3, seed=2))
+        decoder.feed(slot, [4, 5, 6])
+        said = {slot: []}
+        follow(decoder, {slot: 7}, 6, said)
+        found.append(said[slot])
+    assert found[0] == found[1]
+    assert warm._graphs == graphs

@@ -119,7 +119,7 @@ def _middle(low, high):
 
 @triton.jit
 def _top_k_cut(scores, V, top_k, keys, none, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
-    """The highest cut that keeps top_k tokens or more; keys are those of the blocks' best, none keeps nothing."""
+    """The highest cut that keeps top_k tokens or more; keys are the blocks' best, none keeps nothing."""
     cut = tl.full((), -2147483647, tl.int32)
     if top_k <= BLOCKS:  # as many blocks as k say of one token each: a start
         high = none
