@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from nanochat.cache import HybridCache
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, head_logits, head_loss, rotary_tables
 from nanochat.optim import build_optimizer
+from nanochat.sampling import penalize_repetition, sample
 from nanochat.schedule import LearningRates
 from tests.models import random_model, small_config
 
@@ -428,6 +429,21 @@ def test_generate_seeds():
     assert run(1) == run(1)
     assert run(1) != run(2)
     assert run(None) != run(None)
+
+
+@torch.no_grad()
+def test_generate_samples_the_same_with_and_without_the_cache():
+    """As the article's program asks for it: each token from a full forward over all before it."""
+    model, ids = random_model(small_config()), torch.tensor([[1, 2, 3, 4]])
+    model.lm_head.weight.data[[41, 45]] = 0
+    settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
+    cached = list(model.generate(ids, 25, **settings, repetition_penalty=1.15, seed=3))
+    generator = torch.Generator().manual_seed(3)
+    for _ in cached:
+        logits = penalize_repetition(model(ids)[:, -1], ids, 1.15)
+        ids = torch.cat([ids, sample(logits, **settings, generator=generator)], dim=1)
+    assert cached == ids[0, 4:].tolist()
+    assert len(set(cached)) > 5
 
 
 @pytest.mark.parametrize(
