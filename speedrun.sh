@@ -118,4 +118,4 @@ if [ "${RL:-0}" = 1 ]; then
 fi
 echo "== report"
 $python -m nanochat.report generate "--dollars-per-hour=${DOLLARS_PER_HOUR:-$((3 * gpus))}"
-echo "talk to it: $python -m scripts.chat_cli   (or with -p 'What is 12 times 7?')"
+echo "talk to it: $python -m scripts.chat_web   (or in the terminal: $python -m scripts.chat_cli)"

@@ -180,10 +180,10 @@ class Worker:
     def _drop(self) -> None:
         """Free what is not wanted any more."""
         for sample in [*self._samples]:
-            if sample.job.is_cancelled:
-                self._remove(sample, "cancelled")
-            elif sample.number in sample.job.stopped:
+            if sample.number in sample.job.stopped:
                 self._remove(sample, "stop")
+            elif sample.job.is_cancelled:
+                self._remove(sample, "cancelled")
         for job in [job for job in self._queue if job.is_cancelled]:
             self._unqueue(job)
             for number in range(job.request.n):

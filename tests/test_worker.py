@@ -170,6 +170,11 @@ def test_a_sample_can_be_stopped_and_others_go_on(make_worker):
     assert reader.ends[1] == "stop"
     assert len(reader.tokens[1]) < len(reader.tokens[0])
     assert worker.stats()["requests_finished"] == 1
+    served = Reader(worker, tokens=[1, 2], max_tokens=60, temperature=1.0, seed=0)
+    served.next()
+    served.handle.stop(0)
+    served.handle.cancel()  # as the server does once all is said
+    assert served.all().ends[0] == "stop"
 
 
 def test_calculator_results_are_forced_into_the_stream(make_worker):
