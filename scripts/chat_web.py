@@ -11,6 +11,7 @@ replies that run finish, for half a minute at most; a second Ctrl-C does not.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -125,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{name}, step {meta['step']}, on {runtime.device}: {address}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # uvicorn handles both, and raises them again after its end
+    gc.collect()
+    gc.freeze()  # or a collection would look through all that torch consists of while everyone waits
     server.run(sockets=[sock])
     worker.close(drain=False)  # it is closed, unless a second Ctrl-C came
     stats = worker.stats()

@@ -147,19 +147,7 @@ def batch_linear_relu2(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor) ->
     (R, K), N = x.shape, weight.size(0)
     block_n = 64
     _batch_linear_relu2[(triton.cdiv(N, block_n) + 1,)](
-        x,
-        weight,
-        out,
-        scale,
-        R,
-        N,
-        K,
-        _rows(R),
-        block_n,
-        min(128, K & -K),
-        num_warps=4,
-        num_stages=6,
-        **pdl(),
+        x, weight, out, scale, R, N, K, _rows(R), block_n, _block_k(x, K), num_warps=4, num_stages=6, **pdl()
     )
 
 
@@ -220,7 +208,7 @@ def batch_linear_add(
     splits, block_n = (8 if K > 2048 else 2), 32
     while K // splits % 32:
         splits //= 2
-    block_k = min(128, (K // splits) & -(K // splits))
+    block_k = _block_k(x, K // splits)
     partial = torch.empty(splits, R, N, device=x.device)
     _batch_linear_add[(triton.cdiv(N, block_n), splits)](
         x, weight, out, counters if scale is None else scale, partial, counters, R, N, K, splits, _rows(R),
@@ -230,3 +218,8 @@ def batch_linear_add(
 
 def _rows(R: int) -> int:
     return max(16, triton.next_power_of_2(R))
+
+
+def _block_k(x: Tensor, K: int) -> int:
+    """Columns of a tile, which are to divide K: 256 bytes, so that six tiles fit into shared memory."""
+    return min(256 // x.element_size(), K & -K)
