@@ -204,7 +204,9 @@ class GraphDecoder(Decoder):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """See Decoder."""
-        if self.device.type == "cuda":
+        if self.device.type != "cuda":
+            return
+        with torch.cuda.device(self.device):
             for size in BATCH_SIZES[: BATCH_SIZES.index(size_for(self.slots)) + 1]:
                 self._graph(self._step, self._step_padding(size))
             for size in PREFILL_SIZES:

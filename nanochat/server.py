@@ -111,7 +111,7 @@ async def _chat_events(generation: Generation) -> AsyncIterator[str]:
             if piece.tool:
                 events.append(event({"tool": piece.tool}))
             if piece.text:
-                events.append(event({"token": piece.text, "gpu": 0}))
+                events.append(event({"token": piece.text, "gpu": generation.handle.gpu}))
         if events:
             yield "".join(events)
     yield event({"done": True})

@@ -55,6 +55,8 @@ class QueueFull(Exception):
 class Handle(Protocol):
     """A request under way."""
 
+    gpu: int  # which one serves it
+
     def cancel(self) -> None:
         """Stop decoding and free its rows; its samples that still run end as "cancelled". May come twice."""
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nanochat.decoder import decoder_for
@@ -33,8 +34,8 @@ Emit = Callable[[Token | End], None]
 class Job:
     """A request under way; what submit returns (serving.Handle)."""
 
-    def __init__(self, request: Request, emit: Emit):
-        self.request, self.emit = request, emit
+    def __init__(self, request: Request, emit: Emit, gpu: int):
+        self.request, self.emit, self.gpu = request, emit, gpu
         self.is_cancelled = False
         self.stopped: set[int] = set()  # samples that need not go on
         self.ended: set[int] = set()
@@ -71,10 +72,11 @@ class Worker:
         slots: int = 32,
         max_waiting: int = 256,
         prefill_chunk: int = 256,
+        gpu: int = 0,
     ):
         if min(slots, max_waiting, prefill_chunk) < 1:
             raise ValueError(f"slots={slots}, {max_waiting=}, {prefill_chunk=}: each must be at least 1")
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer, self.name, self.gpu = model, tokenizer, name, gpu
         self.context = model.config.sequence_len
         self.n_slots, self.max_waiting, self.prefill_chunk = slots, max_waiting, prefill_chunk
         self.special = special_ids(tokenizer)
@@ -104,7 +106,7 @@ class Worker:
         if not 1 <= request.n <= self.n_slots:
             raise ValueError(f"n={request.n} must be from 1 to {self.n_slots}, the number of slots")
         _params(request, 0, 0)  # says what is wrong with the settings
-        job = Job(request, emit)
+        job = Job(request, emit, self.gpu)
         with self._changed:
             if self._is_closing:
                 raise QueueFull("shutting down")
@@ -113,6 +115,11 @@ class Worker:
             self._queue.append(job)
             self._changed.notify()
         return job
+
+    @property
+    def load(self) -> int:
+        """How many requests wait, and samples run."""
+        return len(self._queue) + len(self._samples)
 
     def stats(self) -> dict[str, Any]:
         """See serving.Backend."""
@@ -126,24 +133,30 @@ class Worker:
         }
 
     def start(self) -> None:
-        """Start the thread."""
+        """Get ready, and start the thread."""
+        self.decoder.warm_up()
         self._thread.start()
 
     def close(self, drain: bool) -> None:
         """See serving.Backend."""
+        self.stop_taking(drain)
+        self._thread.join()
+
+    def stop_taking(self, drain: bool) -> None:
+        """Begin to close."""
         with self._changed:
             self._is_closing = True
             if not drain:
                 for job in (*self._queue, *(sample.job for sample in [*self._samples])):
                     job.cancel()
             self._changed.notify()
-        self._thread.join()
 
     # -----------------------------------------------------------------------------------------------------
     # For the worker's thread
 
     def _run(self) -> None:
-        self.decoder.warm_up()
+        if self.decoder.device.type == "cuda":
+            torch.cuda.set_device(self.decoder.device)  # a thread's own
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._has_work() or self._is_closing)

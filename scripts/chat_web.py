@@ -4,9 +4,9 @@
     python -m scripts.chat_web -i rl -p 8080
     NANOCHAT_API_KEY=secret python -m scripts.chat_web --host 0.0.0.0     # for others, who need the key
 
-One GPU decodes up to --slots replies at a time; up to --max-waiting more requests wait for one, and any more
-are told to come back later. Nothing that is said is logged, unless --log-chats. Ctrl-C or SIGTERM lets the
-replies that run finish, for half a minute at most; a second Ctrl-C does not.
+Each GPU (-n) decodes up to --slots replies at a time; up to --max-waiting more requests wait for it, and
+any more are told to come back later. Nothing that is said is logged, unless --log-chats. Ctrl-C or SIGTERM
+lets the replies that run finish, for half a minute at most; a second Ctrl-C does not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from nanochat.common import parse, run, setup_runtime
+
+if TYPE_CHECKING:
+    import torch
 
 GRACE_S = 30
 BACKLOG = 2048  # connections that wait to be accepted, uvicorn's default
@@ -34,7 +37,7 @@ class ServerConfig:
     """Which model to serve, to whom, and how it answers where a request does not say."""
 
     num_gpus: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """GPUs to serve with; there is one"""
+    """GPUs to serve with, each with a copy of the model"""
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage of the model: sft, mid, rl or base"""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
@@ -63,12 +66,20 @@ class ServerConfig:
     """cuda, mps or cpu; empty finds the best there is"""
 
     def __post_init__(self) -> None:
-        if self.num_gpus != 1:
-            raise ValueError(
-                f"num_gpus={self.num_gpus} must be 1: one server has one GPU; start more, with other ports"
-            )
+        if self.num_gpus < 1:
+            raise ValueError(f"num_gpus={self.num_gpus} must be at least 1")
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port={self.port} must be 0 to 65535")
+
+
+def devices(first: torch.device, n: int) -> list[torch.device]:
+    """Return n devices to serve with; ValueError if there are not as many."""
+    import torch
+
+    available = torch.cuda.device_count() if first.type == "cuda" else 1
+    if n > available:
+        raise ValueError(f"num_gpus={n}, but there is {available} device ({first.type}) to serve with")
+    return [first] if n == 1 else [torch.device("cuda", i) for i in range(n)]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -91,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvicorn
 
     from nanochat.checkpoint_manager import load_model
+    from nanochat.pool import Pool
     from nanochat.server import Settings, create_app
     from nanochat.worker import Worker
 
@@ -105,13 +117,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     sock = listen(config.host, config.port)  # before the model is loaded, which takes a while
     runtime = setup_runtime(config.device_type)
     step = None if config.step == -1 else config.step
-    model, tokenizer, meta = load_model(config.source, runtime.device, "eval", config.model_tag, step)
-    model.compute_dtype = runtime.compute_dtype
-    name = f"{config.model_tag or f'd{model.config.n_layer}'}-{config.source}"
-    worker = Worker(model, tokenizer, name, slots=config.slots, max_waiting=config.max_waiting)
+    workers = []
+    for gpu, device in enumerate(devices(runtime.device, config.num_gpus)):
+        model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, step)
+        model.compute_dtype = runtime.compute_dtype
+        name = f"{config.model_tag or f'd{model.config.n_layer}'}-{config.source}"
+        limits = {"slots": config.slots, "max_waiting": config.max_waiting}
+        workers.append(Worker(model, tokenizer, name, **limits, gpu=gpu))
+    pool = Pool(workers)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(worker, settings),
+            create_app(pool, settings),
             log_config=None,  # ours
             access_log=False,  # /metrics counts requests, and an address may hold what was said
             server_header=False,
@@ -129,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()  # or a collection would look through all that torch consists of while everyone waits
     server.run(sockets=[sock])
-    worker.close(drain=False)  # it is closed, unless a second Ctrl-C came
-    stats = worker.stats()
+    pool.close(drain=False)  # it is closed, unless a second Ctrl-C came
+    stats = pool.stats()
     print(f"served {stats['requests_finished']} requests, {stats['tokens_generated']} tokens")
     return 0
 

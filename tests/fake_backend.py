@@ -25,6 +25,8 @@ class Pause:
 class FakeHandle:
     """A request under way."""
 
+    gpu = 0
+
     def __init__(self):
         self.cancelled = threading.Event()
         self.cancel = self.cancelled.set

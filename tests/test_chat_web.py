@@ -73,7 +73,8 @@ def test_a_port_that_is_taken(checkpoint):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-n", "2"], "num_gpus=2 must be 1"),
+        (["-n", "0"], "num_gpus=0 must be at least 1"),
+        (["-n", "2", "-p", "0"], r"num_gpus=2, but there is 1 device \(cpu\)"),
         (["-p", "70000"], "port=70000"),
         (["-t", "3"], "temperature"),
         (["-k", "201"], "top_k"),

@@ -1,0 +1,43 @@
+"""Several workers as one: a request goes to the one that has least to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nanochat.serving import End, Handle, QueueFull, Request, Token
+from nanochat.worker import Worker
+
+
+class Pool:
+    """A serving.Backend of workers that have the same model, each on a device of its own."""
+
+    def __init__(self, workers: Sequence[Worker]):
+        self.workers = workers
+        self.tokenizer, self.context, self.name = workers[0].tokenizer, workers[0].context, workers[0].name
+
+    def submit(self, request: Request, emit: Callable[[Token | End], None]) -> Handle:
+        """See serving.Backend."""
+        for worker in sorted(self.workers, key=lambda worker: worker.load):
+            try:
+                return worker.submit(request, emit)
+            except QueueFull as error:
+                refusal = error
+        raise refusal
+
+    def stats(self) -> dict[str, Any]:
+        """See serving.Backend."""
+        stats = [worker.stats() for worker in self.workers]
+        return {name: sum(s[name] for s in stats) if name != "model" else self.name for name in stats[0]}
+
+    def start(self) -> None:
+        """See serving.Backend."""
+        for worker in self.workers:
+            worker.start()
+
+    def close(self, drain: bool) -> None:
+        """See serving.Backend."""
+        for worker in self.workers:
+            worker.stop_taking(drain)
+        for worker in self.workers:
+            worker.close(drain)

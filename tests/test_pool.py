@@ -1,0 +1,50 @@
+"""Several workers: the least busy one serves, and who has a full queue is passed over."""
+
+import queue
+
+import pytest
+
+from nanochat.pool import Pool
+from nanochat.serving import End, QueueFull, Request
+from nanochat.worker import Worker
+from tests.models import random_model, small_config
+from tests.vocabulary import train_tokenizer
+
+TOKENIZER = train_tokenizer()
+
+
+@pytest.fixture
+def pool():
+    config = small_config(sequence_len=64, vocab_size=TOKENIZER.get_vocab_size())
+    limits = {"slots": 1, "max_waiting": 2}
+    return Pool([Worker(random_model(config).eval(), TOKENIZER, "d1", **limits, gpu=gpu) for gpu in range(2)])
+
+
+def submit(pool):
+    events = queue.Queue()
+    return pool.submit(Request(tokens=[1, 2], max_tokens=5, temperature=0.0), events.put), events
+
+
+def test_requests_are_spread_and_answered_alike(pool):
+    requests = [submit(pool) for _ in range(4)]
+    assert sorted(handle.gpu for handle, _ in requests) == [0, 0, 1, 1]
+    assert requests[0][0].gpu != requests[1][0].gpu
+    with pytest.raises(QueueFull):
+        submit(pool)
+    assert (pool.stats()["model"], pool.stats()["slots"], pool.stats()["waiting"]) == ("d1", 2, 4)
+    pool.start()
+    pool.close(drain=True)
+    answers = [list(events.queue) for _, events in requests]
+    assert isinstance(answers[0][-1], End)
+    assert all(answer == answers[0] for answer in answers)
+    assert pool.stats()["requests_finished"] == 4
+    with pytest.raises(QueueFull, match="shutting down"):
+        submit(pool)
+
+
+def test_a_full_worker_is_passed_over(pool):
+    full, free = pool.workers
+    for _ in range(2):
+        full.submit(Request(tokens=[1], max_tokens=5), lambda event: None)
+    free._running.seats = [None] * 9  # busy, but with room to wait
+    assert submit(pool)[0].gpu == 1
