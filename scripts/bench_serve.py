@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
 import os
 import random
+import select
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -215,10 +216,13 @@ async def client(
             await asyncio.sleep(RETRY_S)
 
 
-def watch_health(url: str, stop: Any, found: Any) -> None:
-    """Ask for /health until told to stop; in a process of its own, which the clients do not keep waiting."""
+def watch_health(url: str) -> None:
+    """Ask for /health until stdin ends; print the seconds that it took, and problems.
+
+    Runs in a process of its own, which the clients do not keep waiting.
+    """
     seconds, problems = [], []
-    while not stop.wait(HEALTH_EVERY_S):
+    while not select.select([sys.stdin], [], [], HEALTH_EVERY_S)[0]:
         start = time.perf_counter()
         try:
             with urlopen(f"{url.rstrip('/')}/health", timeout=PATIENCE_S) as response:
@@ -226,7 +230,7 @@ def watch_health(url: str, stop: Any, found: Any) -> None:
         except (OSError, ValueError) as error:
             problems.append(f"/health: {type(error).__name__}: {error}")
         seconds.append(time.perf_counter() - start)
-    found.put((seconds, problems))
+    print(json.dumps([seconds, problems]))
 
 
 async def drained(server: Server) -> dict[str, Any]:
@@ -273,15 +277,13 @@ async def bench(config: BenchServeConfig) -> dict[str, Any]:
             question.answer = await asyncio.wait_for(ask(server, question, Tally()), PATIENCE_S)
     num_tokens = (await server.get("/stats"))["tokens_generated"]
     tally = Tally()
-    spawn = multiprocessing.get_context("spawn")
-    stop, found = spawn.Event(), spawn.Queue()
-    watch = spawn.Process(target=watch_health, args=(config.url, stop, found), daemon=True)
-    watch.start()
+    program = f"from scripts.bench_serve import watch_health; watch_health({config.url!r})"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    watch = await asyncio.create_subprocess_exec(sys.executable, "-c", program, **pipes)
     start = time.perf_counter()
     await asyncio.gather(*(client(server, questions, tally, config, i) for i in range(config.clients)))
     seconds = time.perf_counter() - start
-    stop.set()
-    tally.health_s, problems = await asyncio.to_thread(found.get, timeout=PATIENCE_S)
+    tally.health_s, problems = json.loads((await watch.communicate(b""))[0])
     tally.problems += problems
     stats = await drained(server)
     if stats["running"] or stats["waiting"]:
