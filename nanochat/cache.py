@@ -6,8 +6,7 @@ a token plus 66,560 bytes a sequence, where 20 attention layers would keep 102,4
 
 The cache belongs to the batch, never to the model: modules hold parameters only, so two conversations cannot
 mix. `pos` counts the tokens that each row has seen; GPT.forward advances it once, after the last layer. Rows
-may be of different lengths: a forward over rows that are padded on the right is told how many tokens of each
-are real, and what the padding left behind is masked until real tokens overwrite it.
+may be of different lengths: what lies beyond a short one is masked until its tokens overwrite it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ class Span:
     end: int  # no row reaches further
     mask: Tensor | None  # (B,1,T,end) bool, what each new token may attend to; None: see is_causal
     is_causal: bool  # the new tokens are all there is
-    lengths: Tensor | None  # (B,) int64, how many of the T are real; None: all
 
 
 @dataclass
@@ -89,8 +87,8 @@ class HybridCache:
         """Number of rows."""
         return len(self.lengths)
 
-    def span(self, T: int, lengths: Sequence[int] | None = None) -> Span:
-        """Say where T more tokens of each row go, lengths of them real; ValueError if there is no room."""
+    def span(self, T: int) -> Span:
+        """Say where T more tokens of each row go; ValueError if there is no room."""
         longest = max(self.lengths)
         is_even = min(self.lengths) == longest
         end = longest + T
@@ -107,15 +105,13 @@ class HybridCache:
             end=end,
             mask=mask,
             is_causal=longest == 0,
-            lengths=None if lengths is None else torch.tensor(lengths, device=device),
         )
 
-    def advance(self, span: Span, lengths: Sequence[int] | None = None) -> None:
-        """Count the tokens of a forward over a span, lengths of them real, as seen."""
+    def advance(self, span: Span) -> None:
+        """Count the tokens of a forward over a span as seen."""
         T = span.positions.size(1)
-        taken = [T] * self.batch_size if lengths is None else lengths
-        self.pos += T if span.lengths is None else span.lengths
-        self.lengths = [seen + new for seen, new in zip(self.lengths, taken, strict=True)]
+        self.pos += T
+        self.lengths = [seen + T for seen in self.lengths]
 
     def reset(self) -> None:
         """Forget everything: the next forward starts new sequences."""

@@ -11,21 +11,36 @@ ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for gue
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
-from nanochat.engine import Engine, of_like_length, pad_right
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, head_logits
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.common import Conversation, Task
 
 JUDGES = 8  # answers judged at a time: one that is a program may take seconds
+
+
+def of_like_length(prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[int]]:
+    """Yield the indices of all prompts, n at most at a time, from short to long."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    yield from (order[i : i + n] for i in range(0, len(order), n))
+
+
+def pad_right(prompts: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Lay prompts side by side: (len(prompts), length of the longest) int64, on the CPU."""
+    idx = torch.full((len(prompts), max(map(len, prompts))), fill)
+    for row, prompt in enumerate(prompts):
+        idx[row, : len(prompt)] = torch.as_tensor(prompt)
+    return idx
 
 
 def evaluate_task(

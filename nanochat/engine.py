@@ -13,29 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from nanochat.decoder import Decoder, decoder_for
 from nanochat.gpt import GPT
 from nanochat.row import Completion, Row, special_ids
 from nanochat.running import Running, Seat
 from nanochat.sampling import SamplingParams, sample_seed
 from nanochat.tokenizer import RustBPETokenizer
-
-
-def of_like_length(prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[int]]:
-    """Yield the indices of all prompts, n at most at a time, from short to long."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    yield from (order[i : i + n] for i in range(0, len(order), n))
-
-
-def pad_right(prompts: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Lay prompts side by side: (len(prompts), length of the longest) int64, on the CPU."""
-    idx = torch.full((len(prompts), max(map(len, prompts))), fill)
-    for row, prompt in enumerate(prompts):
-        idx[row, : len(prompt)] = torch.as_tensor(prompt)
-    return idx
 
 
 class Engine:

@@ -15,7 +15,7 @@ loss float32. State dict keys are the published ones. `__init__` gives shapes (a
 Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kernel.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -175,7 +175,7 @@ class Block(nn.Module):
         elif span is None:
             x = x + self.attn(norm(x))
         else:
-            x = x + self.attn(norm(x), state.window, span.lengths)
+            x = x + self.attn(norm(x), state.window)
         return x + self.mlp(norm(x))
 
 
@@ -256,23 +256,16 @@ class GPT(nn.Module):
             return head_logits(x, self.lm_head.weight)
         return self._head_loss(x, self.lm_head.weight, targets, loss_reduction)
 
-    def next_logits(self, idx: Tensor, cache: HybridCache, lengths: Sequence[int] | None = None) -> Tensor:
-        """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache.
+    def next_logits(self, idx: Tensor, cache: HybridCache) -> Tensor:
+        """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache."""
+        return head_logits(self.hidden(idx, cache)[:, -1], self.lm_head.weight)
 
-        lengths says how many tokens of each row are real, one at least; padding comes after them.
-        """
-        x = self.hidden(idx, cache, lengths)
-        ends = [-1] * len(x) if lengths is None else [length - 1 for length in lengths]
-        return head_logits(x[list(range(len(x))), ends], self.lm_head.weight)
-
-    def hidden(
-        self, idx: Tensor, cache: HybridCache | None = None, lengths: Sequence[int] | None = None
-    ) -> Tensor:
+    def hidden(self, idx: Tensor, cache: HybridCache | None = None) -> Tensor:
         """Final normalised hidden state (B,T,E)."""
         B, T = idx.shape
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"{B} rows do not fit a cache of {cache.batch_size} rows")
-        span = None if cache is None else cache.span(T, lengths)
+        span = None if cache is None else cache.span(T)
         length = T if span is None else span.end
         length = -(-length // self.config.sequence_len) * self.config.sequence_len
         tables = rotary_tables(length, self.config.head_dim, idx.device)
@@ -290,7 +283,7 @@ class GPT(nn.Module):
                 else:  # .forward: decoding changes pos with every call, and must not recompile a block
                     x = block.forward(x, cos, sin, cache.layers[i], span)
         if cache is not None:
-            cache.advance(span, lengths)
+            cache.advance(span)
         return norm(x)
 
     def new_cache(self, batch_size: int, max_len: int) -> HybridCache:

@@ -26,25 +26,18 @@ def gate(x: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     return F.silu(outer).flatten(-2) * x
 
 
-def short_conv(
-    u: Tensor, weight: Tensor, window: Tensor | None = None, lengths: Tensor | None = None
-) -> Tensor:
+def short_conv(u: Tensor, weight: Tensor, window: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution as K shifted multiply-adds, summed in float32 (float64 stays float64).
 
     u (B,T,E); weight (E,1,K); window (B,K-1,E) holds the values before u, oldest first (None: zeros), and is
-    overwritten with the last K-1 values of [window, u]. Of rows that are padded on the right, lengths (B,)
-    says how many values of u count as such. Returns z (B,T,E) in u's dtype.
+    overwritten with the last K-1 values of [window, u]. Returns z (B,T,E) in u's dtype.
     """
     T, K = u.size(1), weight.size(-1)
     past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)  # (B, K-1+T, E)
     # bf16 u times a float32 weight is float32: the sum of the taps is rounded once, at the end
     z = sum(past[:, w : w + T] * weight[:, 0, w] for w in range(K))
     if window is not None:
-        if lengths is None:
-            window.copy_(past[:, T:])
-        else:
-            kept = lengths[:, None] + torch.arange(K - 1, device=u.device)  # (B, K-1)
-            window.copy_(past.gather(1, kept[..., None].expand_as(window)))
+        window.copy_(past[:, T:])
     return z.to(u.dtype)
 
 
@@ -62,8 +55,8 @@ class SLC2(nn.Module):
         self.conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
         self.c_proj = Linear(E, E)
 
-    def forward(self, h: Tensor, window: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, window: Tensor | None = None) -> Tensor:
         """Map h (B,T,E) to y (B,T,E); window (B,K-1,E), if given, is the conv state, updated in place."""
         u = gate(self.x_proj(h), self.alpha_proj(h), self.A_proj(h))
-        z = short_conv(u, self.conv1d.weight, window, lengths)
+        z = short_conv(u, self.conv1d.weight, window)
         return self.c_proj(self.B_proj(h) * F.silu(z))

@@ -51,10 +51,12 @@ def test_the_state_of_another_row_is_noticed(kind):
     """In two rows, swap what one layer remembers, and nothing else."""
     model = model_of()
     ids = TOKENIZER.encode("a K river"), TOKENIZER.encode("of B light")
-    cache = model.new_cache(2, 64)
-    lengths = [len(tokens) for tokens in ids]
-    padded = torch.tensor([[*tokens, *[0] * (max(lengths) - len(tokens))] for tokens in ids])
-    tokens = model.next_logits(padded, cache, lengths).argmax(-1)
+    cache, first = model.new_cache(2, 64), []
+    for row, prompt_ids in enumerate(ids):
+        alone = model.new_cache(1, 64)
+        first.append(model.next_logits(torch.tensor([prompt_ids]), alone).argmax(-1))
+        cache.copy_row(row, alone, 0)
+    tokens = torch.cat(first)
     layer = cache.layers[kind == "attention"]
     for state in [layer.window] if kind == "conv" else [layer.k, layer.v]:
         state.copy_(state.flip(0))

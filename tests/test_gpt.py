@@ -319,21 +319,22 @@ def test_fork_serves_many_rows_from_one_prefill():
 @torch.no_grad()
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_rows_of_different_lengths_are_as_if_alone(plan):
-    """Padding on the right is neither attended to nor convolved, in prefill, chunks and decode."""
+    """Chunks and single tokens; what lies beyond a short row is neither attended to nor convolved."""
     config = small_config(**plan)
     model = random_model(config)
     idx = torch.randint(0, 50, (4, 20))
     full = model(idx)
     cache = model.new_cache(4, 24)
-    seen = torch.zeros(4, dtype=torch.long)
+    seen = torch.tensor([1, 5, 2, 6])
+    for row, length in enumerate(seen.tolist()):
+        alone = model.new_cache(1, length)
+        model(idx[row : row + 1, :length], cache=alone)
+        cache.copy_row(row, alone, 0)
     order = torch.arange(4)
-    for lengths in ([1, 5, 2, 6], None, [3, 1, 2, 3], None, None, [1, 3, 2, 1]):
-        taken = torch.tensor(lengths or [1, 1, 1, 1])
-        chunk = torch.full((4, int(taken.max())), 7)  # 7: what padding is made of
-        for row, length in enumerate(taken):
-            chunk[row, :length] = idx[order[row], seen[row] : seen[row] + length]
-        logits = model.next_logits(chunk, cache, lengths)
-        seen += taken
+    for T in (1, 3, 1, 1, 2):
+        chunk = torch.stack([idx[order[row], seen[row] : seen[row] + T] for row in range(4)])
+        logits = model.next_logits(chunk, cache)
+        seen += T
         torch.testing.assert_close(logits, full[order, seen - 1], rtol=1e-4, atol=1e-4)
         assert cache.pos.tolist() == cache.lengths == seen.tolist()
         shuffle = torch.tensor([2, 0, 3, 3])
