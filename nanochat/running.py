@@ -22,6 +22,7 @@ class Seat:
     row: Row
     last: int  # token
     launches: int = 0  # whose tokens the row has not seen
+    is_free: bool = False  # its row has left
 
     def next_input(self) -> int | None:
         """What the next launch appends: the last token, if it is known; None: what will have been drawn."""
@@ -58,6 +59,7 @@ class Running:
 
     def remove(self, seat: Seat) -> None:
         """Free a seat's slot."""
+        seat.is_free = True
         self.seats.remove(seat)
         self.decoder.close(seat.slot)
 
@@ -83,7 +85,7 @@ class Running:
             zip(flight, self.decoder.collect() if flight else (), strict=True)
         ):
             seat.launches -= 1
-            if seat in self.seats:  # not removed since
+            if not seat.is_free:  # since the launch
                 seat.row.take(token)
                 seat.last = seat.row.last[0]
                 taken.append((place, seat))
