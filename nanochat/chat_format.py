@@ -31,6 +31,15 @@ _PART_TOKENS = {
 }
 
 
+def part_after(tokenizer: RustBPETokenizer) -> dict[int, str]:
+    """Return the kind of the part of a reply that follows each token that begins or ends one."""
+    kinds: dict[int, str] = {}
+    for kind, (start, end) in _PART_TOKENS.items():
+        if start is not None:
+            kinds |= {tokenizer.encode_special(start): kind, tokenizer.encode_special(end): "text"}
+    return kinds
+
+
 @dataclass
 class _Exchange:
     user: list[int]  # the text alone

@@ -8,7 +8,6 @@ nanochat/row.py says.
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from nanochat.decoder import Decoder, decoder_for
 from nanochat.gpt import GPT
 from nanochat.row import Completion, Row, special_ids
 from nanochat.running import Running, Seat
-from nanochat.sampling import SamplingParams, sample_seed
+from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
 from nanochat.tokenizer import RustBPETokenizer
 
 
@@ -47,7 +46,7 @@ class Engine:
         max_tokens = self._room(tokens, max_tokens)
         _check([tokens], max_tokens, num_samples)
         with self._running(num_samples, len(tokens) + max_tokens) as running:
-            seats = self._seat(running, tokens, num_samples, _seed(seed), settings)
+            seats = self._seat(running, tokens, num_samples, seed_or_fresh(seed), settings)
             while running.seats:
                 taken = [seat for _, seat in running.step()]
                 if not taken:
@@ -98,7 +97,7 @@ class Engine:
             raise ValueError(f"num_samples={num_samples} must fit into batch_size={batch_size}")
         if not prompts:
             return []
-        seed, waiting, rows = _seed(seed), deque(enumerate(prompts)), []
+        seed, waiting, rows = seed_or_fresh(seed), deque(enumerate(prompts)), []
         batch_size = min(batch_size, num_samples * len(prompts))
         with self._running(batch_size, max(map(len, prompts)) + max_tokens) as running:
             while waiting or running.seats:
@@ -158,10 +157,6 @@ class Engine:
 
 def _settings(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, float]:
     return {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
-
-
-def _seed(seed: int | None) -> int:
-    return secrets.randbits(32) if seed is None else seed
 
 
 def _check(prompts: Sequence[Sequence[int]], max_tokens: int, num_samples: int) -> None:

@@ -13,16 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nanochat.chat_format import part_after
 from nanochat.serving import End, Token
 from nanochat.stream_decoder import StreamDecoder
 from nanochat.tokenizer import RustBPETokenizer
-
-_PART_AFTER = {
-    "<|python_start|>": "python",
-    "<|python_end|>": "text",
-    "<|output_start|>": "python_output",
-    "<|output_end|>": "text",
-}
 
 
 @dataclass
@@ -50,7 +44,7 @@ class Sample(Said):
         self.num_tokens = 0  # with those of the calculator and of a stop string
         self._stops = stops
         self._decoder = StreamDecoder(tokenizer)
-        self._part_after = {tokenizer.encode_special(name): part for name, part in _PART_AFTER.items()}
+        self._part_after = part_after(tokenizer)
         specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
         self._ends = set(specials) - set(self._part_after)  # what can only come after a reply
         self._part = "text"

@@ -8,6 +8,7 @@ has settings and a seed of its own, and its randomness is a function of seed, pl
 alone (gumbel_noise), so that it says the same whoever else is being served.
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+
+
+def seed_or_fresh(seed: int | None) -> int:
+    """The seed, or one that nobody has chosen."""
+    return secrets.randbits(32) if seed is None else seed
 
 
 def sample_seed(seed: int, number: int) -> int:

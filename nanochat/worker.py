@@ -9,7 +9,6 @@ settings and seed, never on its neighbours.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from nanochat.decoder import decoder_for
 from nanochat.gpt import GPT
 from nanochat.row import Row, special_ids
 from nanochat.running import Running, Seat
-from nanochat.sampling import SamplingParams, sample_seed
+from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
 from nanochat.serving import End, QueueFull, Request, Token
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -207,7 +206,7 @@ class Worker:
         request = job.request
         *tokens, last = request.tokens
         if job.slot is None:
-            job.seed = secrets.randbits(32) if request.seed is None else request.seed
+            job.seed = seed_or_fresh(request.seed)
             job.slot = self.decoder.open(_params(request, job.seed, 0))
         chunk = tokens[job.fed : job.fed + budget]
         if chunk:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from nanochat.chat_format import render_for_completion
+from nanochat.chat_format import part_after, render_for_completion
 from nanochat.common import parse, run, setup_runtime
 from nanochat.stream_decoder import StreamDecoder
 
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 
 FORGET = ("/clear", "/new")
 LEAVE = ("/quit", "/exit", "exit", "quit")
-PART_AFTER = {
-    "<|python_start|>": "python",
-    "<|python_end|>": "text",
-    "<|output_start|>": "python_output",
-    "<|output_end|>": "text",
-}
 # Nothing that a model writes may move the cursor or set colours: no ESC, no carriage return, no 8-bit CSI.
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(b"\n\t"))
 
@@ -79,7 +73,7 @@ class Reply:
         self._shown = self.parts[0]  # the part that the screen is in
         self._brackets = ("\033[2m[", "]\033[0m") if is_dim else ("[", "]")
         self._decoder = StreamDecoder(tokenizer)
-        self._part_after = {tokenizer.encode_special(name): kind for name, kind in PART_AFTER.items()}
+        self._part_after = part_after(tokenizer)
         specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
         self.ends = set(specials) - set(self._part_after)  # its end, or what can only come after it
 
