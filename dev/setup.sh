@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# Makes .venv with everything in requirements.lock, our rustbpe and this project. Run it any number of times: when
-# nothing has changed it is done in a blink.
+# Makes .venv with everything in requirements.lock, our rustbpe and this project; with --tests also with what the
+# tests need (tests/requirements.lock holds both). Run it any number of times: when nothing has changed it is done
+# in a blink.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "setup: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null; }
 
-inputs=$(cat dev/setup.sh requirements.lock pyproject.toml rustbpe/*.toml rustbpe/*.pyi rustbpe/src/*.rs | sha256sum)
+case "${1:-}" in
+    "") lock=requirements.lock ;;
+    --tests) lock=tests/requirements.lock ;;
+    *) fail "unknown argument $1; the only one is --tests" ;;
+esac
+inputs=$(cat dev/setup.sh {,tests/}requirements.lock pyproject.toml rustbpe/*.toml rustbpe/*.pyi rustbpe/src/*.rs | sha256sum)
 stamp=.venv/.setup-done
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$inputs" ]; then exit 0; fi
+case "$(cat "$stamp" 2>/dev/null)" in "$lock $inputs" | "tests/requirements.lock $inputs") exit 0 ;; esac
 
 apt_install() {
     has apt-get && [ "$(id -u)" = 0 ] || return 1
@@ -35,10 +41,10 @@ rm -f "$stamp"
 [ -x .venv/bin/python ] || uv venv --quiet --clear --python ">=3.10" .venv \
     || fail "found no Python 3.10 or newer; install one, for instance with: uv python install 3.12"
 echo "setup: installing packages into .venv (a few GB the first time)"
-uv pip sync --quiet --require-hashes requirements.lock || fail "could not install requirements.lock, see above"
+uv pip sync --quiet --require-hashes "$lock" || fail "could not install $lock, see above"
 echo "setup: building rustbpe"
 has cc || apt_install gcc libc6-dev || fail "rustbpe needs a C linker: install gcc (apt-get install gcc)"
 uv pip install --quiet --no-deps --reinstall-package rustbpe ./rustbpe \
     || fail "could not build rustbpe, see above; it needs Rust 1.85 or newer (https://rustup.rs)"
 uv pip install --quiet --no-deps --editable . || fail "could not install the project itself, see above"
-echo "$inputs" >"$stamp"
+echo "$lock $inputs" >"$stamp"

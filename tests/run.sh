@@ -2,7 +2,7 @@
 # Sets everything up and runs all tests; arguments go to pytest (bash tests/run.sh -m gpu).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash dev/setup.sh
+bash dev/setup.sh --tests
 if command -v cargo >/dev/null; then
     (
         cd rustbpe
