@@ -1,0 +1,115 @@
+"""Loss of the output head: lm_head, soft-cap and cross-entropy without a whole tensor of logits.
+
+For a chunk of tokens, one matrix product gives the logits l, and one kernel turns each row of them in place into
+
+    s = CAP * tanh(l / CAP);  loss = log(sum_v exp(s_v)) - s_target;  dl = (softmax(s) - onehot) * (1 - (s / CAP)^2)
+
+so that two more products give what the chunk adds to the gradients of x and of the weight. The gradients are
+computed while the logits are there, in the forward; the backward only scales them (Liger Kernel, Hsu et al.
+2024). Since |s| <= CAP the sum needs no running maximum: it is at most V e^CAP.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat.kernels.approx import tanh
+
+CHUNK_BYTES = 2**31  # of logits
+BLOCK_V = 4096
+
+
+@triton.jit
+def _cross_entropy(
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    V,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    target = tl.load(targets_ptr + row)
+    v = tl.arange(0, BLOCK)
+    is_counted = target >= 0
+    at_target = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        logits = tl.load(logits_ptr + start + v, mask=start + v < V, other=-float("inf")).to(tl.float32)
+        s = CAP * tanh(logits / CAP, APPROX)
+        total += tl.where(start + v < V, tl.exp(s), 0.0)
+    log_total = tl.log(tl.sum(total, 0))
+    tl.store(losses_ptr + row, tl.where(is_counted, log_total - CAP * tanh(at_target / CAP, APPROX), 0.0))
+    if HAS_GRAD:
+        tl.debug_barrier()  # all have read the target's logit before one writes there
+        for start in range(0, V, BLOCK):
+            inside = start + v < V
+            slope = tanh(tl.load(logits_ptr + start + v, mask=inside, other=0.0).to(tl.float32) / CAP, APPROX)
+            p = tl.exp(CAP * slope - log_total)
+            grad = tl.where(start + v == target, p - 1.0, p) * (1.0 - slope * slope)
+            tl.store(logits_ptr + start + v, tl.where(is_counted, grad, 0.0), mask=inside)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, has_grad: bool) -> None:
+    """Write the loss of each row of logits (N,V) to losses (N,) float32; with has_grad logits become its gradient.
+
+    targets (N,) int64; a row whose target is negative has loss and gradient 0.
+    """
+    N, V = logits.shape
+    _cross_entropy[(N,)](
+        logits, targets, losses, V, cap, min(BLOCK_V, triton.next_power_of_2(V)), has_grad, logits.is_cuda,
+        num_warps=8,
+    )  # fmt: skip
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, cap: float) -> Tensor:
+    """Cross-entropy in nats of x (B,T,E) under weight (V,E) float32 against targets (B,T); -1 does not count.
+
+    reduction "sum", "mean" over counted targets (0 if none), or, where no gradient is wanted, "none": (B*T,).
+    """
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if not torch.is_grad_enabled():
+        losses, cast = x.new_empty(len(x), dtype=torch.float32), weight.to(x.dtype)
+        for rows in _chunks(x, weight):
+            cross_entropy_(x[rows] @ cast.T, targets[rows], losses[rows], cap, has_grad=False)
+        if reduction == "none":
+            return losses
+        loss = losses.sum()
+    elif reduction == "none":
+        raise ValueError('reduction "none" has no fused gradient: use the plain loss')
+    else:
+        loss = _SummedHeadLoss.apply(x, weight, targets, cap)
+    return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
+
+
+class _SummedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+        losses, cast = x.new_empty(len(x), dtype=torch.float32), weight.to(x.dtype)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        for rows in _chunks(x, weight):
+            logits = x[rows] @ cast.T
+            cross_entropy_(logits, targets[rows], losses[rows], cap, has_grad=True)
+            torch.mm(logits, cast, out=dx[rows])
+            if x.dtype == dweight.dtype:
+                dweight.addmm_(logits.T, x[rows])
+            else:  # summed over the chunks in float32
+                torch.addmm(dweight, logits.T, x[rows], out_dtype=dweight.dtype, out=dweight)
+        ctx.save_for_backward(dx, dweight)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad, dweight * grad, None, None
+
+
+def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
+    rows = max(1, CHUNK_BYTES // (len(weight) * x.element_size()))
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]

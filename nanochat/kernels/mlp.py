@@ -1,0 +1,129 @@
+"""The MLP in training: relu^2 in the epilogue of a matrix product, and only its result kept.
+
+    post = relu(h W1^T)^2;  y = post W2^T
+    dpre = 2 (dy W2) sqrt(post);  dW2 = dy^T post;  dW1 = dpre^T h;  dh = dpre W1
+
+relu(pre) is the root of post, so neither pre nor its sign need be kept: of a layer's activations that is the
+largest (modded-nanogpt, Jordan et al. 2024). Done in the epilogue of the product that makes it, the hidden layer
+goes to memory once each way; other products are cuBLAS's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tile(NamedTuple):
+    """Size of what a program computes at a time, and how."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
+GROUP = 8  # row tiles that are computed one after the other for each column tile, so that the cache holds them
+
+
+@triton.jit
+def _linear(
+    a_desc,
+    b_desc,
+    post_desc,
+    out_desc,
+    M,
+    N,
+    K,
+    PROGRAMS,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_BACKWARD: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        group = tile // (GROUP * tiles_n)
+        height = min(tiles_m - group * GROUP, GROUP)
+        m = (group * GROUP + tile % (GROUP * tiles_n) % height) * TILE_M
+        n = tile % (GROUP * tiles_n) // height * TILE_N
+        acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+        for k in range(0, K, TILE_K):
+            a = a_desc.load([m, k])
+            if IS_BACKWARD:  # b is (K,N)
+                acc = tl.dot(a, b_desc.load([k, n]), acc)
+            else:  # b is (N,K)
+                acc = tl.dot(a, b_desc.load([n, k]).T, acc)
+        if IS_BACKWARD:
+            acc *= 2.0 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
+        else:
+            acc = tl.maximum(acc, 0.0)
+            acc *= acc
+        out_desc.store([m, n], acc.to(out_desc.dtype))
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _launch(a: Tensor, b: Tensor, post: Tensor | None, out: Tensor, tile: Tile) -> Tensor:
+    (M, K), N = a.shape, out.size(1)
+    tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
+    programs = min(tiles, _multiprocessors(a.device.index)) if a.is_cuda else tiles
+    _linear[(programs,)](
+        TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
+        TensorDescriptor.from_tensor(b, [tile.n, tile.k] if post is None else [tile.k, tile.n]),
+        TensorDescriptor.from_tensor(out if post is None else post, [tile.m, tile.n]),
+        TensorDescriptor.from_tensor(out, [tile.m, tile.n]),
+        M, N, K, programs, tile.m, tile.n, tile.k, GROUP, post is not None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("nanochat::linear_relu2", mutates_args=())
+def linear_relu2(h: Tensor, weight: Tensor) -> Tensor:
+    """Return relu(h weight^T)^2 (M,N); h (M,K) and weight (N,K) of one dtype, rows of a multiple of 16 bytes."""
+    return _launch(h, weight, None, h.new_empty(len(h), len(weight)), FORWARD)
+
+
+@linear_relu2.register_fake
+def _(h, weight):
+    return h.new_empty(len(h), len(weight))
+
+
+@torch.library.custom_op("nanochat::linear_relu2_backward", mutates_args=())
+def linear_relu2_backward(dy: Tensor, weight: Tensor, post: Tensor) -> Tensor:
+    """Return 2 (dy weight) sqrt(post) (M,N); dy (M,K), weight (K,N) and post (M,N) of one dtype."""
+    return _launch(dy, weight, post, torch.empty_like(post), BACKWARD)
+
+
+@linear_relu2_backward.register_fake
+def _(dy, weight, post):
+    return torch.empty_like(post)
+
+
+class MLPFunction(torch.autograd.Function):
+    """y (M,E) of h (M,E), w_fc (F,E) and w_proj (E,F), all of one dtype."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+        post = linear_relu2(h, w_fc)
+        ctx.save_for_backward(h, post, w_fc, w_proj)
+        return post @ w_proj.T
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        h, post, w_fc, w_proj = ctx.saved_tensors
+        dpre = linear_relu2_backward(dy, w_proj, post)
+        return dpre @ w_fc, dpre.T @ h, dy.T @ post
