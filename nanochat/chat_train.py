@@ -36,6 +36,8 @@ class ChatTrainConfig:
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
+    fused: bool | None = None
+    """train by the kernels of nanochat/kernels; None: where they run (Hopper), --no-fused: plain PyTorch"""
     model_tag: str = ""
     """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
     step: int = -1
@@ -96,6 +98,7 @@ def train_on_conversations(
     """
     import torch
 
+    from nanochat.accelerate import accelerate
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.conversations import Conversations, by_width
     from nanochat.loss_eval import evaluate_bpb
@@ -116,8 +119,7 @@ def train_on_conversations(
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
-    if runtime.compiles(config.compile):
-        model.compile_blocks()
+    accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused)
 
     form = partial(Conversations, tokenizer=tokenizer, seq_len=seq_len, packed=packed)
     train_set, val_set = form(task=train_task), form(task=val_task)

@@ -15,7 +15,7 @@ loss float32. State dict keys are the published ones. `__init__` gives shapes (a
 Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kernel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.cache import ConvState, HybridCache, KVState, Span
-from nanochat.linear import Linear
+from nanochat.linear import Linear, joint_linear
 from nanochat.sampling import check_sampling, penalize_repetition, sample
 from nanochat.slc2 import SLC2
 
@@ -118,13 +118,19 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.is_joint = False  # whether one product makes q, k and v: accelerate.fuse
 
     def forward(
         self, h: Tensor, cos: Tensor, sin: Tensor, state: KVState | None = None, span: Span | None = None
     ) -> Tensor:
         """Map h (B,T,E) to (B,T,E); with a state, attend also to the tokens that it holds."""
         B, T, _ = h.shape
-        q, k, v = (proj(h).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))
+        layers = [self.c_q, self.c_k, self.c_v]
+        if self.is_joint:
+            parts = joint_linear(h, layers).split([layer.out_features for layer in layers], dim=-1)
+        else:
+            parts = [layer(h) for layer in layers]
+        q, k, v = (part.view(B, T, -1, self.head_dim) for part in parts)
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         mask, is_causal = None, True
@@ -146,9 +152,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.kernel: Callable[..., Tensor] | None = None  # kernels.mlp.mlp: accelerate.fuse
 
     def forward(self, h: Tensor) -> Tensor:
         """Map h (B,T,E) to (B,T,E)."""
+        if self.kernel is not None:
+            return self.kernel(h, self.c_fc.weight.to(h.dtype), self.c_proj.weight.to(h.dtype))
         return self.c_proj(F.relu(self.c_fc(h)).square())
 
 
@@ -211,7 +220,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self._head_loss = head_loss
+        self.loss = head_loss
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -232,7 +241,8 @@ class GPT(nn.Module):
         """Compile each block, and head with loss, for fixed batch shapes: a few small graphs at any depth."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
-        self._head_loss = torch.compile(head_loss, dynamic=False)
+        if self.loss is head_loss:
+            self.loss = torch.compile(head_loss, dynamic=False)
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +264,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return head_logits(x, self.lm_head.weight)
-        return self._head_loss(x, self.lm_head.weight, targets, loss_reduction)
+        return self.loss(x, self.lm_head.weight, targets, loss_reduction)
 
     def next_logits(self, idx: Tensor, cache: HybridCache) -> Tensor:
         """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache."""

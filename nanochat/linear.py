@@ -4,6 +4,7 @@ Explicit casts stand where autocast would hide them, so that a float64 input giv
 bfloat16 input runs on the tensor cores.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,3 +18,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features) in x's dtype."""
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def joint_linear(h: Tensor, layers: list[Linear], multiple: int = 1) -> Tensor:
+    """What the layers make of h (..., E), side by side, in one product; zeros up to a multiple of columns.
+
+    The parameters stay apart, so that the optimizer and checkpoints never see that they are laid together.
+    """
+    weight = torch.cat([layer.weight for layer in layers])
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % multiple))
+    return F.linear(h, weight.to(h.dtype))

@@ -13,11 +13,15 @@ All that decoding must remember is the last K-1 values of u, so one code path se
 chunked prefill and single tokens: it takes a window of K-1 past values and leaves the next window behind.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.linear import Linear
+from nanochat.linear import Linear, joint_linear
+
+PACKED_ALIGN = 16  # columns of the joint projection are a multiple of it, as tensor cores like them
 
 
 def gate(x: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
@@ -54,9 +58,15 @@ class SLC2(nn.Module):
         # holds the (E,1,K) weight under its published key; short_conv computes with it
         self.conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
         self.c_proj = Linear(E, E)
+        self.n_head = H
+        self.mix: Callable[..., Tensor] | None = None  # kernels.slc2.slc2_mix: accelerate.fuse
 
     def forward(self, h: Tensor, window: Tensor | None = None) -> Tensor:
         """Map h (B,T,E) to y (B,T,E); window (B,K-1,E), if given, is the conv state, updated in place."""
+        if self.mix is not None and window is None:
+            layers = [self.x_proj, self.B_proj, self.A_proj, self.alpha_proj]
+            packed = joint_linear(h, layers, PACKED_ALIGN).flatten(0, 1)
+            return self.c_proj(self.mix(packed, self.conv1d.weight, None, h.size(1), self.n_head).view_as(h))
         u = gate(self.x_proj(h), self.alpha_proj(h), self.A_proj(h))
         z = short_conv(u, self.conv1d.weight, window)
         return self.c_proj(self.B_proj(h) * F.silu(z))

@@ -33,6 +33,8 @@ class BaseTrainConfig:
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
+    fused: bool | None = None
+    """train by the kernels of nanochat/kernels; None: where they run (Hopper), --no-fused: plain PyTorch"""
     seed: int = 42
     """of the initial weights"""
 
@@ -83,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from nanochat.accelerate import accelerate
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.dataloader import packed_batches
     from nanochat.dataset import shard_paths
-    from nanochat.gpt import GPT, GPTConfig
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.metrics import MetricsLog
     from nanochat.optim import build_optimizer
@@ -97,24 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     runtime = setup_runtime(config.device_type)
     tokenizer = get_tokenizer()
-    model_config = GPTConfig.from_depth(
-        config.depth,
-        vocab_size=tokenizer.get_vocab_size(),
-        sequence_len=config.max_seq_len,
-        slc_rate=config.slc_rate,
-    )
-    torch.manual_seed(config.seed)
-    with runtime.device:
-        model = GPT(model_config, runtime.compute_dtype)
-    model.init_weights()
+    model = build_model(config, tokenizer.get_vocab_size(), runtime)
     plan = make_plan(config, model, runtime)
     optimizer = build_optimizer(model, config.rates)
     directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
-    if runtime.compiles(config.compile):
-        model.compile_blocks()
+    accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused)
 
     batches = partial(
         packed_batches,
@@ -162,6 +154,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_finished and runtime.is_main:
         print(report_training("base_train", plan, model, progress, directory, asdict(config)))
     return 0
+
+
+def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> GPT:
+    """Make the model of these settings, with the weights that training starts from."""
+    import torch
+
+    from nanochat.gpt import GPT, GPTConfig
+
+    shape = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len, "slc_rate": config.slc_rate}
+    torch.manual_seed(config.seed)
+    with runtime.device:
+        model = GPT(GPTConfig.from_depth(config.depth, **shape), runtime.compute_dtype)
+    model.init_weights()
+    return model
 
 
 def micro_batch_tokens(config: BaseTrainConfig, runtime: Runtime) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Literal
@@ -61,47 +61,25 @@ class BenchInferConfig:
 
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
-    """A model in eval mode, none of whose weights is zero: zeros would run faster."""
+    """A model in eval mode, none of whose weights is zero."""
     import torch
 
+    from nanochat.benchmark import fill_zero_weights
     from nanochat.gpt import GPT
 
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=device)
     model.init_weights()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=parameter.size(-1) ** -0.5)
+    fill_zero_weights(model)
     return model.eval()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def seconds(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of an action that has run before."""
-    taken = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        action()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return median(taken)
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that are read and written by a large copy."""
     import torch
+
+    from nanochat.benchmark import seconds
 
     source = torch.empty(1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
     target = source.clone()
@@ -120,6 +98,7 @@ def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context
     """Prefill and decode times in milliseconds."""
     import torch
 
+    from nanochat.benchmark import seconds
     from nanochat.sampling import SamplingParams
 
     device, vocab_size = decoder.device, config.vocab_size

@@ -1,12 +1,13 @@
 """Loss of the output head: lm_head, soft-cap and cross-entropy without a whole tensor of logits.
 
-For a chunk of tokens, one matrix product gives the logits l, and one kernel turns each row of them in place into
+For a chunk of tokens, one matrix product gives the logits l, and one kernel turns each row of them into
 
-    s = CAP * tanh(l / CAP);  loss = log(sum_v exp(s_v)) - s_target;  dl = (softmax(s) - onehot) * (1 - (s / CAP)^2)
+    s = CAP * tanh(l / CAP);  loss = log(sum_v exp(s_v)) - s_target
+    dl = (softmax(s) - onehot) * (1 - (s / CAP)^2)       in place of l
 
-so that two more products give what the chunk adds to the gradients of x and of the weight. The gradients are
-computed while the logits are there, in the forward; the backward only scales them (Liger Kernel, Hsu et al.
-2024). Since |s| <= CAP the sum needs no running maximum: it is at most V e^CAP.
+so that two more products give what the chunk adds to the gradients of x and of the weight. All this is done
+while the logits are there, in the forward; the backward only scales (Liger Kernel, Hsu et al. 2024). Since
+|s| <= CAP the sum needs no running maximum: it is at most V e^CAP.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ def _cross_entropy(
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, has_grad: bool) -> None:
-    """Write the loss of each row of logits (N,V) to losses (N,) float32; with has_grad logits become its gradient.
+    """Write the loss of each row of logits (N,V) to losses (N,) float32; if has_grad, its gradient to logits.
 
     targets (N,) int64; a row whose target is negative has loss and gradient 0.
     """
     N, V = logits.shape
     _cross_entropy[(N,)](
-        logits, targets, losses, V, cap, min(BLOCK_V, triton.next_power_of_2(V)), has_grad, logits.is_cuda,
-        num_warps=8,
+        logits, targets, losses, V, cap, min(BLOCK_V, triton.next_power_of_2(V)), has_grad,
+        has_grad and logits.is_cuda, num_warps=8,
     )  # fmt: skip
 
 

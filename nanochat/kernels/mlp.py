@@ -31,11 +31,13 @@ class Tile(NamedTuple):
 
 
 FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
-GROUP = 8  # row tiles that are computed one after the other for each column tile, so that the cache holds them
+GROUP = (
+    8  # row tiles that are computed one after the other for each column tile, so that the cache holds them
+)
 
 
 @triton.jit
-def _linear(
+def _linear_relu2(
     a_desc,
     b_desc,
     post_desc,
@@ -80,7 +82,7 @@ def _launch(a: Tensor, b: Tensor, post: Tensor | None, out: Tensor, tile: Tile) 
     (M, K), N = a.shape, out.size(1)
     tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     programs = min(tiles, _multiprocessors(a.device.index)) if a.is_cuda else tiles
-    _linear[(programs,)](
+    _linear_relu2[(programs,)](
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(b, [tile.n, tile.k] if post is None else [tile.k, tile.n]),
         TensorDescriptor.from_tensor(out if post is None else post, [tile.m, tile.n]),
@@ -113,9 +115,12 @@ def _(dy, weight, post):
     return torch.empty_like(post)
 
 
-class MLPFunction(torch.autograd.Function):
-    """y (M,E) of h (M,E), w_fc (F,E) and w_proj (E,F), all of one dtype."""
+def mlp(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    """Return y (...,E) of h (...,E), w_fc (F,E) and w_proj (E,F), all of one dtype."""
+    return _MLP.apply(h.flatten(0, -2), w_fc, w_proj).view_as(h)
 
+
+class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
         post = linear_relu2(h, w_fc)
@@ -125,5 +130,5 @@ class MLPFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         h, post, w_fc, w_proj = ctx.saved_tensors
-        dpre = linear_relu2_backward(dy, w_proj, post)
+        dpre = linear_relu2_backward(dy.contiguous(), w_proj, post)
         return dpre @ w_fc, dpre.T @ h, dy.T @ post

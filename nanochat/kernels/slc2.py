@@ -25,19 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.approx import round_to, sigmoid, silu
-from nanochat.slc2 import gate, short_conv
+from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
-MAX_TAPS = 4
 BLOCK_T = 16  # tokens of a program
-ALIGN = 16  # W is a multiple of it, so that rows begin where tensor cores can read
 
 
-def packed_width(n_embd: int, n_head: int) -> int:
-    """W: columns of packed for a layer of this shape."""
-    return -(-(2 * n_embd + n_embd // n_head + n_head) // ALIGN) * ALIGN
-
-
-def slc2_reference(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int) -> Tensor:
+def slc2_reference(
+    packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int
+) -> Tensor:
     """y (N,E) by the equations of nanochat/slc2.py, one document after the other."""
     E = conv.size(0)
     D = E // n_head
@@ -79,7 +74,7 @@ def _gate(row, head, D: tl.constexpr, E: tl.constexpr, mask, dtype: tl.constexpr
 
 
 @triton.jit
-def _forward(
+def _slc2_forward(
     packed_ptr,
     conv_ptr,
     positions_ptr,
@@ -109,7 +104,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _slc2_backward(
     dy_ptr,
     packed_ptr,
     conv_ptr,
@@ -183,13 +178,13 @@ def _backward(
 def slc2_mix(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int) -> Tensor:
     """Return y (N,E) in packed's dtype, for N tokens of sequences of seq_len tokens one after the other.
 
-    packed (N,W) with contiguous rows, W = packed_width(E, n_head); conv (E,1,K) float32, K at most 4; E / n_head
+    packed (N,W) contiguous, W at most 16 more than 2E+D+H; conv (E,1,K) float32, K at most 4; E / n_head
     a power of two. positions (N,) int32, if given, counts the tokens of its document before each token: no tap
     reaches over the start of a document.
     """
     N, E = packed.size(0), conv.size(0)
     y = packed.new_empty(N, E)
-    _forward[(n_head, triton.cdiv(N, BLOCK_T))](
+    _slc2_forward[(n_head, triton.cdiv(N, BLOCK_T))](
         packed, conv, positions, y, N, seq_len, E, E // n_head, packed.size(1), conv.size(-1), BLOCK_T,
         positions is not None, packed.is_cuda, num_warps=4,
     )  # fmt: skip
@@ -209,8 +204,8 @@ def slc2_mix_backward(
     (N, W), (E, _, K) = packed.shape, conv.shape
     blocks = triton.cdiv(N, BLOCK_T)
     dpacked, dconv = torch.empty_like(packed), conv.new_empty(blocks, K, E)
-    _backward[(blocks,)](
-        dy, packed, conv, positions, dpacked, dconv, N, seq_len, n_head, E // n_head, W, K, ALIGN, BLOCK_T,
+    _slc2_backward[(blocks,)](
+        dy, packed, conv, positions, dpacked, dconv, N, seq_len, n_head, E // n_head, W, K, PACKED_ALIGN, BLOCK_T,
         positions is not None, packed.is_cuda, num_warps=8,
     )  # fmt: skip
     return dpacked, dconv.sum(0).T.unsqueeze(1).contiguous()
