@@ -33,3 +33,21 @@ def base_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     return path
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a kernel runs: interpreted on a CPU, compiled on a GPU."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled on this machine, and run by -m gpu")
+    torch.manual_seed(0)
+    return request.param
+
+
+# the interpreter cuts bfloat16 off instead of rounding it
+@pytest.fixture(
+    params=[torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=["float32", "bfloat16"]
+)
+def dtype(request):
+    """What a kernel computes with."""
+    return request.param

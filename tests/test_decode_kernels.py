@@ -16,35 +16,9 @@ from nanochat.kernels.linear import (
 from nanochat.kernels.pointwise import embed, norm_relu2
 from nanochat.kernels.slc2_decode import slc2_mix, slc2_mix_reference, slc2_row
 from nanochat.sampling import SamplingParams, sample_rows
+from tests.kernels import error, on_gpu, poison
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}  # relative Frobenius error of an output
-
-
-def on_gpu(*values):
-    """A case that would take the interpreter too long."""
-    return pytest.param(*values, marks=pytest.mark.gpu)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels are compiled on this machine, and run by -m gpu")
-    torch.manual_seed(0)
-    return request.param
-
-
-# the interpreter cuts bfloat16 off instead of rounding it
-@pytest.fixture(params=[torch.float32, on_gpu(torch.bfloat16)], ids=["float32", "bfloat16"])
-def dtype(request):
-    return request.param
-
-
-def error(value, reference):
-    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
-def poison(*shape, dtype, device):
-    return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 
 def linear_case(device, dtype, R, N, K):

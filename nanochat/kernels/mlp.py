@@ -3,9 +3,9 @@
     post = relu(h W1^T)^2;  y = post W2^T
     dpre = 2 (dy W2) sqrt(post);  dW2 = dy^T post;  dW1 = dpre^T h;  dh = dpre W1
 
-relu(pre) is the root of post, so neither pre nor its sign need be kept: of a layer's activations that is the
-largest (modded-nanogpt, Jordan et al. 2024). Done in the epilogue of the product that makes it, the hidden layer
-goes to memory once each way; other products are cuBLAS's.
+relu(pre) is the root of post, so neither pre nor its sign need be kept: the largest of a layer's activations
+(modded-nanogpt, Jordan et al. 2024). Where the epilogue of the product that makes it does the rest, the
+hidden layer goes to memory once each way. The other products are cuBLAS's.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class Tile(NamedTuple):
 
 
 FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
-GROUP = (
-    8  # row tiles that are computed one after the other for each column tile, so that the cache holds them
-)
+GROUP = 8  # row tiles that take turns with a column of tiles, so that both stay in the cache
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def _launch(a: Tensor, b: Tensor, post: Tensor | None, out: Tensor, tile: Tile) 
 
 @torch.library.custom_op("nanochat::linear_relu2", mutates_args=())
 def linear_relu2(h: Tensor, weight: Tensor) -> Tensor:
-    """Return relu(h weight^T)^2 (M,N); h (M,K) and weight (N,K) of one dtype, rows of a multiple of 16 bytes."""
+    """Return relu(h weight^T)^2 (M,N); h (M,K), weight (N,K) of one dtype, rows of a multiple of 16 bytes."""
     return _launch(h, weight, None, h.new_empty(len(h), len(weight)), FORWARD)
 
 

@@ -1,8 +1,8 @@
 """SLC2 in training: everything between the projections and c_proj (nanochat/slc2.py), one kernel each way.
 
-`packed` (N, W) holds for each token the rows of x (E), B (E), A (D) and alpha (H), in this order, and zeros up
-to W: the result of one matrix product. With j counting back from the current token, w_j its tap, and only
-tokens of the same document in sight:
+`packed` (N, W) holds for each token x (E), B (E), A (D) and alpha (H), in this order, and zeros up to W: the
+result of one matrix product. With j counting back from the current token, w_j its tap, and only tokens of the
+same document in sight:
 
     g = A * silu(alpha);  u = round(silu(g) * x);  c[t] = sum_j w_j u[t-j];  y = B * silu(c)
 
@@ -11,12 +11,14 @@ tokens of the same document in sight:
     dx = du * silu(g);  dg = du * x * silu'(g)       dA = sum_heads dg * silu(alpha)
     dalpha = silu'(alpha) * sum_channels dg * A
 
-u is rounded to the dtype of the activations, as decoding does, which keeps it as its state. The backward saves
-nothing but packed and computes u and c again: at these sizes arithmetic is cheaper than memory. A program owns
-a few tokens and all their heads, so every sum is taken in one order and two runs agree bit for bit.
+u is rounded to the dtype of the activations, as in decoding, whose state it is. Nothing but packed is saved
+for the backward, which computes u and c again: arithmetic is cheaper than memory here. A program owns a few
+tokens and all their heads, so every sum is taken in one order, and two runs agree bit for bit.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ def slc2_reference(
     if positions is None:
         positions = torch.arange(len(u), device=u.device) % seq_len
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(u)]
-    z = [short_conv(u[None, i:j], conv)[0] for i, j in zip(starts, starts[1:], strict=False)]
+    z = [short_conv(u[None, i:j], conv)[0] for i, j in pairwise(starts)]
     return b * F.silu(torch.cat(z))
 
 
@@ -178,9 +180,9 @@ def _slc2_backward(
 def slc2_mix(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int) -> Tensor:
     """Return y (N,E) in packed's dtype, for N tokens of sequences of seq_len tokens one after the other.
 
-    packed (N,W) contiguous, W at most 16 more than 2E+D+H; conv (E,1,K) float32, K at most 4; E / n_head
-    a power of two. positions (N,) int32, if given, counts the tokens of its document before each token: no tap
-    reaches over the start of a document.
+    packed (N,W) contiguous, W at most 15 more than 2E+D+H; conv (E,1,K) float32, K at most 4; D = E/n_head
+    a power of two. positions (N,) int32, if given, counts the tokens before each token in its document, over
+    whose start no tap reaches.
     """
     N, E = packed.size(0), conv.size(0)
     y = packed.new_empty(N, E)
@@ -205,8 +207,8 @@ def slc2_mix_backward(
     blocks = triton.cdiv(N, BLOCK_T)
     dpacked, dconv = torch.empty_like(packed), conv.new_empty(blocks, K, E)
     _slc2_backward[(blocks,)](
-        dy, packed, conv, positions, dpacked, dconv, N, seq_len, n_head, E // n_head, W, K, PACKED_ALIGN, BLOCK_T,
-        positions is not None, packed.is_cuda, num_warps=8,
+        dy, packed, conv, positions, dpacked, dconv, N, seq_len, n_head, E // n_head, W, K, PACKED_ALIGN,
+        BLOCK_T, positions is not None, packed.is_cuda, num_warps=8,
     )  # fmt: skip
     return dpacked, dconv.sum(0).T.unsqueeze(1).contiguous()
 

@@ -1,0 +1,213 @@
+"""The kernels of training against float64: interpreted on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.accelerate import accelerate, fuse, lacking
+from nanochat.gpt import SOFTCAP, GPTConfig
+from nanochat.gpt import head_loss as plain_head_loss
+from nanochat.kernels import cross_entropy, mlp
+from nanochat.kernels.slc2 import slc2_mix, slc2_reference
+from nanochat.slc2 import PACKED_ALIGN
+from tests.kernels import error, on_gpu, poison
+from tests.models import random_model
+
+# relative Frobenius error of values and gradients; of sums over all tokens, which are kept in float32
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4e-3, 2e-3)}
+SMALL_TILE = mlp.Tile(16, 16, 16, 4, 1)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles that the interpreter can take its time with."""
+    monkeypatch.setattr(mlp, "FORWARD", SMALL_TILE)
+    monkeypatch.setattr(mlp, "BACKWARD", SMALL_TILE)
+
+
+def documents(lengths, device):
+    return torch.cat([torch.arange(n) for n in lengths]).int().to(device)
+
+
+def slc2_case(device, dtype, N, H, D, K):
+    E = H * D
+    used = 2 * E + D + H
+    packed = poison(N, -(-used // PACKED_ALIGN) * PACKED_ALIGN, device=device, dtype=dtype)
+    packed[:, :used] = torch.randn(N, used, device=device)
+    return packed, torch.randn(E, 1, K, device=device), torch.randn(N, E, device=device).to(dtype)
+
+
+def gradients(function, dy, *inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    y.backward(dy)
+    return y.detach(), [x.grad for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("H", "D", "K"),
+    [
+        (3, 16, 3), (1, 16, 4), (2, 32, 2), (2, 16, 1),
+        on_gpu(1, 128, 3), on_gpu(6, 128, 3), on_gpu(10, 128, 3), on_gpu(13, 128, 4),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("B", "T", "lengths"),
+    [
+        (2, 1, None), (2, 2, None), (1, 3, None), (3, 7, None), (1, 37, (1, 2, 1, 1, 2, 3, 4, 23)),
+        on_gpu(3, 31, None), on_gpu(5, 64, None), on_gpu(2, 2048, None),
+        on_gpu(1, 2048, (1, 2, 500, 1, 1544)),
+    ],
+)  # fmt: skip
+def test_slc2(device, dtype, H, D, K, B, T, lengths):
+    """y and all gradients; the columns that nobody reads hold NaN and get zeros; twice the same bits."""
+    packed, conv, dy = slc2_case(device, dtype, B * T, H, D, K)
+    positions = documents(lengths, device) if lengths else None
+    poison(*packed.shape, device=device, dtype=dtype)  # freed: the op is likely to be given it
+    y, (dpacked, dconv) = gradients(lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv)
+    expected_y, (expected, expected_conv) = gradients(
+        lambda p, c: slc2_reference(p, c, positions, T, H), dy.double(), packed.double(), conv.double()
+    )
+    used = 2 * H * D + D + H
+    bound, sum_bound = TOLERANCE[dtype]
+    assert error(y, expected_y) < bound
+    for part, reference in zip(
+        dpacked[:, :used].split([H * D, H * D, D, H], 1),
+        expected[:, :used].split([H * D, H * D, D, H], 1),
+        strict=True,
+    ):
+        assert error(part, reference) < bound
+    assert not dpacked[:, used:].any()
+    assert error(dconv, expected_conv) < sum_bound
+    again, (dpacked_again, dconv_again) = gradients(
+        lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv
+    )
+    assert torch.equal(again, y)
+    assert torch.equal(dpacked_again, dpacked)
+    assert torch.equal(dconv_again, dconv)
+
+
+def test_slc2_is_an_operator(device):
+    """torch.compile may rely on what it declares: shapes, no mutation, gradients."""
+    packed, conv, _ = slc2_case(device, torch.float32, 4, 2, 16, 3)
+    packed = packed.nan_to_num_().requires_grad_()
+    torch.library.opcheck(slc2_mix, (packed, conv.requires_grad_(), None, 4, 2))
+
+
+def head_case(device, dtype, N, E, V):
+    x = torch.randn(1, N, E, device=device).to(dtype)
+    weight = 40 * E**-0.5 * torch.randn(V, E, device=device)  # logits up to a few times the soft-cap
+    targets = torch.randint(0, V, (1, N), device=device)
+    targets[0, :3] = torch.tensor([-1, 0, V - 1])
+    return x, weight, targets
+
+
+@pytest.mark.parametrize(
+    ("N", "E", "V"), [(7, 16, 50), (5, 16, 4099), on_gpu(512, 128, 65_536), on_gpu(1000, 1280, 50_257)]
+)
+@pytest.mark.parametrize("rows", [2, 10_000])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_head_loss(device, dtype, N, E, V, rows, reduction, monkeypatch):
+    x, weight, targets = head_case(device, dtype, N, E, V)
+    if rows < N and N > 10:
+        rows = N // 3
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * V * dtype.itemsize)
+    cast = weight.to(dtype)  # both sides see the weight as the product does
+    scale = torch.tensor(1.7, device=device)
+    loss, (dx, dweight) = gradients(
+        lambda x, w: cross_entropy.head_loss(x, w, targets, reduction, SOFTCAP), scale, x, cast.float()
+    )
+    expected, (expected_dx, expected_dweight) = gradients(
+        lambda x, w: plain_head_loss(x, w, targets, reduction), scale.double(), x.double(), cast.double()
+    )
+    bound, sum_bound = TOLERANCE[dtype]
+    assert error(loss, expected) < bound / 4
+    assert error(dx, expected_dx) < bound
+    assert error(dweight, expected_dweight) < sum_bound
+    assert not dx[0, 0].any()
+    with torch.no_grad():
+        losses = cross_entropy.head_loss(x, cast.float(), targets, "none", SOFTCAP)
+        assert error(losses, plain_head_loss(x.double(), cast.double(), targets, "none")) < bound / 4
+        assert losses[0] == 0
+
+
+def test_head_loss_of_no_targets_is_zero(device):
+    x, weight, targets = head_case(device, torch.float32, 4, 16, 50)
+    loss = cross_entropy.head_loss(x.requires_grad_(), weight, targets.fill_(-1), "mean", SOFTCAP)
+    loss.backward()
+    assert loss == 0
+    assert not x.grad.any()
+
+
+def test_head_loss_of_each_token_has_no_gradient(device):
+    with pytest.raises(ValueError, match="none"):
+        cross_entropy.head_loss(*head_case(device, torch.float32, 4, 16, 50), "none", SOFTCAP)
+
+
+@pytest.mark.parametrize(("M", "E"), [(33, 24), (5, 16), on_gpu(1000, 768), on_gpu(4096, 1280)])
+def test_mlp(device, dtype, M, E, request):
+    if device == "cpu":
+        request.getfixturevalue("small_tiles")
+    h = torch.randn(1, M, E, device=device).to(dtype)
+    weights = [(torch.randn(s, device=device) * s[1] ** -0.5).to(dtype) for s in ((4 * E, E), (E, 4 * E))]
+    dy = torch.randn_like(h)
+    poison(M, 4 * E, device=device, dtype=dtype)  # freed: the op is likely to be given it
+    y, grads = gradients(mlp.mlp, dy, h, *weights)
+
+    def reference(h, w_fc, w_proj):
+        return F.linear(F.linear(h, w_fc).relu().square(), w_proj)
+
+    doubles = [t.double() for t in (h, *weights)]
+    expected, expected_grads = gradients(reference, dy.double(), *doubles)
+    rounded, rounded_grads = gradients(reference, dy, h, *weights)
+    bounds = [max(TOLERANCE[dtype][0], 1.2 * error(r, e)) for r, e in zip(
+        [rounded, *rounded_grads], [expected, *expected_grads], strict=True)]  # fmt: skip
+    for value, reference_value, bound in zip([y, *grads], [expected, *expected_grads], bounds, strict=True):
+        assert error(value, reference_value) < bound
+
+
+@pytest.mark.parametrize("compiled", [False, on_gpu(True)])
+def test_fused_model_is_the_plain_one(device, compiled, request):
+    """Loss and gradients of every parameter, in float32; the decode state is kept as before."""
+    if device == "cpu":
+        request.getfixturevalue("small_tiles")
+    config = GPTConfig(16, 50, 3, 2, 2, 32, 3, 3)
+    model = random_model(config).to(device)
+    model.compute_dtype = torch.float32
+    idx = torch.randint(0, 50, (2, 6), device=device)
+
+    def run():
+        model.zero_grad()
+        loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+    plain_loss, plain_gradients = run()
+    logits = model(idx).detach()
+    fuse(model)
+    if compiled:
+        model.compile_blocks()
+    loss, grads = run()
+    assert error(loss, plain_loss) < 1e-5
+    for gradient, expected in zip(grads, plain_gradients, strict=True):
+        assert error(gradient, expected) < 1e-4
+    with torch.no_grad():
+        cache = model.new_cache(2, 6)
+        parts = torch.cat([model(idx[:, a:b], cache=cache) for a, b in ((0, 3), (3, 4), (4, 6))], dim=1)
+    torch.testing.assert_close(parts, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_that_do_not_run_here_are_refused():
+    model = random_model(GPTConfig(16, 50, 3, 2, 2, 32, 3, 3))
+    with pytest.raises(ValueError, match="NVIDIA"):
+        accelerate(model, compile=False, fused=True)
+    accelerate(model, compile=False, fused=None)
+    assert model.transformer.h[0].mlp.kernel is None
+
+
+@pytest.mark.gpu
+def test_models_that_the_kernels_do_not_serve():
+    cuda = torch.device("cuda")
+    assert not lacking(GPTConfig(n_embd=384, n_head=3, n_kv_head=3), cuda)
+    assert "n_kernel=5" in lacking(GPTConfig(n_embd=384, n_head=3, n_kv_head=3, n_kernel=5), cuda)
+    assert "96 channels" in lacking(GPTConfig(n_embd=288, n_head=3, n_kv_head=3), cuda)
