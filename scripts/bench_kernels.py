@@ -1,0 +1,193 @@
+"""Time the kernels of training beside plain PyTorch, compiled: one JSON line each, at the shapes of a depth.
+
+    python -m scripts.bench_kernels                      # slc2, head_loss, mlp and the products of d20
+    python -m scripts.bench_kernels --ops mlp --depth=12
+
+Each op must first pass its tests (tests/test_training_kernels.py) on this machine; if it does not, no speed
+is printed and the exit status is 1. `forward_ms` and `backward_ms` are medians of whole calls. `products` are
+the matrix products of a layer and the head, in TFLOP/s of cuBLAS.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nanochat.common import parse, run, setup_runtime
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanochat.gpt import GPTConfig
+
+TESTS = Path(__file__).parent.parent / "tests" / "test_training_kernels.py"
+Op = Literal["slc2", "head_loss", "mlp", "products"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchKernelsConfig:
+    ops: tuple[Op, ...] = ("slc2", "head_loss", "mlp", "products")
+    """what to time"""
+    depth: int = 20
+    """the model whose shapes are taken"""
+    vocab_size: int = 65_536
+    """number of tokens"""
+    tokens: int = 65_536
+    """of a micro-batch"""
+    seq_len: int = 2048
+    """of a sequence"""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "vocab_size", "tokens", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.tokens % self.seq_len:
+            raise ValueError(f"tokens={self.tokens} must be a multiple of seq_len={self.seq_len}")
+
+
+def passes_tests(op: Op) -> bool:
+    """Run the op's tests on the GPU."""
+    command = [sys.executable, "-m", "pytest", str(TESTS), "-m", "gpu", "-k", op, "--tb=line"]
+    return subprocess.run(command, cwd=TESTS.parent.parent, stdout=sys.stderr).returncode == 0
+
+
+def both_ways(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, float]:
+    """Times of the forward and of the backward, in ms, at random gradients."""
+    import torch
+
+    from nanochat.benchmark import seconds
+
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    y = function(*inputs)
+    dy = torch.randn_like(y)
+
+    def both() -> None:
+        torch.autograd.grad(function(*inputs), inputs, dy)
+
+    both()
+    forward = seconds(lambda: function(*inputs), y.device, 20)
+    return {
+        "forward_ms": round(1e3 * forward, 3),
+        "backward_ms": round(1e3 * (seconds(both, y.device, 20) - forward), 3),
+    }
+
+
+def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """The kernels, and the layer's own equations compiled."""
+    import torch
+    import torch.nn.functional as F
+
+    from nanochat.kernels.slc2 import slc2_mix
+    from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
+
+    E, H, D, T = shape.n_embd, shape.n_head, shape.head_dim, config.seq_len
+    width = -(-(2 * E + D + H) // PACKED_ALIGN) * PACKED_ALIGN
+    packed = torch.randn(config.tokens, width, device="cuda", dtype=torch.bfloat16)
+    conv = torch.randn(E, 1, shape.n_kernel, device="cuda")
+
+    @torch.compile(dynamic=False)
+    def plain(packed: Tensor, conv: Tensor) -> Tensor:
+        x, b, a, alpha, _ = packed.view(-1, T, width).split([E, E, D, H, width - 2 * E - D - H], dim=-1)
+        return (b * F.silu(short_conv(gate(x, alpha, a), conv))).flatten(0, 1)
+
+    yield {"by": "kernel", **both_ways(lambda p, c: slc2_mix(p, c, None, T, H), packed, conv)}
+    yield {"by": "compiled", **both_ways(plain, packed, conv)}
+
+
+def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Head and loss; the plain one at an eighth of the tokens, for the sake of memory."""
+    import torch
+
+    from nanochat import gpt
+    from nanochat.kernels.cross_entropy import head_loss
+
+    x = torch.randn(1, config.tokens, shape.n_embd, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(shape.vocab_size, shape.n_embd, device="cuda") * shape.n_embd**-0.5
+    targets = torch.randint(0, shape.vocab_size, (1, config.tokens), device="cuda")
+    yield {
+        "by": "kernel",
+        **both_ways(lambda x, w: head_loss(x, w, targets, "sum", gpt.SOFTCAP), x, weight),
+    }
+    few = config.tokens // 8
+    plain = torch.compile(gpt.head_loss, dynamic=False)
+    yield {
+        "by": "compiled",
+        "tokens": few,
+        **both_ways(lambda x, w: plain(x, w, targets[:, :few], "sum"), x[:, :few], weight),
+    }
+
+
+def time_mlp(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """The whole MLP, by kernels and by cuBLAS with compiled relu^2."""
+    import torch
+    import torch.nn.functional as F
+
+    from nanochat.kernels.mlp import mlp
+
+    E = shape.n_embd
+    h, w_fc, w_proj = (
+        torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * scale
+        for rows, columns, scale in ((config.tokens, E, 1.0), (4 * E, E, E**-0.5), (E, 4 * E, E**-0.5))
+    )
+
+    @torch.compile(dynamic=False)
+    def plain(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+        return F.linear(F.linear(h, w_fc).relu().square(), w_proj)
+
+    yield {"by": "kernel", **both_ways(mlp, h, w_fc, w_proj)}
+    yield {"by": "compiled", **both_ways(plain, h, w_fc, w_proj)}
+
+
+def time_products(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Forward, gradient of the input and gradient of the weight of each linear layer."""
+    import torch
+
+    from nanochat.benchmark import seconds
+    from nanochat.slc2 import PACKED_ALIGN
+
+    E, V = shape.n_embd, shape.vocab_size
+    slc2_in = -(-(2 * E + shape.head_dim + shape.n_head) // PACKED_ALIGN) * PACKED_ALIGN
+    layers = {"qkv": (3 * E, E), "slc2_in": (slc2_in, E), "mixer_out": (E, E), "mlp_in": (4 * E, E)}
+    layers |= {"mlp_out": (E, 4 * E), "head": (V, E)}
+    for name, (n_out, n_in) in layers.items():
+        M = min(config.tokens, 2**30 // V) if name == "head" else config.tokens
+        x, dy, w = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            for shape in ((M, n_in), (M, n_out), (n_out, n_in))
+        )
+        ways = {"forward": lambda: x @ w.T, "input": lambda: dy @ w, "weight": lambda: dy.T @ x}  # noqa: B023
+        flops = 2 * M * n_out * n_in
+        rates = {way: round(flops / seconds(product, x.device, 20) / 1e12) for way, product in ways.items()}
+        yield {"layer": name, "shape": (M, n_out, n_in), **rates}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Test, then measure and print."""
+    config = parse(BenchKernelsConfig, argv)
+    runtime = setup_runtime("cuda")
+
+    from nanochat.gpt import GPTConfig
+    from nanochat.hardware import describe
+
+    shape = GPTConfig.from_depth(config.depth, vocab_size=config.vocab_size)
+    timers = {"slc2": time_slc2, "head_loss": time_head_loss, "mlp": time_mlp, "products": time_products}
+    failed = []
+    for op in config.ops:
+        if op != "products" and not passes_tests(op):
+            failed.append(op)
+            continue
+        for result in timers[op](config, shape):
+            line = {"op": op, "depth": config.depth, "tokens": config.tokens, **result}
+            print(json.dumps({**line, **describe(runtime.device)}), flush=True)
+    if failed:
+        raise ValueError(f"the tests of {', '.join(failed)} fail here: no speed is printed for what is wrong")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

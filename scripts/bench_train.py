@@ -1,0 +1,178 @@
+"""Time training on this machine: one JSON line.
+
+    python -m scripts.bench_train                        # d20, 8 micro-batches of 32 x 2,048 tokens a step
+    python -m scripts.bench_train --depth=12 --no-fused --num-iterations=5
+    python -m scripts.bench_train --device-batch-size=4 --memory-gib=24
+
+It takes the trainer's settings and runs its loop, on random tokens and weights of which none is zero. Speeds
+are medians over steps. `parts` are milliseconds of a micro-batch by kind of kernel, from the profiler, and
+`attention` the kernels that attend; on Hopper they must be cuDNN's, the fastest there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING
+
+from nanochat.common import Runtime, parse, run, setup_runtime
+from nanochat.schedule import Cadence
+from scripts.base_train import BaseTrainConfig, build_model, make_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.gpt import GPT
+
+PARTS = (  # the first pattern that a kernel's name fits
+    ("attention", "sdpa|flash|fmha"),
+    ("slc2", "slc2"),
+    ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),
+    ("mlp_product", "linear_relu2"),
+    ("product", "gemm|nvjet|cutlass|xmma|splitK"),
+    ("compiled", "^triton_"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainConfig(BaseTrainConfig):
+    """The trainer's settings, and those of the benchmark."""
+
+    vocab_size: int = 65_536
+    """number of tokens"""
+    num_iterations: int = 8
+    """optimizer steps to time, after two that warm up"""
+    memory_gib: float = 0.0
+    """memory to do with, as on a smaller card; 0: all there is"""
+    kernels: int = 0
+    """how many of the slowest kernels to list"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocab_size", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def random_batches(config: BenchTrainConfig, device: torch.device) -> Iterator[tuple]:
+    """Batches as a loader gives them."""
+    import torch
+
+    shape = (config.device_batch_size, config.max_seq_len + 1)
+    while True:
+        tokens = torch.randint(0, config.vocab_size, shape, device=device)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), {}
+
+
+def kernel_times(action: Callable[[], object]) -> Counter[str]:
+    """Milliseconds of each kernel that an action launches on the GPU."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    return Counter({event.key: event.self_device_time_total / 1e3 for event in profiler.key_averages()})
+
+
+def by_part(kernels: Counter[str]) -> Counter[str]:
+    """Sum the times of kernels by kind."""
+    parts: Counter[str] = Counter()
+    for name, milliseconds in kernels.items():
+        part = next((part for part, pattern in PARTS if re.search(pattern, name)), "other")
+        parts[part] += milliseconds
+    return parts
+
+
+def profile_on_gpu(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple, n_kernels: int) -> dict:
+    """What a micro-batch and an optimizer step are made of; RuntimeError if attention is not the fastest."""
+    import torch
+
+    inputs, targets, _ = batch
+    kernels = kernel_times(lambda: model(inputs, targets, loss_reduction="sum").backward())
+    attention = sorted(name for name in kernels if re.search(dict(PARTS)["attention"], name))
+    if torch.cuda.get_device_capability() == (9, 0) and not all("cudnn" in name for name in attention):
+        raise RuntimeError(f"attention runs as {attention}, not as cuDNN's, which is faster on this card")
+    return {
+        "micro_batch_ms": round(kernels.total(), 2),
+        "optimizer_ms": round(kernel_times(optimizer.step).total(), 2),
+        "parts": {name: round(ms, 2) for name, ms in by_part(kernels).most_common()},
+        "attention": attention,
+        "kernels": [(name[:90], round(ms, 2)) for name, ms in kernels.most_common(n_kernels)],
+    }
+
+
+def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
+    """Train for some steps; speeds, memory and where the time goes."""
+    import torch
+
+    from nanochat.accelerate import accelerate
+    from nanochat.benchmark import fill_zero_weights
+    from nanochat.optim import build_optimizer
+    from nanochat.train_loop import train
+    from nanochat.train_state import Progress
+
+    model = build_model(config, config.vocab_size, runtime)
+    fill_zero_weights(model)
+    plan = make_plan(replace(config, num_iterations=config.num_iterations + 2), model, runtime)
+    optimizer = build_optimizer(model, config.rates)
+    accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused)
+    batches = random_batches(config, runtime.device)
+    records: list[dict] = []
+    train(
+        model,
+        optimizer,
+        batches,
+        plan,
+        Cadence(eval_every=0, sample_every=0, save_every=0, log_every=1),
+        runtime,
+        Progress(),
+        save=lambda progress: None,
+        evaluate=lambda: 0.0,
+        sample=lambda: None,
+        log=records.append,
+    )
+    first, _, *steps = [record for record in records if "seconds" in record]
+    seconds = median(record["seconds"] for record in steps)
+    result = {
+        "tokens_per_second": round(plan.tokens_per_step / seconds),
+        "mfu": steps[0]["mfu"] and round(median(record["mfu"] for record in steps), 4),
+        "step_ms": round(1e3 * seconds, 1),
+        "first_step_seconds": round(first["seconds"], 1),
+        "accumulation": plan.accumulation,
+    }
+    if runtime.device.type == "cuda":
+        result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        result |= profile_on_gpu(model, optimizer, next(batches), config.kernels)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    config = parse(BenchTrainConfig, argv)
+    runtime = setup_runtime(config.device_type)
+    import torch
+
+    from nanochat.hardware import describe
+
+    if config.memory_gib:
+        if runtime.device.type != "cuda":
+            raise ValueError(
+                f"memory_gib={config.memory_gib} is for CUDA devices, this one is {runtime.device}"
+            )
+        total = torch.cuda.get_device_properties(runtime.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(config.memory_gib * 2**30 / total)
+    result = measure(config, runtime)
+    settings = ("depth", "slc_rate", "device_batch_size", "max_seq_len", "vocab_size", "compile", "fused")
+    asked = {name: getattr(config, name) for name in settings}
+    print(json.dumps({**result, **asked, **describe(runtime.device)}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
