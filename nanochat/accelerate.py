@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig
 
@@ -26,28 +27,31 @@ def lacking(config: GPTConfig, device: torch.device) -> str:
     return ""
 
 
-def fuse(model: GPT) -> None:
+def fuse(model: GPT, fp8: bool = False) -> None:
     """Let the model compute by the kernels, except where it has a decode state to keep."""
     from nanochat.kernels import cross_entropy, mlp, slc2
+    from nanochat.kernels import fp8 as kernels_fp8
 
     for block in model.transformer.h:
-        if block.is_attention:
-            block.attn.is_joint = True
-        else:
+        block.attn.product = kernels_fp8.linear if fp8 else F.linear
+        block.mlp.kernel = kernels_fp8.mlp if fp8 else mlp.mlp
+        if not block.is_attention:
             block.attn.mix = slc2.slc2_mix
-        block.mlp.kernel = mlp.mlp
     model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP)
 
 
-def accelerate(model: GPT, *, compile: bool, fused: bool | None) -> None:
+def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
     """Make a model that is to be trained fast: by the kernels (None: wherever they run), and compiled.
 
-    Raises ValueError if the kernels are asked for and do not run here.
+    Raises ValueError if the kernels are asked for and do not run here, or products in 8 bits without them.
     """
     reason = lacking(model.config, model.device)
-    if fused and reason:
-        raise ValueError(f"fused=True: the kernels of training do not run here, {reason}; leave it out")
-    if fused is not False and not reason:
-        fuse(model)
+    if fused is False:
+        reason = "fused=False"
+    if (fused or fp8) and reason:
+        flag = "fused=True" if fused else "fp8=True"
+        raise ValueError(f"{flag}: the kernels of training are not to be had: {reason}; leave it out")
+    if not reason:
+        fuse(model, fp8)
     if compile:
         model.compile_blocks()

@@ -118,7 +118,7 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.is_joint = False  # whether one product makes q, k and v: accelerate.fuse
+        self.product: Callable[[Tensor, Tensor], Tensor] | None = None  # one for q, k and v: accelerate.fuse
 
     def forward(
         self, h: Tensor, cos: Tensor, sin: Tensor, state: KVState | None = None, span: Span | None = None
@@ -126,8 +126,9 @@ class CausalSelfAttention(nn.Module):
         """Map h (B,T,E) to (B,T,E); with a state, attend also to the tokens that it holds."""
         B, T, _ = h.shape
         layers = [self.c_q, self.c_k, self.c_v]
-        if self.is_joint:
-            parts = joint_linear(h, layers).split([layer.out_features for layer in layers], dim=-1)
+        if self.product is not None:
+            joint = joint_linear(h, layers, self.product)
+            parts = joint.split([layer.out_features for layer in layers], dim=-1)
         else:
             parts = [layer(h) for layer in layers]
         q, k, v = (part.view(B, T, -1, self.head_dim) for part in parts)
@@ -152,7 +153,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        self.kernel: Callable[..., Tensor] | None = None  # kernels.mlp.mlp: accelerate.fuse
+        self.kernel: Callable[..., Tensor] | None = None  # accelerate.fuse
 
     def forward(self, h: Tensor) -> Tensor:
         """Map h (B,T,E) to (B,T,E)."""

@@ -4,6 +4,8 @@ Explicit casts stand where autocast would hide them, so that a float64 input giv
 bfloat16 input runs on the tensor cores.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,11 +22,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def joint_linear(h: Tensor, layers: list[Linear], multiple: int = 1) -> Tensor:
+def joint_linear(
+    h: Tensor, layers: list[Linear], product: Callable[[Tensor, Tensor], Tensor], multiple: int = 1
+) -> Tensor:
     """What the layers make of h (..., E), side by side, in one product; zeros up to a multiple of columns.
 
     The parameters stay apart, so that the optimizer and checkpoints never see that they are laid together.
     """
     weight = torch.cat([layer.weight for layer in layers])
     weight = F.pad(weight, (0, 0, 0, -len(weight) % multiple))
-    return F.linear(h, weight.to(h.dtype))
+    return product(h, weight.to(h.dtype))

@@ -59,13 +59,14 @@ class SLC2(nn.Module):
         self.conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
         self.c_proj = Linear(E, E)
         self.n_head = H
-        self.mix: Callable[..., Tensor] | None = None  # kernels.slc2.slc2_mix: accelerate.fuse
+        self.mix: Callable[..., Tensor] | None = None  # kernels.slc2.slc2_mix, and the product that feeds it:
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear  # accelerate.fuse
 
     def forward(self, h: Tensor, window: Tensor | None = None) -> Tensor:
         """Map h (B,T,E) to y (B,T,E); window (B,K-1,E), if given, is the conv state, updated in place."""
         if self.mix is not None and window is None:
             layers = [self.x_proj, self.B_proj, self.A_proj, self.alpha_proj]
-            packed = joint_linear(h, layers, PACKED_ALIGN).flatten(0, 1)
+            packed = joint_linear(h, layers, self.product, PACKED_ALIGN).flatten(0, 1)
             return self.c_proj(self.mix(packed, self.conv1d.weight, None, h.size(1), self.n_head).view_as(h))
         u = gate(self.x_proj(h), self.alpha_proj(h), self.A_proj(h))
         z = short_conv(u, self.conv1d.weight, window)

@@ -35,6 +35,8 @@ class BaseTrainConfig:
     """compile the blocks with torch.compile; None: on CUDA only"""
     fused: bool | None = None
     """train by the kernels of nanochat/kernels; None: where they run (Hopper), --no-fused: plain PyTorch"""
+    fp8: bool = False
+    """products in 8 bits where they pay; faster, and a little less exact (dev/LOG.md)"""
     seed: int = 42
     """of the initial weights"""
 
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
-    accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused)
+    accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
 
     batches = partial(
         packed_batches,

@@ -121,7 +121,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
     fill_zero_weights(model)
     plan = make_plan(replace(config, num_iterations=config.num_iterations + 2), model, runtime)
     optimizer = build_optimizer(model, config.rates)
-    accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused)
+    accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
     batches = random_batches(config, runtime.device)
     records: list[dict] = []
     train(
@@ -168,7 +168,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = torch.cuda.get_device_properties(runtime.device).total_memory
         torch.cuda.set_per_process_memory_fraction(config.memory_gib * 2**30 / total)
     result = measure(config, runtime)
-    settings = ("depth", "slc_rate", "device_batch_size", "max_seq_len", "vocab_size", "compile", "fused")
+    settings = (
+        "depth",
+        "slc_rate",
+        "device_batch_size",
+        "max_seq_len",
+        "vocab_size",
+        "compile",
+        "fused",
+        "fp8",
+    )
     asked = {name: getattr(config, name) for name in settings}
     print(json.dumps({**result, **asked, **describe(runtime.device)}))
     return 0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nanochat.accelerate import accelerate, fuse, lacking
 from nanochat.gpt import SOFTCAP, GPTConfig
 from nanochat.gpt import head_loss as plain_head_loss
-from nanochat.kernels import cross_entropy, mlp
+from nanochat.kernels import cross_entropy, fp8, mlp
 from nanochat.kernels.slc2 import slc2_mix, slc2_reference
 from nanochat.slc2 import PACKED_ALIGN
 from tests.kernels import error, on_gpu, poison
@@ -166,6 +166,55 @@ def test_mlp(device, dtype, M, E, request):
         assert error(value, reference_value) < bound
 
 
+def fp8_case(device, M, E):
+    """h as the norm leaves it, weights of training's size, a gradient of any size, all bfloat16."""
+    h = F.rms_norm(torch.randn(M, E, device=device), (E,)).bfloat16()
+    shapes = ((4 * E, E), (E, 4 * E))
+    weights = [(torch.randn(shape, device=device) * shape[1] ** -0.5).bfloat16() for shape in shapes]
+    return h, *weights, (1e-6 * torch.randn(M, E, device=device)).bfloat16()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("M", "E"), [(33, 256), (1000, 768), (4096, 1280)])
+def test_mlp_fp8_products(M, E):
+    """Both results of both products against float64 on the same 8-bit inputs."""
+    h, w_fc, w_proj, dy = fp8_case("cuda", M, E)
+    h8, fc8 = fp8.narrow(h, fp8.H_SCALE), fp8.narrow(w_fc, 100.0)
+    scales = torch.tensor([1 / (fp8.H_SCALE * 100.0), 1.0, fp8.POST_SCALE], device="cuda")
+    post, post8 = fp8.linear_relu2_fp8(h8, fc8, scales)
+    expected = F.linear(h8.double(), fc8.double()).relu().square() * scales[0].double() ** 2
+    assert error(post, expected) < 4e-3
+    assert error(post8.double() / fp8.POST_SCALE, expected) < 0.04
+
+    dy8, proj8 = fp8.narrow(dy, 1e6, torch.float8_e5m2), fp8.narrow(w_proj, 100.0).T.contiguous()
+    scales = torch.tensor([1 / 100.0, 1e-6, 1.0], device="cuda")
+    dpre, dpre8 = fp8.linear_relu2_backward_fp8(dy8, proj8, post, scales)
+    expected = 2 * F.linear(dy8.double(), proj8.double()) / 100 * post.double().sqrt()
+    assert error(dpre, expected * 1e-6) < 4e-3
+    assert error(dpre8, expected) < 0.08
+
+
+@pytest.mark.gpu
+def test_mlp_fp8():
+    """As near to float64 as 8 bits are; gradients of weights, summed over many tokens, nearer."""
+    h, w_fc, w_proj, dy = fp8_case("cuda", 4096, 768)
+    y, grads = gradients(fp8.mlp, dy, h, w_fc, w_proj)
+    expected, expected_grads = gradients(
+        lambda h, w_fc, w_proj: F.linear(F.linear(h, w_fc).relu().square(), w_proj),
+        *(t.double() for t in (dy, h, w_fc, w_proj)),
+    )
+    assert error(y, expected) < 0.06
+    for gradient, reference, bound in zip(grads, expected_grads, (0.1, 0.08, 0.06), strict=True):
+        assert error(gradient, reference) < bound
+    linear, (dh, dweight) = gradients(fp8.linear, dy @ w_fc.T, h, w_fc)
+    reference, (expected_dh, expected_dweight) = gradients(
+        F.linear, (dy @ w_fc.T).double(), h.double(), w_fc.double()
+    )
+    assert error(linear, reference) < 0.05
+    assert error(dh, expected_dh) < 4e-3
+    assert error(dweight, expected_dweight) < 4e-3
+
+
 @pytest.mark.parametrize("compiled", [False, on_gpu(True)])
 def test_fused_model_is_the_plain_one(device, compiled, request):
     """Loss and gradients of every parameter, in float32; the decode state is kept as before."""
@@ -201,6 +250,8 @@ def test_kernels_that_do_not_run_here_are_refused():
     model = random_model(GPTConfig(16, 50, 3, 2, 2, 32, 3, 3))
     with pytest.raises(ValueError, match="NVIDIA"):
         accelerate(model, compile=False, fused=True)
+    with pytest.raises(ValueError, match="fp8"):
+        accelerate(model, compile=False, fused=None, fp8=True)
     accelerate(model, compile=False, fused=None)
     assert model.transformer.h[0].mlp.kernel is None
 

@@ -40,6 +40,8 @@ def _linear_relu2(
     b_desc,
     post_desc,
     out_desc,
+    narrow_desc,
+    scales_ptr,
     M,
     N,
     K,
@@ -49,6 +51,8 @@ def _linear_relu2(
     TILE_K: tl.constexpr,
     GROUP: tl.constexpr,
     IS_BACKWARD: tl.constexpr,
+    B_IS_KN: tl.constexpr,
+    MAX: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
@@ -59,15 +63,21 @@ def _linear_relu2(
         acc = tl.zeros((TILE_M, TILE_N), tl.float32)
         for k in range(0, K, TILE_K):
             a = a_desc.load([m, k])
-            if IS_BACKWARD:  # b is (K,N)
+            if B_IS_KN:
                 acc = tl.dot(a, b_desc.load([k, n]), acc)
-            else:  # b is (N,K)
+            else:
                 acc = tl.dot(a, b_desc.load([n, k]).T, acc)
+        if scales_ptr is not None:
+            acc *= tl.load(scales_ptr)
         if IS_BACKWARD:
             acc *= 2.0 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
         else:
             acc = tl.maximum(acc, 0.0)
             acc *= acc
+        if scales_ptr is not None:  # a second result, in 8 bits
+            narrow = tl.clamp(acc * tl.load(scales_ptr + 2), -MAX, MAX)
+            narrow_desc.store([m, n], narrow.to(narrow_desc.dtype))
+            acc *= tl.load(scales_ptr + 1)
         out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
@@ -76,25 +86,39 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _launch(a: Tensor, b: Tensor, post: Tensor | None, out: Tensor, tile: Tile) -> Tensor:
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    tile: Tile,
+    *,
+    post: Tensor | None = None,
+    narrow: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
     (M, K), N = a.shape, out.size(1)
+    b_is_kn = post is not None and narrow is None
     tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     programs = min(tiles, _multiprocessors(a.device.index)) if a.is_cuda else tiles
     _linear_relu2[(programs,)](
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
-        TensorDescriptor.from_tensor(b, [tile.n, tile.k] if post is None else [tile.k, tile.n]),
-        TensorDescriptor.from_tensor(out if post is None else post, [tile.m, tile.n]),
-        TensorDescriptor.from_tensor(out, [tile.m, tile.n]),
-        M, N, K, programs, tile.m, tile.n, tile.k, GROUP, post is not None,
+        TensorDescriptor.from_tensor(b, [tile.k, tile.n] if b_is_kn else [tile.n, tile.k]),
+        *(
+            TensorDescriptor.from_tensor(out if t is None else t, [tile.m, tile.n])
+            for t in (post, out, narrow)
+        ),
+        scales, M, N, K, programs, tile.m, tile.n, tile.k, GROUP, post is not None, b_is_kn,
+        None if narrow is None else torch.finfo(narrow.dtype).max,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out
 
 
 @torch.library.custom_op("nanochat::linear_relu2", mutates_args=())
 def linear_relu2(h: Tensor, weight: Tensor) -> Tensor:
     """Return relu(h weight^T)^2 (M,N); h (M,K), weight (N,K) of one dtype, rows of a multiple of 16 bytes."""
-    return _launch(h, weight, None, h.new_empty(len(h), len(weight)), FORWARD)
+    post = h.new_empty(len(h), len(weight))
+    _launch(h, weight, post, FORWARD)
+    return post
 
 
 @linear_relu2.register_fake
@@ -105,7 +129,9 @@ def _(h, weight):
 @torch.library.custom_op("nanochat::linear_relu2_backward", mutates_args=())
 def linear_relu2_backward(dy: Tensor, weight: Tensor, post: Tensor) -> Tensor:
     """Return 2 (dy weight) sqrt(post) (M,N); dy (M,K), weight (K,N) and post (M,N) of one dtype."""
-    return _launch(dy, weight, post, torch.empty_like(post), BACKWARD)
+    dpre = torch.empty_like(post)
+    _launch(dy, weight, dpre, BACKWARD, post=post)
+    return dpre
 
 
 @linear_relu2_backward.register_fake
