@@ -133,7 +133,7 @@ class RustBPETokenizer:
     def save(self, directory: Path | str) -> None:
         """Write both files into a folder, which is made if needed."""
         directory = Path(directory)
-        fields = _fields(self.enc)
+        fields = self.fields()
         ranks = {base64.b64encode(token).decode(): rank for token, rank in fields["mergeable_ranks"].items()}
         # The old pickle goes first: a death between two writes must not leave two different tokenizers.
         (directory / PICKLE_FILE).unlink(missing_ok=True)
@@ -144,6 +144,10 @@ class RustBPETokenizer:
 
     # -----------------------------------------------------------------------------------------------------
     # The vocabulary
+
+    def fields(self) -> dict[str, Any]:
+        """Return name, pat_str, mergeable_ranks and special_tokens: tiktoken.Encoding(**fields) is `enc`."""
+        return _fields(self.enc)
 
     def get_vocab_size(self) -> int:
         """Return the number of ids, those of the special tokens included."""
@@ -173,7 +177,7 @@ class RustBPETokenizer:
         Counted in the tokens' own bytes, as a part of a character would decode to U+FFFD, which has three.
         """
         lengths = np.zeros(self.get_vocab_size(), dtype=np.int32)
-        for token, rank in _fields(self.enc)["mergeable_ranks"].items():
+        for token, rank in self.fields()["mergeable_ranks"].items():
             lengths[rank] = len(token)
         return lengths
 
