@@ -1,8 +1,8 @@
 """A checkpoint as a folder that Hugging Face's transformers loads, and back.
 
-    config.json  generation_config.json  model.safetensors       shape and weights, in the dtypes that they have
-    tokenizer.json  tokenizer_config.json                         nanochat/hf_tokenizer.py
-    configuration_saint_iberis.py  modeling_saint_iberis.py       the model, which needs torch and transformers
+    config.json  generation_config.json  model.safetensors    shape and weights, in the dtypes that they have
+    tokenizer.json  tokenizer_config.json                      nanochat/hf_tokenizer.py
+    configuration_saint_iberis.py  modeling_saint_iberis.py    the model, in torch and transformers alone
 
 The weights keep their names, so that the way back is a copy, bit for bit.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nanochat.checkpoint_manager import (
@@ -64,7 +64,7 @@ def export_checkpoint(
             file.write(path.read_bytes())
     with atomic_write(directory / WEIGHTS_FILE) as file:
         tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file(tensors, file.name, metadata={"format": "pt"})
+        file.write(save(tensors, metadata={"format": "pt"}))
     ids = {"bos_token_id": "<|bos|>", "eos_token_id": "<|assistant_end|>", "pad_token_id": "<|bos|>"}
     ids = {name: tokenizer.encode_special(token) for name, token in ids.items()}
     write_json(

@@ -1,13 +1,13 @@
 """The tokenizer as Hugging Face's tokenizer.json, and back.
 
-tiktoken merges any two neighbours whose bytes together are a token, the lowest rank first; tokenizer.json lists
-the pairs that may be merged. One pair a token is enough: whenever a token comes to be, all lower ranks have been
-merged within its bytes, and what that leaves of them depends on nothing outside. So each token's pair is what
-its bytes alone are merged to before its own rank is due; a token with no such pair is only ever found as a whole
-chunk, as tiktoken does first (`ignore_merges`).
+tiktoken merges any two neighbours whose bytes together are a token, the lowest rank first; tokenizer.json
+lists the pairs that may be merged. One pair a token is enough where tokens are made of tokens of lower rank,
+as training makes them: when a token comes to be, all lower ranks have been merged within its bytes, and what
+that leaves of them depends on nothing outside. So a token's pair is what its bytes alone come to before its
+own rank is due.
 
-In text that transformers is given, special tokens count; with split_special_tokens=True they are ordinary text,
-as for our encode. The chat template hides them in messages with U+E000, see ESCAPED.
+In text that transformers is given, special tokens count; with split_special_tokens=True they are ordinary
+text, as for our encode. The chat template hides them in messages, see ESCAPED.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import tiktoken
 
 from nanochat.common import write_json
 from nanochat.tokenizer import RustBPETokenizer
@@ -59,23 +57,19 @@ def load_hf_tokenizer(directory: Path) -> RustBPETokenizer:
         if byte_level["type"] != "ByteLevel" or content["model"]["type"] != "BPE":
             raise ValueError("it is no byte-level BPE")
         byte_of = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
-        special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
-        ranks = {
-            bytes(byte_of[symbol] for symbol in token): rank
-            for token, rank in content["model"]["vocab"].items()
-            if token not in special_tokens
+        vocabulary = content["model"]["vocab"]
+        fields = {
+            "name": "rustbpe",
+            "pat_str": split["pattern"]["Regex"],
+            "mergeable_ranks": {bytes(map(byte_of.__getitem__, t)): id for t, id in vocabulary.items()},
+            "special_tokens": {token["content"]: token["id"] for token in content["added_tokens"]},
         }
-        enc = tiktoken.Encoding(
-            name="rustbpe",
-            pat_str=split["pattern"]["Regex"],
-            mergeable_ranks=ranks,
-            special_tokens=special_tokens,
-        )
+        return RustBPETokenizer.from_fields(fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no tokenizer of an exported Saint Iberis model ({error!r}); export or download it again"
+            f"{path} is no tokenizer of an exported Saint Iberis model ({error!r}); "
+            "export or download it again"
         ) from error
-    return RustBPETokenizer(enc)
 
 
 def _tokenizer_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
@@ -87,7 +81,7 @@ def _tokenizer_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
         return "".join(symbols[byte] for byte in token)
 
     tokens = sorted(ranks, key=ranks.__getitem__)
-    pairs = (_merged_pair(token, ranks) for token in tokens if len(token) > 1)
+    pairs = [_merged_pair(token, ranks) for token in tokens if len(token) > 1]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {
         "type": "Split",
@@ -118,25 +112,24 @@ def _tokenizer_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": True,
             "vocab": {spell(token): ranks[token] for token in tokens},
-            "merges": [" ".join(map(spell, pair)) for pair in pairs if pair],
+            "merges": [" ".join(map(spell, pair)) for pair in pairs],
         },
     }
 
 
-def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """Return the two parts that merges of lower rank leave of a token; None if they leave more."""
+def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Return the two parts that merges of lower rank leave of a token; ValueError if they leave more."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        merges = [(ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(pairwise(parts))]
-        rank, i = min(merges)
+        rank, i = min((ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(pairwise(parts)))
         if rank == ranks[token]:
-            return None
+            raise ValueError(f"token {token!r} is not made of two of lower rank: no vocabulary of merges")
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+    return parts
 
 
 def _byte_symbols() -> list[str]:
-    """Return the characters that stand for the 256 bytes in this format, as in GPT-2's: visible ones, each once."""
+    """Return the characters that stand for the 256 bytes in this format: visible ones, each once."""
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_ins = iter(range(256, 512))
     return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]

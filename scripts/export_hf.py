@@ -4,7 +4,7 @@
     python -m scripts.export_hf -i base -g d20 -s 21400 -o saint_iberis_base
 
     model = AutoModelForCausalLM.from_pretrained("saint_iberis", trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained("saint_iberis")
+    tokenizer = AutoTokenizer.from_pretrained("saint_iberis", trust_remote_code=True)
     lm_eval --model hf --model_args pretrained=saint_iberis,trust_remote_code=True,add_bos_token=True ...
 
 The way back is scripts.import_hf.
