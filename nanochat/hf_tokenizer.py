@@ -42,6 +42,7 @@ def save_hf_tokenizer(tokenizer: RustBPETokenizer, directory: Path, max_length: 
         "pad_token": "<|bos|>",
         "padding_side": "left",
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "chat_template": TEMPLATE.read_text("utf-8"),
     }
