@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
 from nanochat.common import base_dir
+from nanochat.export import import_checkpoint
 from scripts import export_hf
 from tests.models import random_model, small_config
 from tests.test_hf_tokenizer import MULTILINGUAL, SPECIAL_LOOKING
@@ -132,6 +133,19 @@ def test_padding_changes_nothing(exported, plan, left):
             torch.testing.assert_close(row_logits[row_mask], ours(row[None])[0], **TOLERANCE)
 
 
+def test_softmax_is_never_over_nothing(exported):
+    """Which is NaN in some attention kernels, and goes from padding into all else as 0 * NaN."""
+    visible_tokens = sys.modules[type(exported.theirs).__module__].visible_tokens
+    mask = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    expected = [
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+    ]
+    for T in range(1, 5):
+        visible = visible_tokens(mask, T, 4, mask.device)
+        assert torch.equal(visible[:, 0], torch.tensor(expected)[:, 4 - T :].bool())
+
+
 @every_plan
 def test_left_padded_generation_is_that_of_each_row_alone(exported, plan):
     _, theirs = both(exported, plan)
@@ -173,7 +187,8 @@ def test_generation_ends_where_ours_does(exported):
     bos, end = (exported.tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
     settings = exported.theirs.generation_config
     assert settings.eos_token_id == [end, bos]
-    assert settings.pad_token_id == bos
+    assert settings.pad_token_id == exported.their_tokenizer.pad_token_id == bos
+    assert (exported.their_tokenizer.bos_token_id, exported.their_tokenizer.eos_token_id) == (bos, end)
     ours, theirs = copy.deepcopy((exported.model, exported.theirs))
     for model in (ours, theirs):
         model.lm_head.weight.data[[bos, end]] *= 4  # likely
@@ -239,6 +254,11 @@ def test_save_and_load_again_bit_for_bit(exported, tmp_path):
     assert all(torch.equal(state[key], value) for key, value in exported.model.state_dict().items())
     ids = random_ids(2, 9)
     assert torch.equal(again(ids).logits, exported.theirs(ids).logits)
+    exported.their_tokenizer.save_pretrained(tmp_path)
+    assert import_checkpoint(tmp_path) == ("sft", "d5", 700)
+    model, tokenizer, _ = load_model("sft", torch.device("cpu"), "eval")
+    assert torch.equal(model(ids), exported.model(ids))
+    assert tokenizer.fields() == exported.tokenizer.fields()
 
 
 @pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}], ids=str)
