@@ -57,6 +57,8 @@ def export_checkpoint(
     model = _model(model_config(meta), state)
     tokenizer = get_tokenizer()
     check_vocabulary(model.config, tokenizer)
+    bos, end = (tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": bos}
     directory.mkdir(parents=True, exist_ok=True)
     save_hf_tokenizer(tokenizer, directory, model.config.sequence_len)
     for path in CODE.glob("*.py"):
@@ -65,11 +67,9 @@ def export_checkpoint(
     with atomic_write(directory / WEIGHTS_FILE) as file:
         tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
         file.write(save(tensors, metadata={"format": "pt"}))
-    ids = {"bos_token_id": "<|bos|>", "eos_token_id": "<|assistant_end|>", "pad_token_id": "<|bos|>"}
-    ids = {name: tokenizer.encode_special(token) for name, token in ids.items()}
     write_json(
         directory / "generation_config.json",
-        {**ids, "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]]},  # where GPT.generate ends
+        {**ids, "eos_token_id": [end, bos]},  # where GPT.generate ends
     )
     config = {
         "architectures": ["SaintIberisForCausalLM"],

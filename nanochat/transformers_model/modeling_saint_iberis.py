@@ -167,7 +167,7 @@ class SaintIberisSLC2(nn.Module):
         window = None if cache is None else cache.windows.get(self.layer)
         past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)
         if cache is not None:
-            cache.windows[self.layer] = past[:, T:]
+            cache.windows[self.layer] = past[:, T:].clone()  # a view would keep the whole prompt
         weight = widen(self.conv1d.weight)
         z = sum(widen(past[:, w : w + T]) * weight[:, 0, w] for w in range(K)).to(u.dtype)
         return self.c_proj(self.B_proj(h) * F.silu(z))
