@@ -182,6 +182,16 @@ def test_rows_of_a_cache_are_repeated_and_chosen(exported):
         cache.crop(-1)
 
 
+def test_a_conversation_goes_on_from_its_cache(exported):
+    theirs, ids = exported.theirs, random_ids(2, 4)
+    first = theirs.generate(
+        ids, max_new_tokens=5, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0
+    )
+    assert first.cache.get_seq_length() == 8  # the last token has not been read
+    longer = torch.cat([first.sequences, random_ids(2, 3, seed=1)], dim=1)
+    assert torch.equal(greedy(theirs, longer, cache=first.cache), greedy(theirs, longer))
+
+
 def test_generation_ends_where_ours_does(exported):
     """At <|assistant_end|> and at <|bos|>, which ours leaves out; finished rows are filled with padding."""
     bos, end = (exported.tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
