@@ -134,15 +134,16 @@ def model_config(meta: dict[str, Any]) -> GPTConfig:
         ) from error
 
 
-def load_weights(model: GPT, state: dict[str, Tensor]) -> None:
+def load_weights(model: GPT, state: dict[str, Tensor], keep_dtypes: bool = False) -> None:
     """Load a state dict, published ones included: an `_orig_mod.` prefix is stripped, bf16 becomes float32.
 
+    With keep_dtypes the model, which may be on the meta device, takes the tensors as they are.
     Raises ValueError when keys or shapes do not fit; warns when the convolutions are dead, as they are in
     weights trained before the convolution was ever initialised.
     """
     state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=keep_dtypes)
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit the architecture: {error}") from error
     taps = [value for key, value in state.items() if key.endswith("conv1d.weight")]

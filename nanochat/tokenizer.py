@@ -125,15 +125,27 @@ class RustBPETokenizer:
         found = {path: _read(path) for path in paths if path.exists()}
         if not found:
             raise FileNotFoundError(f"no tokenizer in {directory}; train one: python -m scripts.tok_train")
-        enc, *others = found.values()
-        if any(_fields(other) != _fields(enc) for other in others):
+        tokenizer, *others = found.values()
+        if any(other.fields() != tokenizer.fields() for other in others):
             raise ValueError(f"{' and '.join(map(str, found))} hold different tokenizers; delete one of them")
-        return cls(enc)
+        return tokenizer
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> RustBPETokenizer:
+        """Make a tokenizer of what `fields` returns; ValueError if that cannot be one."""
+        ranks = fields["mergeable_ranks"]
+        ids = [*ranks.values(), *fields["special_tokens"].values()]
+        # The two mistakes that tiktoken does not report but panics at, now or when it meets the byte.
+        if len(set(ids)) < len(ids):
+            raise ValueError("some tokens share an id")
+        if not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError("some bytes have no token")
+        return cls(tiktoken.Encoding(**fields))
 
     def save(self, directory: Path | str) -> None:
         """Write both files into a folder, which is made if needed."""
         directory = Path(directory)
-        fields = _fields(self.enc)
+        fields = self.fields()
         ranks = {base64.b64encode(token).decode(): rank for token, rank in fields["mergeable_ranks"].items()}
         # The old pickle goes first: a death between two writes must not leave two different tokenizers.
         (directory / PICKLE_FILE).unlink(missing_ok=True)
@@ -144,6 +156,15 @@ class RustBPETokenizer:
 
     # -----------------------------------------------------------------------------------------------------
     # The vocabulary
+
+    def fields(self) -> dict[str, Any]:
+        """Return the four arguments that make `enc`, under the names that its pickles use."""
+        return {
+            "name": self.enc.name,
+            "pat_str": self.enc._pat_str,
+            "special_tokens": self.enc._special_tokens,
+            "mergeable_ranks": self.enc._mergeable_ranks,
+        }
 
     def get_vocab_size(self) -> int:
         """Return the number of ids, those of the special tokens included."""
@@ -173,7 +194,7 @@ class RustBPETokenizer:
         Counted in the tokens' own bytes, as a part of a character would decode to U+FFFD, which has three.
         """
         lengths = np.zeros(self.get_vocab_size(), dtype=np.int32)
-        for token, rank in _fields(self.enc)["mergeable_ranks"].items():
+        for token, rank in self.fields()["mergeable_ranks"].items():
             lengths[rank] = len(token)
         return lengths
 
@@ -252,16 +273,6 @@ def _pieces(text: str) -> list[str]:
 # Files
 
 
-def _fields(enc: tiktoken.Encoding) -> dict[str, Any]:
-    """Return the four arguments that make this Encoding, under the names that its pickles use."""
-    return {
-        "name": enc.name,
-        "pat_str": enc._pat_str,
-        "special_tokens": enc._special_tokens,
-        "mergeable_ranks": enc._mergeable_ranks,
-    }
-
-
 class _PickledEncoding:
     """Stands for tiktoken's Encoding while a pickle is read: keeps the fields and does nothing."""
 
@@ -292,16 +303,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 _READERS = {JSON_FILE: _read_json, PICKLE_FILE: _read_pickle}
 
 
-def _read(path: Path) -> tiktoken.Encoding:
+def _read(path: Path) -> RustBPETokenizer:
     try:
-        fields = _READERS[path.name](path)
-        ranks = fields["mergeable_ranks"]
-        ids = [*ranks.values(), *fields["special_tokens"].values()]
-        # The two mistakes that tiktoken does not report but panics at, now or when it meets the byte.
-        if len(set(ids)) < len(ids):
-            raise ValueError("some tokens share an id")
-        if not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError("some bytes have no token")
-        return tiktoken.Encoding(**fields)
+        return RustBPETokenizer.from_fields(_READERS[path.name](path))
     except Exception as error:  # a damaged or hostile file may fail in any way
         raise ValueError(f"{path} holds no usable tokenizer ({error}); train or download it again") from error

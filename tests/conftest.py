@@ -1,12 +1,19 @@
 """Every test gets a base directory of its own; none may touch the home directory or the network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 # models in tests are tiny: threads would only wait for one another. Also for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# where transformers and datasets put what they load; read when they are imported
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nanochat-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 def interpret_kernels():

@@ -1,0 +1,167 @@
+"""A checkpoint as a folder that Hugging Face's transformers loads, and back.
+
+    config.json  generation_config.json  model.safetensors    shape and weights, in the dtypes that they have
+    tokenizer.json  tokenizer_config.json                      nanochat/hf_tokenizer.py
+    configuration_saint_iberis.py  modeling_saint_iberis.py    the model, in torch and transformers alone
+
+The weights keep their names, so that the way back is a copy, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from nanochat.checkpoint_manager import (
+    check_vocabulary,
+    checkpoint_dir,
+    complete_steps,
+    load_tensors,
+    load_weights,
+    model_config,
+    model_path,
+    newest_step,
+    read_meta,
+    resolve_tag,
+    save_checkpoint,
+)
+from nanochat.common import atomic_write, base_dir, write_json
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+
+MODEL_TYPE = "saint_iberis"
+WEIGHTS_FILE = "model.safetensors"
+CODE = Path(__file__).parent / "transformers_model"
+
+
+def export_checkpoint(
+    source: str, model_tag: str | None, step: int | None, directory: Path
+) -> tuple[str, int]:
+    """Write a checkpoint and the tokenizer into a folder for transformers; return its model tag and step.
+
+    Defaults as in load_model. Raises FileNotFoundError or ValueError if the checkpoint cannot be used.
+    """
+    model_tag = resolve_tag(source, model_tag)
+    checkpoints = checkpoint_dir(source, model_tag)
+    step = newest_step(checkpoints) if step is None else step
+    meta = read_meta(checkpoints, step)
+    state = load_tensors(model_path(checkpoints, step), "cpu")
+    model = _model(model_config(meta), state)
+    tokenizer = get_tokenizer()
+    check_vocabulary(model.config, tokenizer)
+    bos, end = (tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
+    ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": bos}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_hf_tokenizer(tokenizer, directory, model.config.sequence_len)
+    for path in CODE.glob("*.py"):
+        with atomic_write(directory / path.name) as file:
+            file.write(path.read_bytes())
+    with atomic_write(directory / WEIGHTS_FILE) as file:
+        tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+        file.write(save(tensors, metadata={"format": "pt"}))
+    write_json(
+        directory / "generation_config.json",
+        {**ids, "eos_token_id": [end, bos]},  # where GPT.generate ends
+    )
+    config = {
+        "architectures": ["SaintIberisForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_saint_iberis.SaintIberisConfig",
+            "AutoModel": "modeling_saint_iberis.SaintIberisModel",
+            "AutoModelForCausalLM": "modeling_saint_iberis.SaintIberisForCausalLM",
+        },
+        "model_type": MODEL_TYPE,
+        **asdict(model.config),
+        **ids,
+        "tie_word_embeddings": False,
+        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "checkpoint": {"source": source, "model_tag": model_tag, "step": step},
+    }
+    write_json(directory / "config.json", config)  # last: without it the folder is no model
+    return model_tag, step
+
+
+def import_checkpoint(
+    directory: Path, source: str | None = None, model_tag: str | None = None, step: int | None = None
+) -> tuple[str, str, int]:
+    """Make a checkpoint of an exported folder; return its source, model tag and step.
+
+    All three default to those of the checkpoint that was exported. The tokenizer becomes the base directory's
+    if there is none. Raises FileNotFoundError or ValueError, with nothing written, if the folder holds
+    something else, the checkpoint exists, or the base directory has another tokenizer.
+    """
+    config = _read_config(directory)
+    exported = config.get("checkpoint", {})
+    source, model_tag = source or exported.get("source"), model_tag or exported.get("model_tag")
+    step = exported.get("step") if step is None else step
+    if not source or not model_tag or step is None:
+        raise ValueError(f"{directory} does not say what checkpoint it was; give source, model tag and step")
+    checkpoints = checkpoint_dir(source, model_tag)
+    if step in complete_steps(checkpoints):
+        raise ValueError(f"{checkpoints} has a checkpoint of step {step}; give another model tag or step")
+    names = {field.name for field in fields(GPTConfig)}
+    shape = {name: value for name, value in config.items() if name in names}
+    model = _model(model_config({"model_config": shape}), _read_weights(directory))
+    tokenizer = load_hf_tokenizer(directory)
+    check_vocabulary(model.config, tokenizer)
+    _keep_tokenizer(tokenizer)
+    save_checkpoint(checkpoints, step, model, None, {})
+    return source, model_tag, step
+
+
+def _model(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    with torch.device("meta"):
+        model = GPT(config)
+    load_weights(model, state, keep_dtypes=True)
+    return model
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; expected a folder that scripts.export_hf wrote")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        model_type = config.get("model_type")
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); export or download it again") from error
+    if model_type != MODEL_TYPE:
+        raise ValueError(
+            f"{path} describes a model of type {model_type!r}; only {MODEL_TYPE!r} can be imported"
+        )
+    return config
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("model*.safetensors")):  # save_pretrained cuts large ones in pieces
+        try:
+            state |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); export or download it again") from error
+    if not state:
+        raise FileNotFoundError(f"no model.safetensors in {directory}; export or download it again")
+    return state
+
+
+def _keep_tokenizer(tokenizer: RustBPETokenizer) -> None:
+    """Save the tokenizer as the base directory's, or see that it is the same."""
+    directory = base_dir() / "tokenizer"
+    try:
+        present = RustBPETokenizer.from_directory(directory)
+    except FileNotFoundError:
+        tokenizer.save(directory)
+        return
+    if {**present.fields(), "name": ""} != {**tokenizer.fields(), "name": ""}:
+        raise ValueError(
+            f"{directory} holds another tokenizer than the imported model's; "
+            "set NANOCHAT_BASE_DIR to a folder of its own"
+        )

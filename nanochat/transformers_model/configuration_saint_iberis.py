@@ -1,0 +1,43 @@
+"""Shape of a Saint Iberis model for Transformers, under the names that its own checkpoints use."""
+
+from transformers import PretrainedConfig
+
+
+class SaintIberisConfig(PretrainedConfig):
+    """The fields of nanochat's GPTConfig; the usual names (`hidden_size` ...) work too."""
+
+    model_type = "saint_iberis"
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    attribute_map = {  # noqa: RUF012  as every configuration of the library has it
+        "max_position_embeddings": "sequence_len",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_kv_head",
+        "hidden_size": "n_embd",
+    }
+
+    def __init__(
+        self,
+        sequence_len: int = 1024,
+        vocab_size: int = 50304,
+        n_layer: int = 16,
+        n_head: int = 6,
+        n_kv_head: int = 6,
+        n_embd: int = 768,
+        n_kernel: int = 3,  # taps of the convolution in SLC2 layers
+        slc_rate: int = 3,  # every slc_rate-th layer is attention; 0: all are
+        **kwargs,
+    ):
+        self.sequence_len = sequence_len
+        self.vocab_size = vocab_size
+        self.n_layer = n_layer
+        self.n_head = n_head
+        self.n_kv_head = n_kv_head
+        self.n_embd = n_embd
+        self.n_kernel = n_kernel
+        self.slc_rate = slc_rate
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
+
+    def is_attention(self, layer: int) -> bool:
+        """Whether a layer is attention; every other one is SLC2."""
+        return self.slc_rate == 0 or layer % self.slc_rate == 1 or layer == self.n_layer - 1

@@ -1,0 +1,152 @@
+"""Checkpoints to folders for transformers and back: bit for bit, or with a word on what is wrong."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat.checkpoint_manager import (
+    checkpoint_dir,
+    load_model,
+    load_tensors,
+    model_path,
+    read_meta,
+    save_checkpoint,
+)
+from nanochat.export import export_checkpoint, import_checkpoint
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from scripts import export_hf, import_hf
+from tests.models import random_model, small_config
+from tests.vocabulary import VOCAB_SIZE, train_tokenizer
+
+
+@pytest.fixture
+def folder(base_dir, tmp_path):
+    """An export of a checkpoint laid out as the published one, and what was saved of it."""
+    train_tokenizer().save(base_dir / "tokenizer")
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, n_kernel=4, slc_rate=2))
+    directory = checkpoint_dir("rl", "d9")
+    save_checkpoint(directory, 12, model, None, {})
+    published = {f"_orig_mod.{key}": value for key, value in model.state_dict().items()}
+    published["_orig_mod.transformer.wte.weight"] = model.transformer.wte.weight.detach().bfloat16()
+    torch.save(published, model_path(directory, 12))
+    assert export_hf.main(["-i", "rl", "-o", str(tmp_path / "out")]) == 0
+    return tmp_path / "out"
+
+
+def elsewhere(monkeypatch, tmp_path):
+    """Move to an empty base directory."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
+    return tmp_path / "elsewhere"
+
+
+def test_there_and_back(folder, base_dir, tmp_path, monkeypatch, capsys):
+    before = load_tensors(model_path(checkpoint_dir("rl", "d9"), 12), "cpu")
+    meta, fields = read_meta(checkpoint_dir("rl", "d9"), 12), get_tokenizer().fields()
+    elsewhere(monkeypatch, tmp_path)
+    assert import_hf.main([str(folder)]) == 0
+    assert "import_hf: rl d9, step 12" in capsys.readouterr().out
+    after = load_tensors(model_path(checkpoint_dir("rl", "d9"), 12), "cpu")
+    assert list(after) == [key.removeprefix("_orig_mod.") for key in before]
+    for one, other in zip(before.values(), after.values(), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert read_meta(checkpoint_dir("rl", "d9"), 12)["model_config"] == meta["model_config"]
+    assert get_tokenizer().fields() == fields
+    model, _, _ = load_model("rl", torch.device("cpu"), "eval")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_what_is_in_the_folder(folder):
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "configuration_saint_iberis.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_saint_iberis.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~_umask()}
+    for path in folder.glob("*.py"):
+        assert "import nanochat" not in path.read_text()
+        assert "from nanochat" not in path.read_text()
+    weights = load_file(folder / "model.safetensors")
+    assert weights["transformer.wte.weight"].dtype == torch.bfloat16
+    assert weights["lm_head.weight"].dtype == torch.float32
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_under_another_name(folder):
+    assert import_hf.main([str(folder), "-i", "sft", "-g", "mine", "-s", "0"]) == 0
+    model, _, meta = load_model("sft", torch.device("cpu"), "eval", "mine", 0)
+    assert meta["step"] == 0
+    assert model.config.n_kernel == 4
+
+
+def test_nothing_is_overwritten(folder, base_dir):
+    with pytest.raises(ValueError, match=r"d9 has a checkpoint of step 12; give another model tag or step"):
+        import_checkpoint(folder)
+    other = RustBPETokenizer.train_from_iterator(["abab " * 9], 266)
+    other.save(base_dir / "tokenizer")
+    with pytest.raises(ValueError, match=r"holds another tokenizer .* set NANOCHAT_BASE_DIR"):
+        import_checkpoint(folder, "sft", "mine", 0)
+    assert not checkpoint_dir("sft", "mine").exists()
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (
+            lambda f: (f / "config.json").unlink(),
+            FileNotFoundError,
+            "expected a folder that scripts.export_hf",
+        ),
+        (lambda f: (f / "config.json").write_text("[1"), ValueError, r"config\.json is damaged"),
+        (lambda f: (f / "config.json").write_text("[1]"), ValueError, r"config\.json is damaged"),
+        (lambda f: change_config(f, model_type="llama"), ValueError, "a model of type 'llama'; only"),
+        (lambda f: change_config(f, checkpoint=None), ValueError, "give source, model tag and step"),
+        (lambda f: change_config(f, n_layer=3), ValueError, "weights do not fit the architecture"),
+        (lambda f: change_config(f, n_head=5), ValueError, "must be an even multiple of n_head=5"),
+        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, r"no model\.safetensors in"),
+        (lambda f: cut(f / "model.safetensors"), ValueError, r"model\.safetensors is damaged"),
+        (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, r"tokenizer\.json"),
+        (lambda f: cut(f / "tokenizer.json"), ValueError, r"tokenizer\.json is no tokenizer"),
+    ],
+)
+def test_a_folder_that_is_something_else(folder, tmp_path, monkeypatch, spoil, error, message):
+    spoil(folder)
+    base = elsewhere(monkeypatch, tmp_path)
+    with pytest.raises(error, match=message):
+        import_checkpoint(folder)
+    assert not any(path.is_file() for path in base.rglob("*"))
+
+
+def test_what_cannot_be_exported(folder, base_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model dN"):
+        export_checkpoint("sft", None, None, tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):
+        export_checkpoint("rl", "d9", 3, tmp_path / "new")
+    RustBPETokenizer.train_from_iterator(["abab " * 9], 266).save(base_dir / "tokenizer")
+    with pytest.raises(ValueError, match="not from the same run"):
+        export_checkpoint("rl", "d9", None, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
