@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.cache import ConvState, HybridCache, KVState, Span
 from nanochat.linear import Linear, joint_linear
@@ -222,6 +223,7 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.loss = head_loss
+        self.checkpoints_activations = False  # keep only what goes into a block, compute the rest again
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -289,7 +291,9 @@ class GPT(nn.Module):
         x = norm(self.transformer.wte(idx).to(self.activation_dtype))
         with nullcontext() if cache is None and self.training else sdpa_kernel(ANY_LENGTH):
             for i, block in enumerate(self.transformer.h):
-                if cache is None:
+                if cache is None and self.checkpoints_activations and torch.is_grad_enabled():
+                    x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                elif cache is None:
                     x = block(x, cos, sin)
                 else:  # .forward: decoding changes pos with every call, and must not recompile a block
                     x = block.forward(x, cos, sin, cache.layers[i], span)

@@ -456,3 +456,31 @@ def test_generate_refuses_senseless_settings(bad):
         next(model.generate(torch.tensor([[1]]), 4, **bad))
     with pytest.raises(ValueError, match="shape"):
         next(model.generate(torch.tensor([[1], [2]]), 4))
+
+
+def kept_bytes(model, idx):
+    """Bytes that a forward keeps for its backward, weights aside."""
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(idx, idx)
+    loss.backward()
+    return sum(kept.values()), [p.grad.clone() for p in model.parameters()]
+
+
+def test_activation_checkpointing():
+    """The same gradients with a fraction of the memory; a forward without gradients does not pay for it."""
+    model = random_model(small_config(n_layer=6, n_embd=32))
+    idx = torch.randint(0, 40, (2, 16))
+    plain_bytes, plain = kept_bytes(model, idx)
+    model.zero_grad()
+    model.checkpoints_activations = True
+    fewer_bytes, gradients = kept_bytes(model, idx)
+    assert fewer_bytes < plain_bytes / 3
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))

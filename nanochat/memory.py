@@ -1,0 +1,47 @@
+"""How much memory training takes, and so how many sequences a card can hold at a time.
+
+An estimate from shapes, a little on the safe side: dev/LOG.md has it beside measured peaks.
+"""
+
+from __future__ import annotations
+
+from nanochat.gpt import GPTConfig
+
+MAX_ROWS = 32  # of a forward: more fill no GPU better
+SPARE = (
+    0.92  # of the free memory: the rest is for what the allocator cannot use, libraries and their workspaces
+)
+HEAD_BYTES = 2**32  # at most, for the logits of a chunk; without the kernels there is one chunk, twice
+
+
+def training_bytes(config: GPTConfig, rows: int, *, checkpointing: bool, fused: bool = True) -> int:
+    """Return the bytes that training with `rows` sequences a forward takes at its peak, in bfloat16 on CUDA."""
+    E, V, tokens = config.n_embd, config.vocab_size, rows * config.sequence_len
+    # by layer: weights in float32, gradients, one running mean, bfloat16 copies of weights and gradients
+    matrices = {"attention": 12 * E * E, "slc2": 11 * E * E + E * (config.head_dim + config.n_head)}
+    weights = sum(matrices[kind] for kind in config.layer_kinds) * 16 + 2 * V * E * 20
+    # what a layer keeps of a token, in bytes: residual stream, norms, projections, mixer, hidden layer
+    kept = {"attention": 26 * E, "slc2": 22 * E + 2 * config.head_dim}
+    layers = [(kept[kind] if fused else 33 * E) * tokens for kind in config.layer_kinds]
+    activations = max(layers) + len(layers) * 2 * E * tokens if checkpointing else sum(layers)
+    head = min(HEAD_BYTES, 2 * V * tokens) if fused else 4 * V * tokens
+    return weights + activations + head + 8 * V * E + 8 * E * tokens
+
+
+def fit(config: GPTConfig, free_bytes: int, *, fused: bool = True) -> tuple[int, bool]:
+    """Return rows of a forward, a power of two up to 32, and whether activations must be computed again.
+
+    They are only if not even one row fits else. ValueError if that does not do either.
+    """
+    for checkpointing in (False, True):
+        rows = MAX_ROWS
+        while rows:
+            if training_bytes(config, rows, checkpointing=checkpointing, fused=fused) <= SPARE * free_bytes:
+                return rows, checkpointing
+            rows //= 2
+    needed = training_bytes(config, 1, checkpointing=True, fused=fused) / SPARE
+    raise ValueError(
+        f"training {config.n_layer} layers on sequences of {config.sequence_len} takes about "
+        f"{needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} GiB are free: "
+        "lower depth or max_seq_len, or say device_batch_size to try all the same"
+    )

@@ -1,0 +1,30 @@
+import pytest
+
+from nanochat.gpt import GPTConfig
+from nanochat.memory import fit, training_bytes
+
+GIB = 2**30
+
+
+def d(depth, vocab_size=65_536):
+    return GPTConfig.from_depth(depth, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize(("config", "measured"), [(d(12, 32_768), 29.3), (d(20, 32_768), 67.3)])
+def test_estimate_is_near_what_was_measured_without_kernels(config, measured):
+    """32 rows on an H100, dev/LOG.md."""
+    estimate = training_bytes(config, 32, checkpointing=False, fused=False) / GIB
+    assert measured <= estimate * 1.05
+    assert estimate < 1.15 * measured
+
+
+def test_small_cards_train_small_models():
+    assert fit(d(12), 15 * GIB)[1] is False
+    assert fit(d(20), 23 * GIB)[1] is False
+    assert fit(d(20), 79 * GIB) == (32, False)
+    assert fit(d(20), 11 * GIB) == (1, True)
+
+
+def test_memory_that_is_too_small_says_how_much_is_needed():
+    with pytest.raises(ValueError, match=r"takes about \d+\.\d GiB, 8\.0 GiB are free"):
+        fit(d(20), 8 * GIB)
