@@ -114,7 +114,7 @@ def train_on_conversations(
     accumulation = accumulation_steps(n_rows, device_batch_size, runtime)
     directory = checkpoint_dir(stage, tag)
     progress = start_or_resume(
-        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+        directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
     if runtime.compiles(config.compile):
         model.compile_blocks()

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, found again, loaded with their architecture.
+"""Checkpoints: written whole or not at all, found again, loaded with their architecture and their tokenizer.
 
 A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
 
@@ -8,6 +8,10 @@ A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
 
 Each is written atomically and the meta file last: it is what makes a checkpoint exist. Tensors are read with
 torch's weights_only loader, which runs no code from the file.
+
+Beside them, in tokenizer/, is the tokenizer that the run learned with, so that another may be trained, or come
+with a model from elsewhere, without this one falling silent: the size of a vocabulary does not tell two apart.
+Folders without one are older than that; theirs is the tokenizer of the base directory.
 """
 
 import json
@@ -150,6 +154,17 @@ def load_weights(model: GPT, state: dict[str, Tensor]) -> None:
         logger.warning("warning: every convolution weight is zero: the SLC2 layers of this model add nothing")
 
 
+def tokenizer_dir(directory: Path) -> Path:
+    """Return where a checkpoint folder keeps its tokenizer."""
+    return directory / "tokenizer"
+
+
+def load_tokenizer(directory: Path) -> RustBPETokenizer:
+    """Load the tokenizer of a checkpoint folder."""
+    own = tokenizer_dir(directory)
+    return get_tokenizer(own if own.exists() else None)
+
+
 def load_model(
     source: str, device: torch.device, phase: str, model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
@@ -164,7 +179,7 @@ def load_model(
     meta = read_meta(directory, step)
     model = GPT(model_config(meta))
     load_weights(model, load_tensors(model_path(directory, step), "cpu"))
-    tokenizer = get_tokenizer()
+    tokenizer = load_tokenizer(directory)
     check_vocabulary(model.config, tokenizer)
     return model.to(device).train(phase == "train"), tokenizer, meta
 

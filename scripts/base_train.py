@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     optimizer = build_optimizer(model, config.rates)
     directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
     progress = start_or_resume(
-        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+        directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
     if runtime.compiles(config.compile):
         model.compile_blocks()
