@@ -9,8 +9,8 @@ A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
 Each is written atomically and the meta file last: it is what makes a checkpoint exist. Tensors are read with
 torch's weights_only loader, which runs no code from the file.
 
-Beside them, in tokenizer/, is the tokenizer that the run learned with, so that another may be trained, or come
-with a model from elsewhere, without this one falling silent: the size of a vocabulary does not tell two apart.
+Beside them, in tokenizer/, is the tokenizer that the run learned with. So another may be trained, or come
+with a model from elsewhere, and this one still speaks: the size of a vocabulary does not tell two apart.
 Folders without one are older than that; theirs is the tokenizer of the base directory.
 """
 
@@ -55,7 +55,8 @@ def _optim_path(directory: Path, step: int) -> Path:
     return directory / f"optim_{step:06d}_rank0.pt"
 
 
-def _meta_path(directory: Path, step: int) -> Path:
+def meta_path(directory: Path, step: int) -> Path:
+    """Return the path of a checkpoint's architecture, settings and state of the loop."""
     return directory / f"meta_{step:06d}.json"
 
 
@@ -76,7 +77,7 @@ def save_checkpoint(
         _save_tensors(_optim_path(directory, step), optimizer_state)
     _save_tensors(model_path(directory, step), model.state_dict())
     write_json(
-        _meta_path(directory, step),
+        meta_path(directory, step),
         {"format_version": 1, "step": step, "model_config": asdict(model.config), **meta},
     )
     for old in complete_steps(directory)[:-keep_last] if keep_last else []:
@@ -85,7 +86,7 @@ def save_checkpoint(
 
 def delete_checkpoint(directory: Path, step: int) -> None:
     """Delete a checkpoint; its meta file first, so that what a crash leaves does not count as one."""
-    for path in (_meta_path(directory, step), model_path(directory, step), _optim_path(directory, step)):
+    for path in (meta_path(directory, step), model_path(directory, step), _optim_path(directory, step)):
         path.unlink(missing_ok=True)
 
 
@@ -113,7 +114,7 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """Read a checkpoint's meta file."""
-    path = _meta_path(directory, step)
+    path = meta_path(directory, step)
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

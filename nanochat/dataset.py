@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
@@ -40,6 +39,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 import tyro
 
 from nanochat.common import atomic_write, base_dir, parse, run
+from nanochat.hub_files import reason, sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +54,6 @@ VAL_SHARD = SHARD_NAME.format(N_TRAIN_SHARDS)
 VAL_EVERY = 20  # in text of the user's own, one document of this many is held out
 ROWS_PER_GROUP = 1024
 SUFFIXES = (".jsonl", ".parquet", ".txt")
-BLOCK_BYTES = 1 << 20
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -282,11 +281,11 @@ def download_shard(
                 on_progress(name, 1.0)
                 return
             except (httpx.HTTPError, OSError, EOFError) as error:
-                reason = f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
+                told = f"{name}: {reason(error)}"
                 if attempt == attempts - 1 or not _is_transient(error):
-                    raise OSError(reason) from error
+                    raise OSError(told) from error
             wait_s = backoff_s * 2**attempt
-            logger.warning("%s; trying again in %g s", reason, wait_s)
+            logger.warning("%s; trying again in %g s", told, wait_s)
             time.sleep(wait_s)
 
 
@@ -318,10 +317,7 @@ def _transfer(
     if n_bytes < stated.size:
         raise EOFError(f"{n_bytes} of {stated.size} bytes came")
     file.seek(0)
-    digest = hashlib.sha256()
-    for block in iter(partial(file.read, BLOCK_BYTES), b""):
-        digest.update(block)
-    if digest.hexdigest() != stated.etag:
+    if sha256(file) != stated.etag:
         file.truncate(0)
         raise EOFError("its bytes do not have the SHA-256 that the hub states")
 
