@@ -31,7 +31,9 @@ class ChatTrainConfig:
     run: str = "dummy"
     """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
     data: str = "auto"
-    """conversations: auto, hub, embedded, or a .jsonl file of your own"""
+    """conversations: auto, hub, embedded, or your own: a .jsonl file, a folder or a glob"""
+    add: str = ""
+    """conversations of your own to learn beside those of `data`: a .jsonl file, a folder or a glob"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None

@@ -178,15 +178,25 @@ def _build_once(directory: Path, fill: Callable[[Path], None]) -> Path:
 # Text of the user's own
 
 
+def own_files(name: str, suffixes: tuple[str, ...], complaint: str) -> list[Path]:
+    """Return, in order, the files of these suffixes that a file, a folder or a glob (** is any depth) names.
+
+    FileNotFoundError if there are none; it begins with the complaint.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        found = [path]  # whatever brackets it has in its name
+    else:
+        found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(file.resolve() for file in found if file.name.endswith(suffixes) and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{complaint} no file, folder or glob of files in {', '.join(suffixes)}")
+    return files
+
+
 def _own_shards(data: str) -> Path:
     path = Path(data).expanduser()
-    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
-    files = sorted(file.resolve() for file in found if file.suffix in SUFFIXES and file.is_file())
-    if not files:
-        raise FileNotFoundError(
-            f"data={data!r} is none of auto, hub and embedded, and no file, folder or glob of text files "
-            f"({', '.join(SUFFIXES)})"
-        )
+    files = own_files(data, SUFFIXES, f"data={data!r} is none of auto, hub and embedded, and")
     if path.is_dir() and len(files) >= 2 and all(file.suffix == ".parquet" for file in files):
         return path
     if len(list(islice(_own_documents(files), 2))) < 2:
@@ -204,7 +214,10 @@ def _own_shards(data: str) -> Path:
 
 
 def _own_documents(files: Sequence[Path]) -> Iterator[str]:
-    """Yield every text that is not blank: a row of parquet, a line of jsonl, some paragraphs of txt."""
+    """Yield every text that is not blank: a row of parquet, a line of jsonl, some paragraphs of txt.
+
+    A byte order mark, which Windows puts at the start of a file, is no text.
+    """
     readers = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents, ".txt": _txt_documents}
     for path in files:
         try:
@@ -219,8 +232,10 @@ def _parquet_documents(path: Path) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)["text"]
                 text.encode()  # JSON can spell half a surrogate pair, which is no text
@@ -233,7 +248,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
     """Cut at a blank line after 2,000 characters or more, at any line end after 8,000."""
     lines: list[str] = []
     size = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for line in file:
             lines.append(line)
             size += len(line)

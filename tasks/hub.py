@@ -96,7 +96,7 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of each line of .jsonl or .jsonl.xz that is not blank; ValueError if bad."""
     number = 0
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
