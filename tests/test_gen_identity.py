@@ -93,7 +93,7 @@ def test_bad_personas(tmp_path, persona, message):
 def test_more_than_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr(gen_identity, "SUBJECTS", {"name": (("Who?", "You?"), ("{name}.",))})
     monkeypatch.setattr(gen_identity, "MULTI_TURN_SHARE", 0)
-    with pytest.raises(ValueError, match="num=500: there are only about .* different ones"):
+    with pytest.raises(ValueError, match=r"num=500: there are only about .* different ones"):
         generate(tmp_path, "--num=500")
     path = tmp_path / "broken.yaml"
     path.write_text("name: [")
