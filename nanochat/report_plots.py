@@ -177,7 +177,7 @@ def find_metrics(run: str) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Name each curve by its file or, of a metrics.jsonl, its folder, with so much before that names differ."""
+    """Name a curve by its file or, of a metrics.jsonl, its folder, with so much before that names differ."""
     places = [path.absolute().with_suffix("") for path in paths]
     places = [place.parent if place.name == "metrics" else place for place in places]
     for depth in range(1, max(len(place.parts) for place in places)):
