@@ -14,6 +14,7 @@ from nanochat.common import write_json
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, RustBPETokenizer
 from scripts import chat_cli, hub
+from tests import chats
 from tests.echo_model import echo, echo_config, echo_model
 from tests.models import random_model, small_config
 from tests.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
@@ -123,6 +124,23 @@ def test_a_model_of_nanochat_is_one_of_attention_alone(served, tokenizer, tmp_pa
     pulled, _, _ = load_model("base", CPU, "eval", "karpathy")
     assert pulled.config == model.config
     assert torch.equal(pulled.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_pulled_model_is_trained_on_with_its_own_tokenizer(served, tokenizer, base_dir, tmp_path):
+    """Through two stages, beside an own tokenizer of the same size that nothing would tell from it."""
+    own = own_model(base_dir)
+    model = random_model(small_config(vocab_size=VOCAB_SIZE))
+    served.files = published(model, tokenizer, tmp_path)
+    hub.main(["pull", REPO, "-i", "base", "-g", "x"])
+    chat = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "river"}]
+    for name in ("own.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text(f"{json.dumps(chat)}\n" * 30)
+    flags = ["--model-tag=x", f"--data={tmp_path / 'own.jsonl'}", f"--add={tmp_path / 'more.jsonl'}"]
+    assert chats.train("mid", *flags, "--num-iterations=1", "--total-batch-size=128") == 0
+    assert chats.train("sft", "--source=mid", *flags, "--num-iterations=1") == 0
+    assert load_model("mid", CPU, "eval", "x")[1].is_same_as(tokenizer)
+    assert load_model("sft", CPU, "eval", "x")[1].is_same_as(tokenizer)
+    assert load_model("sft", CPU, "eval", "d4")[1].is_same_as(own)
 
 
 def test_what_is_there_is_replaced_only_if_told(served, base_dir, tokenizer, capsys):
