@@ -80,6 +80,8 @@ def rl_tasks(data: str) -> tuple[Task, Task]:
 
 def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
     """Return how to make each task of a chat evaluation; none is loaded before it is asked for."""
+    if source(data) not in ("hub", "embedded"):
+        raise ValueError(f"data={data!r} must be hub, embedded or auto: conversations alone judge no answer")
     if source(data) == "hub":
         return {
             "ARC-Easy": lambda: ARC("ARC-Easy", "test"),

@@ -236,5 +236,7 @@ def test_recipes_of_the_embedded_data(monkeypatch):
         assert len(train) > 10_000 > len(val) > 500
         for i in range(50):
             tokenizer.render_conversation(train[i])
+    with pytest.raises(ValueError, match=r"data='own\.jsonl' must be hub, embedded or auto"):
+        recipes.eval_tasks("own.jsonl")
     tasks = recipes.eval_tasks("embedded")
     assert all(len(make()) >= 500 for make in tasks.values())
