@@ -188,10 +188,12 @@ def push(
     files = gather(repo, stage, tag, step=step, card=card, license=license)
     api = hub_api(token)
     with _explained(f"push to {repo}"):
-        owner = api.whoami()["name"]  # a token that is not valid is told here
-        repo = repo if "/" in repo else f"{owner}/{repo}"
+        api.whoami()  # a token that is not valid is told here
         api.create_repo(repo, private=private or None, exist_ok=True)
-        there = {file.rfilename for file in api.model_info(repo).siblings} - {".gitattributes"}
+        found = api.model_info(repo)
+    if private and not found.private:
+        raise ValueError(f"{repo} is there already and public: choose another name, or leave --private out")
+    there = {file.rfilename for file in found.siblings} - {".gitattributes"}
     if there and not overwrite:
         raise ValueError(
             f"{repo} holds {len(there)} file(s) already: choose another name, or --overwrite those of the "
@@ -215,6 +217,8 @@ def gather(
 
     The card is written anew unless `card` is a file. The report comes along if it is this model's.
     """
+    if not re.fullmatch("[^/]+/[^/]+", repo):
+        raise ValueError(f"repo={repo!r} must be the name of an owner and of a repository, as in me/my-d12")
     directory = checkpoint_dir(stage, tag)
     step = newest_step(directory) if step is None else step
     meta = read_meta(directory, step)

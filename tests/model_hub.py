@@ -40,9 +40,10 @@ class ModelHandler(Handler):
         hub.calls.append(path)
         if path == "/api/repos/create":
             asked = json.loads(body)
-            name = f"{asked['organization'] or 'somebody'}/{asked['name']}"
+            name = f"{asked['organization']}/{asked['name']}"
             status = 409 if hub.repo == name else 200
-            hub.repo = name
+            if status == 200:
+                hub.repo, hub.is_private = name, asked.get("visibility") == "private"
             self._json({"url": f"{hub.endpoint}/{name}"}, status)
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
@@ -79,7 +80,8 @@ class ModelHandler(Handler):
             if _is_large(file["rfilename"]):
                 digest = hashlib.sha256(hub.files[file["rfilename"]]).hexdigest()
                 file["lfs"] = {"sha256": digest, "size": file["size"], "pointerSize": 100}
-        self._json({"id": hub.repo, "sha": "0" * 40, "siblings": siblings})
+        info = {"id": hub.repo, "sha": "0" * 40, "private": hub.is_private, "siblings": siblings}
+        self._json(info)
 
     def _place(self, asked: dict) -> dict:
         if asked["oid"] in self.server.objects:
@@ -119,6 +121,7 @@ class ModelHub(HubServer):
     def __init__(self, repo: str = "", files: dict[str, bytes] | None = None) -> None:
         super().__init__(files or {})
         self.repo = repo
+        self.is_private = False
         self.token = "hf_testtokenofnobody"
         self.refusal = ""
         self.objects: dict[str, bytes] = {}

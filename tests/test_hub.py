@@ -382,6 +382,18 @@ def test_a_repository_with_files_is_left_alone(allowed, base_dir, tokenizer):
     assert allowed.files["README.md"] != b"old"
 
 
+def test_private_means_private(allowed, base_dir, tokenizer):
+    trained(base_dir, tokenizer)
+    hub.main(["push", MINE, "-g", "d2", "--private"])
+    assert allowed.is_private
+    allowed.is_private, allowed.files = False, {}
+    with pytest.raises(ValueError, match="is there already and public"):
+        hub.main(["push", MINE, "-g", "d2", "--private"])
+    assert allowed.files == {}
+    with pytest.raises(ValueError, match="repo='iberis' must be the name of an owner and of a repository"):
+        hub.main(["push", "iberis", "-g", "d2"])
+
+
 @pytest.mark.parametrize("token", ["", " \n", "hf_one hf_two", "hf_\u00e9"])
 def test_no_token_that_could_be_sent(model_hub, base_dir, tokenizer, monkeypatch, token):
     """A header that cannot be sent is spelt out in the error of the HTTP library."""
