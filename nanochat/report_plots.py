@@ -132,7 +132,7 @@ def compare(runs: Sequence[str], out: Path) -> None:
     is missing from their panel only.
     """
     paths = [find_metrics(run) for run in runs]
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     panels = (
         ("step", "smooth_loss", "training loss (nats a token)"),
         ("train_seconds", "val_bpb", "validation (bits per byte)"),
@@ -150,8 +150,8 @@ def compare(runs: Sequence[str], out: Path) -> None:
                 _curve(axis, *curve, label=name, color=f"C{number % 10}", linewidth=1.2, **style)
     for axis, (x, _, label) in zip(axes, panels, strict=True):
         axis.set(xlabel="seconds of training" if x == "train_seconds" else x, title=label)
-        if axis.lines:
-            axis.legend()
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
     axes[-1].set_ylim(bottom=0)
     axes[-1].yaxis.set_major_formatter(EngFormatter())
     _save(figure, out)

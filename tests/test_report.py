@@ -288,6 +288,7 @@ def test_the_panels_of_a_comparison(tmp_path, base_dir, monkeypatch):
     ]
     assert [axis.get_xlabel() for axis in drawn[0].axes] == ["step", "seconds of training", "step"]
     assert list(bpb.lines[0].get_xdata()) == [0, 20, 40]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == names
     assert speed.get_ylim()[0] == 0
     report.main(["plot", str(tmp_path / "quick")])
     assert [line.get_label() for line in drawn[1].axes[0].lines] == ["quick"]
