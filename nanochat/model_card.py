@@ -13,7 +13,7 @@ import yaml
 from nanochat.dataset import REPO_ID, source
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.report_format import dig, escape, fence, show, table
-from nanochat.report_text import count, share, summary
+from nanochat.report_text import count, share, summary, task_names
 
 HUB_SETS = {
     "base_train": [REPO_ID],
@@ -57,8 +57,9 @@ def model_card(
         "## Data and training",
         _training(results) or "Not recorded with these weights.",
         "## Results",
-        summary(results) if results else "No report came with these weights.",
-        "Accuracy +- its standard error; n is the number of items." if results else "",
+        f"{summary(results)}\n\nAccuracy +- its standard error; n is the number of items."
+        if task_names(results) or "base_eval" in results
+        else "No evaluation came with these weights.",
         "## How to use",
         "In a checkout of Saint Iberis:",
         fence(
@@ -101,7 +102,8 @@ def _data(results: dict[str, dict]) -> dict[str, list[str]]:
     for stage, sets in HUB_SETS.items():
         data = dig(results, stage, "settings", "data")
         if isinstance(data, str):
-            kinds = {"hub": sets, "embedded": ["the documentation of Python and synthetic tasks"]}
+            embedded = "documentation of Python" + ("" if stage == "base_train" else " and synthetic tasks")
+            kinds = {"hub": sets, "embedded": [embedded]}
             found[stage] = list(kinds.get(source(data), ["data of the author's own"]))
             if dig(results, stage, "settings", "add"):
                 found[stage].append("conversations of the author's own")

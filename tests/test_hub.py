@@ -325,7 +325,7 @@ def test_the_card(allowed, base_dir, tokenizer):
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "| layers | 2: 1 SLC2, 1 attention (1) |" in lines
     assert "| parameters: total | 483,328 |" in lines
-    row = "| chat_sft | the documentation of Python and synthetic tasks | 12 | 34,567 | - | 0.4321 |"
+    row = "| chat_sft | documentation of Python and synthetic tasks | 12 | 34,567 | - | 0.4321 |"
     assert row in lines
     assert "| Arithmetic | 0.0000 | 500 | - | - | 0.9870 +- 0.0060 | - |" in lines
     assert f"python -m scripts.hub pull {MINE} -i sft" in lines
@@ -346,7 +346,7 @@ def test_the_report_of_another_run_stays_here(allowed, base_dir, tokenizer, othe
     trained(base_dir, tokenizer, **other)
     hub.main(["push", MINE, "-g", "d2"])
     assert not [name for name in allowed.files if name.startswith("report/")]
-    assert "No report came with these weights" in allowed.files["README.md"].decode()
+    assert "No evaluation came with these weights" in allowed.files["README.md"].decode()
     assert "0.987" not in allowed.files["README.md"].decode()
 
 
