@@ -3,7 +3,7 @@
     python dev/gen_units.py > units.jsonl
 
 An example to change: a reply is a list of parts, of which "python" is a call of the calculator and
-"python_output" its result. When the model talks, the call is its own and the result comes from the calculator.
+"python_output" its result. When the model talks, the call is its own and the result is the calculator's.
 Numbers that seven divides are kept back, to see whether it has learned to convert or learned by heart.
 """
 
