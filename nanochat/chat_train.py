@@ -31,7 +31,9 @@ class ChatTrainConfig:
     run: str = "dummy"
     """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
     data: str = "auto"
-    """conversations: auto, hub, embedded, or a .jsonl file of your own"""
+    """conversations: auto, hub, embedded, or your own: a .jsonl file, a folder or a glob"""
+    add: str = ""
+    """conversations of your own to learn beside those of `data`: a .jsonl file, a folder or a glob"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
@@ -117,7 +119,7 @@ def train_on_conversations(
     accumulation = accumulation_steps(n_rows, device_batch_size, runtime)
     directory = checkpoint_dir(stage, tag)
     progress = start_or_resume(
-        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+        directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused)
 

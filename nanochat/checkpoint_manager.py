@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, found again, loaded with their architecture.
+"""Checkpoints: written whole or not at all, found again, loaded with their architecture and their tokenizer.
 
 A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
 
@@ -8,6 +8,10 @@ A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
 
 Each is written atomically and the meta file last: it is what makes a checkpoint exist. Tensors are read with
 torch's weights_only loader, which runs no code from the file.
+
+Beside them, in tokenizer/, is the tokenizer that the run learned with. So another may be trained, or come
+with a model from elsewhere, and this one still speaks: the size of a vocabulary does not tell two apart.
+Folders without one are older than that; theirs is the tokenizer of the base directory.
 """
 
 import json
@@ -51,7 +55,8 @@ def _optim_path(directory: Path, step: int) -> Path:
     return directory / f"optim_{step:06d}_rank0.pt"
 
 
-def _meta_path(directory: Path, step: int) -> Path:
+def meta_path(directory: Path, step: int) -> Path:
+    """Return the path of a checkpoint's architecture, settings and state of the loop."""
     return directory / f"meta_{step:06d}.json"
 
 
@@ -72,7 +77,7 @@ def save_checkpoint(
         _save_tensors(_optim_path(directory, step), optimizer_state)
     _save_tensors(model_path(directory, step), model.state_dict())
     write_json(
-        _meta_path(directory, step),
+        meta_path(directory, step),
         {"format_version": 1, "step": step, "model_config": asdict(model.config), **meta},
     )
     for old in complete_steps(directory)[:-keep_last] if keep_last else []:
@@ -81,7 +86,7 @@ def save_checkpoint(
 
 def delete_checkpoint(directory: Path, step: int) -> None:
     """Delete a checkpoint; its meta file first, so that what a crash leaves does not count as one."""
-    for path in (_meta_path(directory, step), model_path(directory, step), _optim_path(directory, step)):
+    for path in (meta_path(directory, step), model_path(directory, step), _optim_path(directory, step)):
         path.unlink(missing_ok=True)
 
 
@@ -109,7 +114,7 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """Read a checkpoint's meta file."""
-    path = _meta_path(directory, step)
+    path = meta_path(directory, step)
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -151,6 +156,17 @@ def load_weights(model: GPT, state: dict[str, Tensor], keep_dtypes: bool = False
         logger.warning("warning: every convolution weight is zero: the SLC2 layers of this model add nothing")
 
 
+def tokenizer_dir(directory: Path) -> Path:
+    """Return where a checkpoint folder keeps its tokenizer."""
+    return directory / "tokenizer"
+
+
+def load_tokenizer(directory: Path) -> RustBPETokenizer:
+    """Load the tokenizer of a checkpoint folder."""
+    own = tokenizer_dir(directory)
+    return get_tokenizer(own if own.exists() else None)
+
+
 def load_model(
     source: str, device: torch.device, phase: str, model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
@@ -165,7 +181,7 @@ def load_model(
     meta = read_meta(directory, step)
     model = GPT(model_config(meta))
     load_weights(model, load_tensors(model_path(directory, step), "cpu"))
-    tokenizer = get_tokenizer()
+    tokenizer = load_tokenizer(directory)
     check_vocabulary(model.config, tokenizer)
     return model.to(device).train(phase == "train"), tokenizer, meta
 

@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
@@ -40,6 +39,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 import tyro
 
 from nanochat.common import atomic_write, base_dir, parse, run
+from nanochat.hub_files import reason, sha256
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +54,6 @@ VAL_SHARD = SHARD_NAME.format(N_TRAIN_SHARDS)
 VAL_EVERY = 20  # in text of the user's own, one document of this many is held out
 ROWS_PER_GROUP = 1024
 SUFFIXES = (".jsonl", ".parquet", ".txt")
-BLOCK_BYTES = 1 << 20
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -179,15 +178,25 @@ def _build_once(directory: Path, fill: Callable[[Path], None]) -> Path:
 # Text of the user's own
 
 
+def own_files(name: str, suffixes: tuple[str, ...], complaint: str) -> list[Path]:
+    """Return, in order, the files of these suffixes that a file, a folder or a glob (** is any depth) names.
+
+    FileNotFoundError if there are none; it begins with the complaint.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        found = [path]  # whatever brackets it has in its name
+    else:
+        found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(file.resolve() for file in found if file.name.endswith(suffixes) and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{complaint} no file, folder or glob of files in {', '.join(suffixes)}")
+    return files
+
+
 def _own_shards(data: str) -> Path:
     path = Path(data).expanduser()
-    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
-    files = sorted(file.resolve() for file in found if file.suffix in SUFFIXES and file.is_file())
-    if not files:
-        raise FileNotFoundError(
-            f"data={data!r} is none of auto, hub and embedded, and no file, folder or glob of text files "
-            f"({', '.join(SUFFIXES)})"
-        )
+    files = own_files(data, SUFFIXES, f"data={data!r} is none of auto, hub and embedded, and")
     if path.is_dir() and len(files) >= 2 and all(file.suffix == ".parquet" for file in files):
         return path
     if len(list(islice(_own_documents(files), 2))) < 2:
@@ -205,7 +214,10 @@ def _own_shards(data: str) -> Path:
 
 
 def _own_documents(files: Sequence[Path]) -> Iterator[str]:
-    """Yield every text that is not blank: a row of parquet, a line of jsonl, some paragraphs of txt."""
+    """Yield every text that is not blank: a row of parquet, a line of jsonl, some paragraphs of txt.
+
+    A byte order mark, which Windows puts at the start of a file, is no text.
+    """
     readers = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents, ".txt": _txt_documents}
     for path in files:
         try:
@@ -220,8 +232,10 @@ def _parquet_documents(path: Path) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)["text"]
                 text.encode()  # JSON can spell half a surrogate pair, which is no text
@@ -234,7 +248,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
     """Cut at a blank line after 2,000 characters or more, at any line end after 8,000."""
     lines: list[str] = []
     size = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for line in file:
             lines.append(line)
             size += len(line)
@@ -282,11 +296,11 @@ def download_shard(
                 on_progress(name, 1.0)
                 return
             except (httpx.HTTPError, OSError, EOFError) as error:
-                reason = f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
+                told = f"{name}: {reason(error)}"
                 if attempt == attempts - 1 or not _is_transient(error):
-                    raise OSError(reason) from error
+                    raise OSError(told) from error
             wait_s = backoff_s * 2**attempt
-            logger.warning("%s; trying again in %g s", reason, wait_s)
+            logger.warning("%s; trying again in %g s", told, wait_s)
             time.sleep(wait_s)
 
 
@@ -318,10 +332,7 @@ def _transfer(
     if n_bytes < stated.size:
         raise EOFError(f"{n_bytes} of {stated.size} bytes came")
     file.seek(0)
-    digest = hashlib.sha256()
-    for block in iter(partial(file.read, BLOCK_BYTES), b""):
-        digest.update(block)
-    if digest.hexdigest() != stated.etag:
+    if sha256(file) != stated.etag:
         file.truncate(0)
         raise EOFError("its bytes do not have the SHA-256 that the hub states")
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 from nanochat.gpt import GPTConfig
 
 MAX_ROWS = 32  # of a forward: more fill no GPU better
-SPARE = (
-    0.92  # of the free memory: the rest is for what the allocator cannot use, libraries and their workspaces
-)
+SPARE = 0.92  # of the free memory: the allocator, libraries and their workspaces need the rest
 HEAD_BYTES = 2**32  # at most, for the logits of a chunk; without the kernels there is one chunk, twice
 
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, one object a line, and wandb if asked.
+"""Where the numbers of a run go: metrics.jsonl, one object a line, and wandb if asked and installed.
 
 The file is the record that plots and reports read. Every line carries `step`; a resumed run first drops the
 lines from the step on that it resumes at, so that no step is told twice.
@@ -31,15 +31,13 @@ class MetricsLog:
         self.file = self.wandb = None
         if not runtime.is_main:
             return
+        if wandb_run != "dummy":
+            self.wandb = _start_wandb(wandb_run, config)
         kept = [r for r in read_metrics(path) if r["step"] < resume_step] if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-        if wandb_run != "dummy":
-            import wandb
-
-            self.wandb = wandb.init(project="nanochat", name=wandb_run, config=config)
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Write one record; it must have a `step`."""
@@ -55,3 +53,14 @@ class MetricsLog:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _start_wandb(run: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"run={run!r} sends the numbers to wandb, which is not installed: pip install wandb, or leave "
+            "--run out; metrics.jsonl has them anyway"
+        ) from error
+    return wandb.init(project="nanochat", name=run, config=config)

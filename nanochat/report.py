@@ -2,7 +2,7 @@
 
     python -m nanochat.report reset                                # before the first stage
     python -m nanochat.report generate --dollars-per-hour=24       # at any time, also of an unfinished run
-    python -m nanochat.report plot A/metrics.jsonl B/metrics.jsonl --out=curves.png
+    python -m nanochat.report plot d12 sft/d12 B/metrics.jsonl --out=curves.png
 
 Stages call nanochat.common.write_report and know nothing of this; here their numbers are read and laid out
 (report_text.py), drawn (report_plots.py), and never computed anew.
@@ -50,16 +50,16 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Compare runs: loss over steps and validation bits per byte over seconds in one picture."""
+    """Compare runs: training loss, validation bits per byte and tokens a second in one picture."""
 
-    runs: Positional[tuple[Path, ...]]
-    """metrics.jsonl files, or their folders"""
+    runs: Positional[tuple[str, ...]]
+    """metrics.jsonl files, checkpoint folders, or model tags (d12, or sft/d12 for a later stage)"""
     out: Path = Path("curves.png")
     """the picture: .png, .svg or .pdf"""
 
     def __post_init__(self) -> None:
         if not self.runs:
-            raise ValueError("plot needs at least one run: the path of a metrics.jsonl, or its folder")
+            raise ValueError("plot needs at least one run: a metrics.jsonl, its folder, or a model tag")
         if self.out.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"out={str(self.out)!r} must end in .png, .svg or .pdf")
 

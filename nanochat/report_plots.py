@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from nanochat.common import atomic_write
+from nanochat.checkpoint_manager import STAGES, checkpoint_dir
+from nanochat.common import atomic_write, base_dir
 from nanochat.metrics import read_metrics
 from nanochat.report_format import dig, entries, is_number
 from nanochat.report_text import CHAT_EVALS, chance, task_names
@@ -124,28 +125,66 @@ def chat_tasks(results: dict[str, dict]) -> Figure | None:
     return figure
 
 
-def compare(paths: Sequence[Path], out: Path) -> None:
-    """Draw loss over steps and validation bits per byte over seconds of several runs in one picture.
+def compare(runs: Sequence[str], out: Path) -> None:
+    """Draw training loss, validation bits per byte and throughput of several runs, one colour a run.
 
-    A path is a metrics.jsonl or the folder of one; the file's name, or the folder's, names its curve.
-    ValueError for a run that has nothing to draw.
+    A run is what find_metrics takes. ValueError for one that has nothing to draw; a run without evaluations
+    is missing from their panel only.
     """
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    loss_axis, bpb_axis = figure.subplots(1, 2)
-    for path in paths:
-        path = path / "metrics.jsonl" if path.is_dir() else path
+    paths = [find_metrics(run) for run in runs]
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    panels = (
+        ("step", "smooth_loss", "training loss (nats a token)"),
+        ("train_seconds", "val_bpb", "validation (bits per byte)"),
+        ("step", "tokens_per_second", "tokens a second"),
+    )
+    axes = figure.subplots(1, len(panels))
+    for number, (path, name) in enumerate(zip(paths, _names(paths), strict=True)):
         records = read_metrics(path)
-        steps, evals = series(records, "step", "smooth_loss"), series(records, "train_seconds", "val_bpb")
-        if not steps[0] or not evals[0]:
-            raise ValueError(f"{path} has no steps or no evaluations to draw")
-        name = path.parent.name if path.stem == "metrics" else path.stem
-        _curve(loss_axis, *steps, label=name)
-        _curve(bpb_axis, *evals, marker=".", label=name)
-    loss_axis.set(xlabel="step", ylabel="training loss (nats a token)")
-    bpb_axis.set(xlabel="seconds of training", ylabel="validation bits per byte")
-    for axis in (loss_axis, bpb_axis):
-        axis.legend()
+        curves = [series(records, x, y) for x, y, _ in panels]
+        if not any(xs for xs, _ in curves):
+            raise ValueError(f"{path} has no steps and no evaluations to draw")
+        for axis, curve, (_, y, _) in zip(axes, curves, panels, strict=True):
+            if curve[0]:
+                style = {"marker": "."} if y == "val_bpb" else {}
+                _curve(axis, *curve, label=name, color=f"C{number % 10}", linewidth=1.2, **style)
+    for axis, (x, _, label) in zip(axes, panels, strict=True):
+        axis.set(xlabel="seconds of training" if x == "train_seconds" else x, title=label)
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].yaxis.set_major_formatter(EngFormatter())
     _save(figure, out)
+
+
+def find_metrics(run: str) -> Path:
+    """Return the metrics.jsonl that is meant by its own path, by its folder, or by a model tag.
+
+    A tag means the first stage that has it; mid/d4, sft/d4 and rl/d4 say which. FileNotFoundError if none.
+    """
+    path = Path(run).expanduser()
+    if path.is_file():
+        return path
+    stage, _, tag = run.rpartition("/")
+    stages = [stage] if stage in STAGES else STAGES if not stage else []
+    for folder in (path, *(checkpoint_dir(stage, tag) for stage in stages)):
+        if (folder / "metrics.jsonl").is_file():
+            return folder / "metrics.jsonl"
+    raise FileNotFoundError(
+        f"no metrics.jsonl for run {run!r}: give the file, its folder, or a tag that was trained under "
+        f"{base_dir()}, as in d4 or sft/d4"
+    )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Name a curve by its file or, of a metrics.jsonl, its folder, with so much before that names differ."""
+    places = [path.absolute().with_suffix("") for path in paths]
+    places = [place.parent if place.name == "metrics" else place for place in places]
+    for depth in range(1, max(len(place.parts) for place in places)):
+        names = ["/".join(place.parts[-depth:]) for place in places]
+        if len(set(names)) == len(set(places)):
+            break
+    return names
 
 
 def series(records: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -154,6 +154,10 @@ class RustBPETokenizer:
             # A copy, because tiktoken pickles the encodings that it has loaded itself as a mere name.
             pickle.dump(tiktoken.Encoding(**fields), file)
 
+    def is_same_as(self, other: RustBPETokenizer) -> bool:
+        """Whether every text has the same ids in both."""
+        return _fields(self.enc) == _fields(other.enc)
+
     # -----------------------------------------------------------------------------------------------------
     # The vocabulary
 

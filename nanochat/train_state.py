@@ -19,12 +19,14 @@ from nanochat.checkpoint_manager import (
     load_for,
     load_optimizer_state,
     load_tensors,
+    load_tokenizer,
     load_weights,
     model_config,
     model_path,
     read_meta,
     resolve_tag,
     save_checkpoint,
+    tokenizer_dir,
 )
 from nanochat.common import Runtime, write_report
 from nanochat.dataloader import merge_states
@@ -77,19 +79,26 @@ class Progress:
 
 
 def start_or_resume(
-    directory: Path, model: GPT, optimizer: MuonAdamW, runtime: Runtime, *, resume: bool, overwrite: bool
+    directory: Path,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    optimizer: MuonAdamW,
+    runtime: Runtime,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> Progress:
     """Start a run in directory, or load model and optimizer from its newest checkpoint and go on.
 
-    Raises ValueError when checkpoints are there and neither was asked for, or when they do not fit the model.
+    Raises ValueError when checkpoints are there and neither was asked for, or when they do not fit the model
+    or were made with another tokenizer.
     """
     steps = complete_steps(directory)
-    if not steps:
-        return Progress()
-    if overwrite:
+    if not steps or overwrite:
         if runtime.is_main:
             for step in steps:
                 delete_checkpoint(directory, step)
+            tokenizer.save(tokenizer_dir(directory))
         return Progress()
     if not resume:
         raise ValueError(
@@ -101,6 +110,11 @@ def start_or_resume(
         raise ValueError(
             f"{directory} holds {model_config(meta)}, these settings make {model.config}: "
             "give the settings that it was started with, or another --model-tag"
+        )
+    if not load_tokenizer(directory).is_same_as(tokenizer):
+        raise ValueError(
+            f"{directory} was begun with another tokenizer than the one that is there now: start anew with "
+            "--overwrite, or choose another --model-tag"
         )
     load_weights(model, load_tensors(model_path(directory, steps[-1]), runtime.device))
     _load_optimizer(directory, steps[-1], optimizer, runtime)

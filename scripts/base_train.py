@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     optimizer = build_optimizer(model, config.rates)
     directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
     progress = start_or_resume(
-        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+        directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
 

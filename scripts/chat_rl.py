@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer, optimizer, tag = start_from(config.source, config, runtime)
     directory = checkpoint_dir("rl", tag)
     progress = start_or_resume(
-        directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
+        directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
 
     max_new_tokens = min(config.max_new_tokens, model.config.sequence_len // 2)

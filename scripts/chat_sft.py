@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/chat_sft.json."""
     config = parse(ChatSFTConfig, argv)
 
-    from tasks.recipes import sft_tasks
+    from tasks.recipes import sft_tasks, with_own
 
-    train_task, val_task = sft_tasks(config.data)
+    train_task, val_task = with_own(sft_tasks(config.data), config.add)
     result = train_on_conversations(
         config,
         setup_runtime(config.device_type),

@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/mid_train.json."""
     config = parse(MidTrainConfig, argv)
 
-    from tasks.recipes import mid_tasks
+    from tasks.recipes import mid_tasks, with_own
 
-    train_task, val_task = mid_tasks(config.data)
+    train_task, val_task = with_own(mid_tasks(config.data), config.add)
     result = train_on_conversations(
         config,
         setup_runtime(config.device_type),

@@ -14,11 +14,9 @@ Rows stay in Arrow's columns and become dicts one at a time, so that half a mill
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import lzma
-import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatch
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanochat.common import base_dir
+from nanochat.hub_files import download, hub_api, reason
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,7 +96,7 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of each line of .jsonl or .jsonl.xz that is not blank; ValueError if bad."""
     number = 0
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -171,12 +170,11 @@ def _fetch(repo: str, subset: str, split: str, folder: Path) -> None:
     """Fill a folder, keeping the whole files that an earlier attempt left; OSError if that fails.
 
     Files are listed and asked for one by one: snapshot_download takes a folder half filled for a whole one
-    when it is offline. huggingface_hub goes on after a broken transfer, but compares lengths alone.
+    when it is offline.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.utils import httpx
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    api = hub_api()
     wanted = f"{subset}/{split}-*.parquet"
     try:
         entries = api.list_repo_tree(repo, subset, repo_type="dataset")
@@ -184,13 +182,10 @@ def _fetch(repo: str, subset: str, split: str, folder: Path) -> None:
         if not files:
             raise FileNotFoundError("there are no such files")
         for file in files:
-            path = Path(api.hf_hub_download(repo, file.path, repo_type="dataset", local_dir=folder))
-            if file.lfs and hashlib.sha256(path.read_bytes()).hexdigest() != file.lfs.sha256:
-                path.unlink()
-                raise OSError(f"{path.name} does not have the SHA-256 that the hub states")
+            download(api, repo, file.path, file.lfs and file.lfs.sha256, folder, repo_type="dataset")
     except (httpx.HTTPError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"cannot download {wanted} of the data set {repo}: {reason}. It needs the network once; without "
-            f"it, copy {folder.parent} from a machine that has it, or name a file of your own as the path"
+            f"cannot download {wanted} of the data set {repo}: {reason(error)}. It needs the network once; "
+            f"without it, copy {folder.parent} from a machine that has it, or name a file of your own as the "
+            "path"
         ) from error

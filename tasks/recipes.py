@@ -2,11 +2,11 @@
 
     hub         the sets of the published run
     embedded    what needs no network: spelling, arithmetic, and questions about the standard library
-    a path      a .jsonl of your own conversations to learn from; one in twenty is held out
+    a path      conversations of your own: a file, a folder or a glob of .jsonl; one in twenty is held out
     auto        hub where the hub's text was downloaded, else embedded
 
-Conversations that give the model a name and a character are learned with the hub's sets if they are there, as
-$NANOCHAT_BASE_DIR/identity_conversations.jsonl.
+Conversations that give the model a name and a character are learned with the hub's and with the embedded sets
+if they are there, as $NANOCHAT_BASE_DIR/identity_conversations.jsonl; dev/gen_identity.py writes some.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from functools import cache
 
 from nanochat.common import base_dir
-from nanochat.dataset import source
+from nanochat.dataset import own_files, source
 from tasks.arc import ARC
 from tasks.arithmetic import FORMS, NEW_FORMS, Arithmetic
-from tasks.common import Task, TaskMixture
+from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -30,6 +30,7 @@ from tasks.stdlib import DocChoice, DocQuestion
 
 logger = logging.getLogger(__name__)
 VAL_EVERY = 20  # of conversations of your own, one of this many is held out
+SUFFIXES = (".jsonl", ".jsonl.xz")
 SHORT = 6  # letters of a word that the embedded tasks ask about
 
 
@@ -79,6 +80,8 @@ def rl_tasks(data: str) -> tuple[Task, Task]:
 
 def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
     """Return how to make each task of a chat evaluation; none is loaded before it is asked for."""
+    if source(data) not in ("hub", "embedded"):
+        raise ValueError(f"data={data!r} must be hub, embedded or auto: conversations alone judge no answer")
     if source(data) == "hub":
         return {
             "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
@@ -100,29 +103,39 @@ def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
 
 def _local(data: str, size: int, alphabetical: float) -> tuple[Task, Task]:
     if data != "embedded":
-        return _own(data)
+        return _own(data, f"data={data!r} is none of auto, hub and embedded, and")
     words = _short_words()
-    return _embedded(words, "train", size, alphabetical), _embedded(words, "test", 800, alphabetical)
+    train = TaskMixture([*_embedded(words, "train", size, alphabetical), *_identity()])
+    return train, TaskMixture(_embedded(words, "test", 800, alphabetical))
 
 
-def _embedded(words: list[str], split: str, size: int, alphabetical: float) -> Task:
-    """Mix about size conversations, in shares that a d4 learns all of them from (dev/LOG.md)."""
-    tasks = [
+def _embedded(words: list[str], split: str, size: int, alphabetical: float) -> list[Task]:
+    """Return about size conversations, in shares that a d4 learns all of them from (dev/LOG.md)."""
+    return [
         SimpleSpelling(words, round(0.32 * size), split),
         SpellingBee(words, round(0.07 * size), split),
         Arithmetic(round(0.06 * size), split),
         DocChoice(round(0.53 * size), split, alphabetical=alphabetical),
         DocQuestion(split, stop=round(0.02 * size)),
     ]
-    return TaskMixture(tasks)
 
 
 def _short_words() -> list[str]:
     return word_list("embedded", max_length=SHORT)
 
 
-def _own(path: str) -> tuple[Task, Task]:
-    conversations = CustomJSON(path)
+def with_own(tasks: tuple[Task, Task], path: str) -> tuple[Task, Task]:
+    """Mix conversations of your own, if a path names any, into what is learned and what is validated on."""
+    if not path:
+        return tasks
+    own = _own(path, f"add={path!r} is")
+    return TaskMixture([tasks[0], own[0]]), TaskMixture([tasks[1], own[1]])
+
+
+def _own(path: str, complaint: str) -> tuple[Task, Task]:
+    conversations = TaskSequence([CustomJSON(file) for file in own_files(path, SUFFIXES, complaint)])
+    if len(conversations) < 2:
+        raise ValueError(f"{path} holds one conversation; two are needed, one of them for validation")
     train = [conversations.slice(start=i, step=VAL_EVERY) for i in range(1, VAL_EVERY)]
     return TaskMixture(train), conversations.slice(step=VAL_EVERY)
 

@@ -58,3 +58,21 @@ def device(request):
 def dtype(request):
     """What a kernel computes with."""
     return request.param
+
+
+@pytest.fixture
+def model_hub(tmp_path, monkeypatch):
+    """A hub without repositories that huggingface_hub talks to, here and in processes started from here."""
+    from huggingface_hub import close_session, constants
+
+    from tests.model_hub import ModelHub
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # else files go by another protocol
+    settings = {"NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+    with ModelHub() as server:
+        for name, value in {**settings, "HF_ENDPOINT": server.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        close_session()
+        yield server
+        close_session()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors, model_path
 from nanochat.common import run
 from nanochat.metrics import read_metrics
+from nanochat.tokenizer import get_tokenizer
 from scripts import base_loss, base_train, tok_train
 
 ROOT = Path(__file__).parent.parent
@@ -215,8 +217,26 @@ def test_checkpoints_are_never_mixed_or_overwritten_unasked(corpus, base_dir):
     assert complete_steps(base_dir / "base_checkpoints" / "d2") == [1]
 
 
+def test_a_model_keeps_the_tokenizer_that_it_learned_with(corpus, base_dir, tmp_path):
+    """Trained anew at the same size, the tokenizer passed every check, and older models fell silent."""
+    train(corpus, "--num-iterations=1")
+    _, learned_with, _ = load_model("base", torch.device("cpu"), "eval")
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in corpus.iterdir():
+        (other / path.name).write_text(path.read_text().upper())
+    tok_train.main([f"--data={other}", "--vocab-size=320"])
+    _, found, _ = load_model("base", torch.device("cpu"), "eval")
+    assert found.is_same_as(learned_with)
+    assert not found.is_same_as(get_tokenizer())
+    assert "begun with another tokenizer" in error_of(lambda: train(corpus, "--num-iterations=2", "--resume"))
+    train(corpus, "--num-iterations=1", "--overwrite")
+    assert load_model("base", torch.device("cpu"), "eval")[1].is_same_as(get_tokenizer())
+
+
 def test_another_tokenizer_than_the_checkpoint_s(corpus, base_dir):
     train(corpus, "--num-iterations=1")
+    shutil.rmtree(base_dir / "base_checkpoints" / "d2" / "tokenizer")  # a folder of before they were kept
     tok_train.main([f"--data={corpus}", "--vocab-size=300"])
     message = error_of(lambda: base_loss.main([f"--data={corpus}", "--device-type=cpu"]))
     assert "320" in message

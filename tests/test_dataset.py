@@ -369,6 +369,24 @@ def test_all_kinds_in_one_folder(tmp_path):
     assert sorted(both) == ["from jsonl", "from parquet", "from txt", "more"]
 
 
+def test_files_as_windows_and_careless_people_leave_them(tmp_path):
+    """A blank line was an error, and a byte order mark too, or part of the first text."""
+    (tmp_path / "a [1].jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n\n')
+    assert texts(shard_paths(str(tmp_path / "a [1].jsonl"), "val")) == ["two"]
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    train, val = (texts(shard_paths(str(tmp_path), split)) for split in ("train", "val"))
+    assert (train, val) == (["one", "three"], ["two"])
+
+
+def test_a_glob_of_any_depth(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}" / "deep").mkdir(parents=True)
+        (tmp_path / f"{i}" / "deep" / "a.txt").write_text(f"text {i}")
+        (tmp_path / f"{i}" / "deep" / "a.md").write_text("not this")
+    data = str(tmp_path / "**" / "*.txt")
+    assert texts(shard_paths(data, "train") + shard_paths(data, "val")) == ["text 0", "text 2", "text 1"]
+
+
 @pytest.mark.parametrize(
     ("line", "rule"),
     [

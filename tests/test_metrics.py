@@ -1,4 +1,10 @@
 import dataclasses
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
 
 from nanochat.common import Runtime
 from nanochat.metrics import MetricsLog, read_metrics
@@ -28,3 +34,47 @@ def test_other_ranks_write_nothing(tmp_path):
     log({"step": 0})
     log.close()
     assert not (tmp_path / "m.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# wandb
+
+
+class FakeRun(list):
+    def log(self, record):
+        self.append(record)
+
+    def finish(self):
+        self.append("finished")
+
+
+def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
+    run, told = FakeRun(), {}
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: told.update(settings) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    path = tmp_path / "m.jsonl"
+    log = MetricsLog(path, Runtime.cpu(), resume_step=0, wandb_run="d4", config={"depth": 4})
+    log({"step": 0, "loss": 1.0})
+    log.close()
+    assert run == [*read_metrics(path), "finished"]
+    assert told == {"project": "nanochat", "name": "d4", "config": {"depth": 4}}
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    """It was a traceback, after the model was built; and a run without wandb must not notice."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"run='d4' sends the numbers to wandb, which is not installed"):
+        MetricsLog(tmp_path / "m.jsonl", Runtime.cpu(), resume_step=0, wandb_run="d4", config={})
+    assert not (tmp_path / "m.jsonl").exists()
+    open_log(tmp_path / "m.jsonl", 0).close()
+
+
+def test_nothing_imports_wandb_before_it_is_asked_for():
+    root = Path(__file__).parent.parent
+    files = [path for folder in ("nanochat", "scripts", "tasks") for path in (root / folder).glob("*.py")]
+    names = [f"{path.parent.name}.{path.stem}" for path in files]
+    assert {"nanochat.metrics", "scripts.chat_rl", "tasks.recipes"} < set(names)
+    code = f"import importlib, sys; [*map(importlib.import_module, {names})]; print('wandb' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -64,13 +64,13 @@ def lines_of(text):
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
-def write_metrics(path, n_steps=40):
+def write_metrics(path, n_steps=40, evals=(0, 20, 40)):
     steps = [
         {"step": i, "loss": 5.0, "smooth_loss": 9 / (i + 1), "tokens_per_second": 900 + i, "train_seconds": i}
         for i in range(n_steps)
     ]
-    evals = [{"step": i, "val_bpb": 2 - i / 99, "train_seconds": float(i)} for i in (0, 20, 40)]
-    path.parent.mkdir(exist_ok=True)
+    evals = [{"step": i, "val_bpb": 2 - i / 99, "train_seconds": float(i)} for i in evals]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in steps + evals))
     return str(path)
 
@@ -262,8 +262,45 @@ def test_plot_compares_runs(tmp_path):
     assert report.main(["plot", str(tmp_path / "a.jsonl"), str(tmp_path / "d4"), f"--out={out}"]) == 0
     assert_is_a_picture(out)
     write_metrics(tmp_path / "b.jsonl", n_steps=0)
-    with pytest.raises(ValueError, match=r"b\.jsonl has no steps"):
+    assert_is_a_picture(out)
+    write_metrics(tmp_path / "b.jsonl", n_steps=0, evals=())
+    with pytest.raises(ValueError, match=r"b\.jsonl has no steps and no evaluations"):
         report.main(["plot", str(tmp_path / "b.jsonl"), f"--out={out}"])
+
+
+def test_the_panels_of_a_comparison(tmp_path, base_dir, monkeypatch):
+    """By tag, with one colour a run; a run without evaluations is missing from their panel alone."""
+    drawn = []
+    monkeypatch.setattr(report_plots, "_save", lambda figure, path: drawn.append(figure))
+    for stage in ("base", "chatsft"):
+        write_metrics(base_dir / f"{stage}_checkpoints" / "d4" / "metrics.jsonl")
+    write_metrics(tmp_path / "quick" / "metrics.jsonl", evals=())
+    report.main(["plot", "d4", "sft/d4", str(tmp_path / "quick")])
+    loss, bpb, speed = drawn[0].axes
+    names = ["base_checkpoints/d4", "chatsft_checkpoints/d4", f"{tmp_path.name}/quick"]
+    assert [line.get_label() for line in loss.lines] == [line.get_label() for line in speed.lines] == names
+    assert [line.get_label() for line in bpb.lines] == names[:2]
+    assert [line.get_color() for line in speed.lines] == ["C0", "C1", "C2"]
+    assert [axis.get_title() for axis in drawn[0].axes] == [
+        "training loss (nats a token)",
+        "validation (bits per byte)",
+        "tokens a second",
+    ]
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["step", "seconds of training", "step"]
+    assert list(bpb.lines[0].get_xdata()) == [0, 20, 40]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == names
+    assert speed.get_ylim()[0] == 0
+    report.main(["plot", str(tmp_path / "quick")])
+    assert [line.get_label() for line in drawn[1].axes[0].lines] == ["quick"]
+
+
+@pytest.mark.parametrize("run", ["d9", "sft/d4", "nowhere/d4", "d4/metrics.json"])
+def test_a_run_that_is_nowhere(run, base_dir):
+    write_metrics(base_dir / "base_checkpoints" / "d4" / "metrics.jsonl")
+    with pytest.raises(
+        FileNotFoundError, match=f"no metrics.jsonl for run '{run}': give the file, its folder"
+    ):
+        report.main(["plot", "d4", run])
 
 
 def test_reset_removes_the_last_report_and_nothing_else(folder, monkeypatch):

@@ -176,6 +176,58 @@ def test_recipes_of_a_file_of_your_own(tmp_path):
         assert questions[0] == {f"q{i}" for i in range(41)} - questions[1]
 
 
+def write_chats(path, questions):
+    lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": "a"}] for q in questions]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8-sig")
+
+
+def questions(task):
+    return sorted(user(task[i]) for i in range(len(task)))
+
+
+def test_a_folder_or_glob_of_your_own_conversations(tmp_path):
+    write_chats(tmp_path / "chats" / "a.jsonl", "abc")
+    write_chats(tmp_path / "chats" / "b.jsonl", "de")
+    (tmp_path / "chats" / "notes.txt").write_text("no conversation")
+    for data in (tmp_path / "chats", tmp_path / "*" / "*.jsonl"):
+        train, val = recipes.sft_tasks(str(data))
+        assert (questions(train), questions(val)) == (list("bcde"), ["a"])
+    with pytest.raises(
+        FileNotFoundError, match=r"none of auto, hub and embedded, and no file, folder or glob"
+    ):
+        recipes.sft_tasks(str(tmp_path / "chats" / "notes.txt"))
+    (tmp_path / "chats" / "b.jsonl").write_text('["d"]\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: expected"):
+        recipes.mid_tasks(str(tmp_path / "chats"))
+    write_chats(tmp_path / "one.jsonl", "a")
+    with pytest.raises(ValueError, match=r"one\.jsonl holds one conversation; two are needed"):
+        recipes.mid_tasks(str(tmp_path / "one.jsonl"))
+
+
+def test_conversations_of_your_own_beside_others(tmp_path):
+    """--data=PATH alone would make the model forget all else."""
+    write_chats(tmp_path / "others.jsonl", [f"other {i}" for i in range(40)])
+    write_chats(tmp_path / "own.jsonl", "abcde")
+    others = recipes.sft_tasks(str(tmp_path / "others.jsonl"))
+    assert recipes.with_own(others, "") == others
+    train, val = recipes.with_own(others, str(tmp_path / "own.jsonl"))
+    assert questions(train) == sorted([*questions(others[0]), *"bcde"])
+    assert questions(val) == ["a", "other 0", "other 20"]
+    with pytest.raises(FileNotFoundError, match=r"add='nowhere' is no file, folder or glob"):
+        recipes.with_own(others, "nowhere")
+
+
+def test_an_identity_is_learned_with_the_embedded_data(monkeypatch, base_dir):
+    monkeypatch.setattr(recipes, "word_list", lambda data, max_length: WORDS)
+    without, val = recipes.sft_tasks("embedded")
+    write_chats(base_dir / "identity_conversations.jsonl", ["Who are you?", "What is your name?"])
+    train, same_val = recipes.sft_tasks("embedded")
+    assert len(train) == len(without) + 2
+    assert "Who are you?" in questions(train)
+    assert questions(same_val) == questions(val)
+
+
 def test_recipes_of_the_embedded_data(monkeypatch):
     monkeypatch.setattr(recipes, "word_list", lambda data, max_length: WORDS)
     tokenizer = train_tokenizer()
@@ -184,5 +236,7 @@ def test_recipes_of_the_embedded_data(monkeypatch):
         assert len(train) > 10_000 > len(val) > 500
         for i in range(50):
             tokenizer.render_conversation(train[i])
+    with pytest.raises(ValueError, match=r"data='own\.jsonl' must be hub, embedded or auto"):
+        recipes.eval_tasks("own.jsonl")
     tasks = recipes.eval_tasks("embedded")
     assert all(len(make()) >= 500 for make in tasks.values())

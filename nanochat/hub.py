@@ -1,0 +1,269 @@
+"""Models from and to the Hugging Face hub, in the layout of nanochat's repositories.
+
+    model/model_000700.pt, model/meta_000700.json    a checkpoint, in any folder or in none
+    tokenizer/tokenizer.pkl                          its tokenizer (or tokenizer_nanochat.json), likewise
+    report/                                          what was measured
+    README.md                                        the model card
+
+What is pulled is checked before it gets its name: weights against architecture, vocabulary against tokenizer.
+Nothing of it is ever executed, and of what is there already nothing is touched: the tokenizer stays beside
+its checkpoint (checkpoint_manager). A checkpoint of nanochat itself, as it was in November 2025, comes in as
+well: it is a model whose layers are all attention.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nanochat.checkpoint_manager import (
+    check_vocabulary,
+    checkpoint_dir,
+    load_tensors,
+    load_tokenizer,
+    load_weights,
+    meta_path,
+    model_config,
+    model_path,
+    newest_step,
+    read_meta,
+    tokenizer_dir,
+)
+from nanochat.common import base_dir, write_json
+from nanochat.gpt import GPT
+from nanochat.hub_files import download, hub_api, reason
+from nanochat.model_card import model_card
+from nanochat.report import read_results
+from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, SPECIAL_TOKENS, RustBPETokenizer
+
+logger = logging.getLogger(__name__)
+
+TRAINING = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # in the report
+REPORT_SUFFIXES = (".json", ".md", ".png")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pull
+
+
+def pull(
+    repo: str,
+    stage: str,
+    tag: str,
+    *,
+    step: int | None = None,
+    folder: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Bring a checkpoint of a repository into the folder of stage and tag, which it returns.
+
+    step None takes the newest, folder is needed where several hold checkpoints. Raises OSError when it cannot
+    be downloaded (what has come is kept for the next attempt), ValueError when it is no checkpoint of ours.
+    """
+    directory = checkpoint_dir(stage, tag)
+    if directory.exists() and not overwrite:
+        raise ValueError(f"{directory} is there already: choose another --model-tag, or --overwrite it")
+    workplace = directory.with_name(f".{tag}.pull")
+    api = hub_api()
+    with _explained(f"pull {repo}"):
+        found = api.model_info(repo, revision=revision, files_metadata=True)
+        digests = {file.rfilename: file.lfs and file.lfs.sha256 for file in found.siblings}
+        home, step = _find_checkpoint(list(digests), step, folder)
+        names = [f"{home}model_{step:06d}.pt", f"{home}meta_{step:06d}.json"]
+        names += _find_tokenizer(list(digests), home)
+        logger.info("pulling %s of %s", ", ".join(names), repo)
+        files = [
+            download(api, repo, name, digests[name], workplace / "download", revision=found.sha)
+            for name in names
+        ]
+    origin = {"repo": repo, "commit": found.sha, "file": names[0]}
+    try:
+        _lay_out(files, step, workplace / "whole", origin)
+    except ValueError:
+        shutil.rmtree(workplace)  # another attempt would bring the same
+        raise
+    old = directory.with_name(f".{tag}.old")
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    (workplace / "whole").rename(directory)
+    for rest in (workplace, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    return directory
+
+
+def _find_checkpoint(names: Sequence[str], step: int | None, folder: str | None) -> tuple[str, int]:
+    """Return the folder, "" or with a slash at its end, and the step of the checkpoint that is asked for."""
+    models = [re.fullmatch(r"((?:.*/)?)model_(\d{6,})\.pt", name) for name in names]
+    found = [(match[1], int(match[2])) for match in models if match]
+    found = [(home, step) for home, step in found if f"{home}meta_{step:06d}.json" in names]
+    if not found:
+        raise FileNotFoundError("it holds no model_NNNNNN.pt with a meta_NNNNNN.json beside it")
+    homes = sorted({home for home, _ in found})
+    if folder is not None:
+        homes = [home for home in homes if home.strip("/") == folder.strip("/")]
+    wanted = [pair for pair in found if pair[0] in homes and step in (None, pair[1])]
+    if len(homes) > 1 or not wanted:
+        known = ", ".join(f"{home or './'} step {step}" for home, step in sorted(found))
+        raise FileNotFoundError(f"choose one of its checkpoints with --folder and --step: {known}")
+    return max(wanted, key=lambda pair: pair[1])
+
+
+def _find_tokenizer(names: Sequence[str], home: str) -> list[str]:
+    """Return the files of the tokenizer that is nearest to a checkpoint's folder."""
+    homes = {name: str(PurePosixPath(name).parent) for name in names}
+    near = PurePosixPath(home)
+    for place in (near / "tokenizer", near, near.parent / "tokenizer", near.parent, "tokenizer", "."):
+        kinds = (JSON_FILE, PICKLE_FILE)
+        if files := [n for n, at in homes.items() if at == str(place) and PurePosixPath(n).name in kinds]:
+            return files
+    raise FileNotFoundError(f"it holds neither {PICKLE_FILE} nor {JSON_FILE}")
+
+
+def _lay_out(files: Sequence[Path], step: int, folder: Path, origin: dict[str, str]) -> None:
+    """Check what was downloaded (model, meta, tokenizer) and make a checkpoint folder of it."""
+    model, meta_file, tokenizer_file, *_ = files
+    meta = read_meta(meta_file.parent, step)
+    state = load_tensors(model, "cpu")
+    if not isinstance(meta, dict) or not isinstance(state, dict):
+        raise ValueError(f"{model.name} and {meta_file.name} are no checkpoint of nanochat's kind")
+    config = model_config(_with_layer_plan(meta, state))
+    load_weights(GPT(config), state)
+    tokenizer = RustBPETokenizer.from_directory(tokenizer_file.parent)
+    check_vocabulary(config, tokenizer)
+    for token in SPECIAL_TOKENS:
+        tokenizer.encode_special(token)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    tokenizer.save(tokenizer_dir(folder))
+    write_json(
+        meta_path(folder, step), {**meta, "step": step, "model_config": asdict(config), "pulled_from": origin}
+    )
+    model.rename(model_path(folder, step))
+
+
+def _with_layer_plan(meta: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Say of a nanochat model, whose config knows no layer plan, that all its layers are attention."""
+    config = meta.get("model_config")
+    is_hybrid = any(key.endswith("conv1d.weight") for key in state)
+    if isinstance(config, dict) and "slc_rate" not in config and not is_hybrid:
+        return {**meta, "model_config": {**config, "slc_rate": 0}}
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Push
+
+
+def push(
+    repo: str,
+    stage: str,
+    tag: str,
+    *,
+    step: int | None = None,
+    card: Path | None = None,
+    license: str = "mit",
+    private: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Upload what `gather` lists in one commit and return its address. The token is that in HF_TOKEN.
+
+    Raises ValueError without a token, and if the repository holds files and `overwrite` is not set; OSError
+    if the hub refuses. The token is in no message.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    token = _token()
+    if not re.fullmatch("[!-~]+", token):  # what no header can carry would be spelt out in the error
+        raise ValueError("push needs a token with write access in the environment, as HF_TOKEN")
+    files = gather(repo, stage, tag, step=step, card=card, license=license)
+    api = hub_api(token)
+    with _explained(f"push to {repo}"):
+        api.whoami()  # a token that is not valid is told here
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        found = api.model_info(repo)
+    if private and not found.private:
+        raise ValueError(f"{repo} is there already and public: choose another name, or leave --private out")
+    there = {file.rfilename for file in found.siblings} - {".gitattributes"}
+    if there and not overwrite:
+        raise ValueError(
+            f"{repo} holds {len(there)} file(s) already: choose another name, or --overwrite those of the "
+            f"same names ({', '.join(sorted(there.intersection(files))) or 'none'})"
+        )
+    with _explained(f"push to {repo}"):
+        operations = [CommitOperationAdd(name, source) for name, source in files.items()]
+        return api.create_commit(repo, operations, commit_message=f"{stage} model {tag}").commit_url
+
+
+def gather(
+    repo: str,
+    stage: str,
+    tag: str,
+    *,
+    step: int | None = None,
+    card: Path | None = None,
+    license: str = "mit",
+) -> dict[str, Path | bytes]:
+    """Return what a push uploads: names in the repository, and files or contents.
+
+    The card is written anew unless `card` is a file. The report comes along if it is this model's.
+    """
+    if not re.fullmatch("[^/]+/[^/]+", repo):
+        raise ValueError(f"repo={repo!r} must be the name of an owner and of a repository, as in me/my-d12")
+    directory = checkpoint_dir(stage, tag)
+    step = newest_step(directory) if step is None else step
+    meta = read_meta(directory, step)
+    config = model_config(meta)
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(config, tokenizer)
+    results, report = _report(stage, tag, step)
+    if card is None:
+        text = model_card(repo, stage, meta, config, results, license).encode()
+    else:
+        text = card.read_bytes()
+    files: dict[str, Path | bytes] = {"README.md": text}
+    for path in (model_path(directory, step), meta_path(directory, step)):
+        files[f"model/{path.name}"] = path
+    own = tokenizer_dir(directory)
+    for path in sorted((own if own.exists() else base_dir() / "tokenizer").iterdir()):
+        if path.name in (JSON_FILE, PICKLE_FILE):
+            files[f"tokenizer/{path.name}"] = path
+    return files | {f"report/{path.name}": path for path in report}
+
+
+def _report(stage: str, tag: str, step: int) -> tuple[dict[str, dict], list[Path]]:
+    """Return the results and the files of the report, if it is that of this checkpoint; else nothing."""
+    folder = base_dir() / "report"
+    results, _ = read_results(folder)
+    own = results.get(TRAINING[stage], {})
+    metrics = Path(str(own.get("metrics")))
+    if own.get("steps") != step or metrics.parts[-3:-1] != checkpoint_dir(stage, tag).parts[-2:]:
+        logger.info("the report in %s is not of step %d of %s: it stays here", folder, step, tag)
+        return {}, []
+    return results, sorted(path for path in folder.iterdir() if path.suffix in REPORT_SUFFIXES)
+
+
+def _token() -> str:
+    return os.environ.get("HF_TOKEN", "").strip()
+
+
+@contextmanager
+def _explained(task: str) -> Iterator[None]:
+    """Turn the hub's errors into one line; a token that is repeated in them is taken out."""
+    from huggingface_hub.utils import httpx
+
+    try:
+        yield
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        told = reason(error)
+        told = told.replace(_token(), "***") if _token() else told
+        raise OSError(f"cannot {task}: {told}") from None  # the cause may spell the token out

@@ -1,0 +1,137 @@
+"""Bring a model from the Hugging Face hub, or take one there.
+
+    python -m scripts.hub pull RikkaBotan/nanochat_d20_saint_iberis
+    python -m scripts.chat_cli -g nanochat_d20_saint_iberis
+    python -m scripts.hub push me/my-d12 -g d12 --dry-run      # writes the card, lists the files
+    HF_TOKEN=... python -m scripts.hub push me/my-d12 -g d12
+
+A pulled model is checked and keeps its own tokenizer; it never replaces anything unless told to --overwrite.
+HF_ENDPOINT is honoured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from nanochat.common import atomic_write, parse, run
+
+Stage = Annotated[Literal["sft", "rl", "mid", "base"], tyro.conf.arg(aliases=["-i"])]
+ModelTag = Annotated[str, tyro.conf.arg(aliases=["-g", "--tag"])]
+Step = Annotated[int, tyro.conf.arg(aliases=["-s"])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull:
+    """Download a checkpoint with its tokenizer, check both, and make it ready to chat."""
+
+    repo: tyro.conf.Positional[str]
+    """repository, as in owner/name"""
+    source: Stage = "sft"
+    """stage that the model is put in as"""
+    model_tag: ModelTag = ""
+    """name of the checkpoint folder; empty: that of the repository"""
+    step: Step = -1
+    """which checkpoint; -1: the newest"""
+    folder: str | None = None
+    """folder of the repository, where several hold checkpoints"""
+    revision: str | None = None
+    """branch, tag or commit; the default branch if not given"""
+    overwrite: bool = False
+    """replace the checkpoint folder that has this name"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Upload a checkpoint, its tokenizer, the report and a model card; needs a token in HF_TOKEN."""
+
+    repo: tyro.conf.Positional[str]
+    """repository, as in owner/name; made if it is not there"""
+    source: Stage = "sft"
+    """stage of the model"""
+    model_tag: ModelTag = ""
+    """name of the checkpoint folder; empty: the deepest dN there is"""
+    step: Step = -1
+    """which checkpoint; -1: the newest"""
+    license: str = "mit"
+    """of the weights, as the hub names it"""
+    card: Path | None = None
+    """a model card of your own, instead of the one that is written"""
+    private: bool = False
+    """make a new repository private"""
+    overwrite: bool = False
+    """add to a repository that holds files, in place of those of the same names"""
+    dry_run: bool = False
+    """upload nothing: write the card to README.md beside the checkpoint, if there is none, and list what
+    would go"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """What to do."""
+
+    command: (
+        Annotated[Pull, tyro.conf.subcommand("pull", prefix_name=False)]
+        | Annotated[Push, tyro.conf.subcommand("push", prefix_name=False)]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pull or push."""
+    command = parse(HubConfig, argv).command
+    if isinstance(command, Pull):
+        pull(command)
+    else:
+        push(command)
+    return 0
+
+
+def pull(config: Pull) -> None:
+    """Pull, and say how to talk to the model."""
+    from nanochat import hub
+
+    tag = config.model_tag or config.repo.rsplit("/", 1)[-1]
+    directory = hub.pull(
+        config.repo,
+        config.source,
+        tag,
+        step=None if config.step == -1 else config.step,
+        folder=config.folder,
+        revision=config.revision,
+        overwrite=config.overwrite,
+    )
+    print(f"pulled to {directory}; talk to it: python -m scripts.chat_cli -i {config.source} -g {tag}")
+
+
+def push(config: Push) -> None:
+    """Push, or only show what would be pushed."""
+    from nanochat import hub
+    from nanochat.checkpoint_manager import checkpoint_dir, resolve_tag
+
+    tag = resolve_tag(config.source, config.model_tag)
+    what = {
+        "step": None if config.step == -1 else config.step,
+        "card": config.card,
+        "license": config.license,
+    }
+    if not config.dry_run:
+        flags = {"private": config.private, "overwrite": config.overwrite}
+        print(f"pushed: {hub.push(config.repo, config.source, tag, **what, **flags)}")
+        return
+    files = hub.gather(config.repo, config.source, tag, **what)
+    for name, source in files.items():
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        print(f"{size:14,d}  {name}")
+    path = checkpoint_dir(config.source, tag) / "README.md"
+    if not path.exists():  # it may have been edited
+        with atomic_write(path) as file:
+            file.write(files["README.md"])
+    print(f"nothing was uploaded; the card is {path}: edit it and push with --card={path}, if you like")
+
+
+if __name__ == "__main__":
+    run(main)

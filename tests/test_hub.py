@@ -1,0 +1,438 @@
+"""Models from and to a hub on 127.0.0.1; what is pulled answers as what was pushed."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nanochat.checkpoint_manager import checkpoint_dir, load_model, load_tensors, model_path, save_checkpoint
+from nanochat.common import write_json
+from nanochat.gpt import GPTConfig
+from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, RustBPETokenizer
+from scripts import chat_cli, hub
+from tests import chats
+from tests.echo_model import echo, echo_config, echo_model
+from tests.models import random_model, small_config
+from tests.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
+
+REPO = "RikkaBotan/nanochat_d20_saint_iberis"
+TAG = "nanochat_d20_saint_iberis"
+QUESTION = "the river B"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+def published(model, tokenizer, tmp_path, state=None):
+    """The three files as published: prefixed keys, a bf16 embedding, no layer plan, a pickled tokenizer."""
+    state = {f"_orig_mod.{key}": value for key, value in (state or model.state_dict()).items()}
+    state["_orig_mod.transformer.wte.weight"] = state["_orig_mod.transformer.wte.weight"].bfloat16()
+    config = {k: v for k, v in vars(model.config).items() if k not in ("n_kernel", "slc_rate")}
+    torch.save(state, tmp_path / "published.pt")
+    return {
+        "model_000700.pt": (tmp_path / "published.pt").read_bytes(),
+        "meta_000700.json": json.dumps({"step": 700, "val_loss": 1.0657, "model_config": config}).encode(),
+        "tokenizer.pkl": pickle.dumps(tokenizer.enc),
+    }
+
+
+def in_folders(files):
+    return {("tokenizer/" if "tok" in name else "model/") + name: data for name, data in files.items()}
+
+
+@pytest.fixture
+def echo_files(tokenizer, tmp_path):
+    return published(echo_model(echo_config(tokenizer.get_vocab_size())), tokenizer, tmp_path)
+
+
+@pytest.fixture
+def served(model_hub, echo_files):
+    model_hub.repo, model_hub.files = REPO, in_folders(echo_files)
+    return model_hub
+
+
+def own_model(base_dir, tag="d4"):
+    """A model of the user's own, whose tokenizer is as large as the published one's and another."""
+    texts = [text.upper() for text in training_texts()]
+    tokenizer = RustBPETokenizer.train_from_iterator(texts, VOCAB_SIZE)
+    tokenizer.save(base_dir / "tokenizer")
+    save_checkpoint(checkpoint_dir("sft", tag), 5, random_model(small_config(vocab_size=350)), None, {})
+    return tokenizer
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def ask(capsys, *flags):
+    capsys.readouterr()
+    assert chat_cli.main(["-p", QUESTION, "-t", "0", "-m", "12", "--device-type=cpu", *flags]) == 0
+    return capsys.readouterr().out.strip()
+
+
+def expected(tokenizer):
+    prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": QUESTION}]})
+    return echo(tokenizer, prompt, 12)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pull
+
+
+@pytest.mark.parametrize("lay_out", [in_folders, dict], ids=["folders", "flat"])
+def test_the_published_model_comes_in_and_answers(served, echo_files, lay_out, tokenizer, base_dir, capsys):
+    """Beside an own one of the same vocabulary size, whose tokenizer stays where it is, and is still used."""
+    own = own_model(base_dir)
+    served.files = {**lay_out(echo_files), "README.md": b"card", "report/report.md": b"report"}
+    before = contents(base_dir)
+    assert hub.main(["pull", REPO]) == 0
+    assert f"scripts.chat_cli -i sft -g {TAG}" in capsys.readouterr().out
+    assert {path: data for path, data in contents(base_dir).items() if path in before} == before
+    assert ask(capsys, "-g", TAG) == expected(tokenizer)
+    assert load_model("sft", CPU, "eval", "d4")[1].is_same_as(own)
+    directory = checkpoint_dir("sft", TAG)
+    assert sorted(p.name for p in directory.iterdir()) == ["meta_000700.json", "model_000700.pt", "tokenizer"]
+    assert [path.name for path in directory.parent.iterdir() if path.name[0] == "."] == []
+    meta = load_model("sft", CPU, "eval", TAG)[2]
+    assert (meta["step"], meta["val_loss"], meta["model_config"]["slc_rate"]) == (700, 1.0657, 3)
+    assert meta["pulled_from"]["repo"] == REPO
+
+
+def test_dead_convolutions_are_told_in_one_line(served, tokenizer, tmp_path, caplog):
+    """As the published weights probably are (the code that trained them never gave the taps a value)."""
+    model = random_model(small_config(vocab_size=VOCAB_SIZE))
+    state = {k: torch.zeros_like(v) if "conv1d" in k else v for k, v in model.state_dict().items()}
+    served.files = published(model, tokenizer, tmp_path, state)
+    with caplog.at_level(logging.WARNING):
+        assert hub.main(["pull", REPO]) == 0
+    assert [r.message for r in caplog.records] == [
+        "warning: every convolution weight is zero: the SLC2 layers of this model add nothing"
+    ]
+
+
+def test_a_model_of_nanochat_is_one_of_attention_alone(served, tokenizer, tmp_path):
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, slc_rate=0))
+    served.files = published(model, tokenizer, tmp_path)
+    assert hub.main(["pull", REPO, "-i", "base", "--tag=karpathy"]) == 0
+    pulled, _, _ = load_model("base", CPU, "eval", "karpathy")
+    assert pulled.config == model.config
+    assert torch.equal(pulled.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_pulled_model_is_trained_on_with_its_own_tokenizer(served, tokenizer, base_dir, tmp_path):
+    """Through two stages, beside an own tokenizer of the same size that nothing would tell from it."""
+    own = own_model(base_dir)
+    model = random_model(small_config(vocab_size=VOCAB_SIZE))
+    served.files = published(model, tokenizer, tmp_path)
+    hub.main(["pull", REPO, "-i", "base", "-g", "x"])
+    chat = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "river"}]
+    for name in ("own.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text(f"{json.dumps(chat)}\n" * 30)
+    flags = ["--model-tag=x", f"--data={tmp_path / 'own.jsonl'}", f"--add={tmp_path / 'more.jsonl'}"]
+    assert chats.train("mid", *flags, "--num-iterations=1", "--total-batch-size=128") == 0
+    assert chats.train("sft", "--source=mid", *flags, "--num-iterations=1") == 0
+    assert load_model("mid", CPU, "eval", "x")[1].is_same_as(tokenizer)
+    assert load_model("sft", CPU, "eval", "x")[1].is_same_as(tokenizer)
+    assert load_model("sft", CPU, "eval", "d4")[1].is_same_as(own)
+
+
+def test_what_is_there_is_replaced_only_if_told(served, base_dir, tokenizer, capsys):
+    own_model(base_dir, TAG)
+    before = contents(base_dir)
+    with pytest.raises(ValueError, match="is there already: choose another --model-tag, or --overwrite"):
+        hub.main(["pull", REPO])
+    assert contents(base_dir) == before
+    assert hub.main(["pull", REPO, "--overwrite"]) == 0
+    assert not (checkpoint_dir("sft", TAG) / "model_000005.pt").exists()
+    assert ask(capsys, "-g", TAG) == expected(tokenizer)
+
+
+def test_a_repository_of_several_checkpoints(served, tokenizer, tmp_path):
+    files = served.files
+    files["model/model_000009.pt"] = files["model/model_000700.pt"]
+    files["model/meta_000009.json"] = files["model/meta_000700.json"]
+    files["model/model_000800.pt"] = b"without its meta file"
+    files["old/model_000001.pt"] = files["model/model_000700.pt"]
+    files["old/meta_000001.json"] = files["model/meta_000700.json"]
+    with pytest.raises(OSError, match=r"--folder and --step: model/ step 9, model/ step 700, old/ step 1$"):
+        hub.main(["pull", REPO])
+    hub.main(["pull", REPO, "--folder=model"])
+    hub.main(["pull", REPO, "--folder=old/", "-g", "old", "-i", "mid"])
+    assert [
+        load_model("sft", CPU, "eval", TAG)[2]["step"],
+        load_model("mid", CPU, "eval", "old")[2]["step"],
+    ] == [
+        700,
+        1,
+    ]
+    with pytest.raises(OSError, match="choose one"):
+        hub.main(["pull", REPO, "--folder=model", "--step=8", "-g", "eight"])
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("pwned"),))
+
+
+def other_size(files, tokenizer):
+    files["tokenizer/tokenizer.pkl"] = pickle.dumps(
+        RustBPETokenizer.train_from_iterator(training_texts(), 300).enc
+    )
+
+
+def without_specials(files, tokenizer):
+    fields = tokenizer.enc.__getstate__()
+    names = {
+        (token if token == "<|bos|>" else token * 2): id for token, id in fields["special_tokens"].items()
+    }
+    enc = type(tokenizer.enc)(
+        "rustbpe", **{**{k: v for k, v in fields.items() if k != "name"}, "special_tokens": names}
+    )
+    files["tokenizer/tokenizer.pkl"] = pickle.dumps(enc)
+
+
+def deeper(files, tokenizer):
+    meta = json.loads(files["model/meta_000700.json"])
+    meta["model_config"]["n_layer"] = 3
+    files["model/meta_000700.json"] = json.dumps(meta).encode()
+
+
+def put(name, data):
+    return lambda files, tokenizer: files.update({name: data})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_size, "vocabulary of 350, the tokenizer one of 300"),
+        (without_specials, "not a special token"),
+        (deeper, "do not fit the architecture"),
+        (put("tokenizer/tokenizer.pkl", pickle.dumps(Evil())), "no usable tokenizer"),
+        (put("model/model_000700.pt", pickle.dumps(Evil())), "damaged or no checkpoint"),
+        (put("model/meta_000700.json", b'{"step"'), "is damaged"),
+        (put("model/meta_000700.json", b"[]"), "no checkpoint of nanochat's kind"),
+        (put("model/meta_000700.json", b'{"model_config": {"n_loops": 2}}'), "does not describe"),
+        (lambda files, tokenizer: files.pop("tokenizer/tokenizer.pkl"), "neither tokenizer.pkl nor"),
+        (
+            lambda files, tokenizer: files.pop("model/meta_000700.json"),
+            "holds no model_NNNNNN.pt with a meta",
+        ),
+    ],
+)
+def test_what_does_not_fit_never_gets_a_name(
+    served, base_dir, tokenizer, spoil, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    spoil(served.files, tokenizer)
+    with pytest.raises((ValueError, OSError), match=message):
+        hub.main(["pull", REPO])
+    assert contents(base_dir) == {}
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_bytes_with_another_hash_are_never_read_and_the_rest_is_kept(served, tokenizer, capsys):
+    served.faults["tokenizer/tokenizer.pkl"] = ["corrupt"]
+    with pytest.raises(OSError, match=f"cannot pull {REPO}: tokenizer.pkl does not have the SHA-256"):
+        hub.main(["pull", REPO])
+    assert not checkpoint_dir("sft", TAG).exists()
+    assert hub.main(["pull", REPO]) == 0
+    assert served.starts("model/model_000700.pt") == [0], "what had come was fetched again"
+    assert ask(capsys, "-g", TAG) == expected(tokenizer)
+
+
+def test_no_such_repository_and_no_network(model_hub, monkeypatch):
+    with pytest.raises(OSError, match=f"^cannot pull {REPO}: .*404") as error:
+        hub.main(["pull", REPO])
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=f"^cannot pull {REPO}: "):
+        hub.main(["pull", REPO])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Push
+
+MINE = "me/iberis-d2"
+
+
+def trained(base_dir, tokenizer, **changes):
+    """An SFT model with the report of its run."""
+    model = echo_model(echo_config(tokenizer.get_vocab_size(), n_kernel=3))
+    directory = checkpoint_dir("sft", "d2")
+    save_checkpoint(directory, 12, model, {"state": {}}, {"user_config": {"data": "embedded"}})
+    tokenizer.save(directory / "tokenizer")
+    run = {
+        "settings": {"data": "embedded"},
+        "steps": 12,
+        "tokens": 34567,
+        "val_bpb": 0.4321,
+        "metrics": str(directory / "metrics.jsonl"),
+        **changes,
+    }
+    write_json(base_dir / "report" / "chat_sft.json", run)
+    scores = {"Arithmetic": {"accuracy": 0.987, "standard_error": 0.006, "n": 500, "chance": 0.0}}
+    write_json(base_dir / "report" / "chat_eval_sft.json", {"tasks": scores, "chatcore": 0.987})
+    (base_dir / "report" / "report.md").write_text("# report")
+    (base_dir / "report" / "notes.txt").write_text("mine")
+    return model
+
+
+@pytest.fixture
+def allowed(model_hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", model_hub.token)
+    return model_hub
+
+
+def test_what_is_pushed_comes_back_the_same(allowed, base_dir, tokenizer, capsys, caplog):
+    trained(base_dir, tokenizer)
+    with caplog.at_level(logging.DEBUG):
+        assert hub.main(["push", MINE, "-g", "d2"]) == 0
+    assert capsys.readouterr().out == f"pushed: {allowed.endpoint}/{MINE}/commit/{'1' * 40}\n"
+    assert allowed.token not in caplog.text
+    assert sorted(allowed.files) == [
+        "README.md",
+        "model/meta_000012.json",
+        "model/model_000012.pt",
+        "report/chat_eval_sft.json",
+        "report/chat_sft.json",
+        "report/report.md",
+        f"tokenizer/{PICKLE_FILE}",
+        f"tokenizer/{JSON_FILE}",
+    ]
+    assert sum(call.endswith("/commit/main") for call in allowed.calls) == 1, "half of it could be seen"
+    assert hub.main(["pull", MINE, "--tag=back"]) == 0
+    there, back = (load_tensors(model_path(checkpoint_dir("sft", tag), 12), CPU) for tag in ("d2", "back"))
+    assert list(there) == list(back)
+    assert all(torch.equal(there[key], back[key]) for key in there)
+    assert ask(capsys, "-g", "back") == expected(tokenizer)
+
+
+def test_the_card(allowed, base_dir, tokenizer):
+    trained(base_dir, tokenizer)
+    hub.main(["push", MINE, "-g", "d2", "--license=apache-2.0"])
+    card = allowed.files["README.md"].decode()
+    _, front, text = card.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert (front["license"], front["pipeline_tag"]) == ("apache-2.0", "text-generation")
+    assert text.startswith("\n# iberis-d2\n\nA language model of 0.5 M parameters (finetuned, step 12)")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| layers | 2: 1 SLC2, 1 attention (1) |" in lines
+    assert "| parameters: total | 483,328 |" in lines
+    row = "| chat_sft | documentation of Python and synthetic tasks | 12 | 34,567 | - | 0.4321 |"
+    assert row in lines
+    assert "| Arithmetic | 0.0000 | 500 | - | - | 0.9870 +- 0.0060 | - |" in lines
+    assert f"python -m scripts.hub pull {MINE} -i sft" in lines
+    assert str(base_dir) not in card
+
+
+def test_the_data_of_the_hub_is_named_and_a_path_is_not(allowed, base_dir, tokenizer):
+    trained(base_dir, tokenizer, settings={"data": "hub", "add": "/home/me/secret.jsonl"})
+    hub.main(["push", MINE, "-g", "d2"])
+    card = allowed.files["README.md"].decode()
+    assert "openai/gsm8k" in yaml.safe_load(card.split("---\n")[1])["datasets"]
+    assert "conversations of the author's own" in card
+    assert "secret" not in card
+
+
+@pytest.mark.parametrize("other", [{"steps": 11}, {"metrics": "/x/chatsft_checkpoints/d4/metrics.jsonl"}])
+def test_the_report_of_another_run_stays_here(allowed, base_dir, tokenizer, other):
+    trained(base_dir, tokenizer, **other)
+    hub.main(["push", MINE, "-g", "d2"])
+    assert not [name for name in allowed.files if name.startswith("report/")]
+    assert "No evaluation came with these weights" in allowed.files["README.md"].decode()
+    assert "0.987" not in allowed.files["README.md"].decode()
+
+
+def test_a_dry_run_needs_no_hub(base_dir, tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    trained(base_dir, tokenizer)
+    assert hub.main(["push", MINE, "-g", "d2", "--dry-run"]) == 0
+    *listed, told = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in listed][:2] == ["README.md", "model/model_000012.pt"]
+    assert int(listed[1].split()[0].replace(",", "")) > 483_328 * 4
+    card = checkpoint_dir("sft", "d2") / "README.md"
+    assert str(card) in told
+    card.write_text("my own words")
+    hub.main(["push", MINE, "-g", "d2", "--dry-run"])
+    assert card.read_text() == "my own words", "an edited card was lost"
+
+
+def test_a_card_of_one_s_own(allowed, base_dir, tokenizer, tmp_path):
+    trained(base_dir, tokenizer)
+    (tmp_path / "card.md").write_text("my own words")
+    hub.main(["push", MINE, "-g", "d2", f"--card={tmp_path / 'card.md'}"])
+    assert allowed.files["README.md"] == b"my own words"
+
+
+def test_a_repository_with_files_is_left_alone(allowed, base_dir, tokenizer):
+    trained(base_dir, tokenizer)
+    allowed.repo, allowed.files = MINE, {".gitattributes": b"", "README.md": b"old", "other.txt": b"old"}
+    with pytest.raises(ValueError, match=r"holds 2 file\(s\) already.*same names \(README.md\)"):
+        hub.main(["push", MINE, "-g", "d2"])
+    assert len(allowed.files) == 3
+    hub.main(["push", MINE, "-g", "d2", "--overwrite"])
+    assert allowed.files["other.txt"] == b"old"
+    assert allowed.files["README.md"] != b"old"
+
+
+def test_private_means_private(allowed, base_dir, tokenizer):
+    trained(base_dir, tokenizer)
+    hub.main(["push", MINE, "-g", "d2", "--private"])
+    assert allowed.is_private
+    allowed.is_private, allowed.files = False, {}
+    with pytest.raises(ValueError, match="is there already and public"):
+        hub.main(["push", MINE, "-g", "d2", "--private"])
+    assert allowed.files == {}
+    with pytest.raises(ValueError, match="repo='iberis' must be the name of an owner and of a repository"):
+        hub.main(["push", "iberis", "-g", "d2"])
+
+
+@pytest.mark.parametrize("token", ["", " \n", "hf_one hf_two", "hf_\u00e9"])
+def test_no_token_that_could_be_sent(model_hub, base_dir, tokenizer, monkeypatch, token):
+    """A header that cannot be sent is spelt out in the error of the HTTP library."""
+    trained(base_dir, tokenizer)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ValueError, match="needs a token with write access") as error:
+        hub.main(["push", MINE, "-g", "d2"])
+    assert "hf_" not in str(error.value)
+    assert not model_hub.calls
+
+
+def test_a_refused_push_tells_why_but_never_the_token(allowed, base_dir, tokenizer, monkeypatch, caplog):
+    trained(base_dir, tokenizer)
+    allowed.refusal = "quota of TOKEN exceeded"
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(OSError, match=r"quota of Bearer \*\*\* exceeded") as error,
+    ):
+        hub.main(["push", MINE, "-g", "d2"])
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(OSError, match=f"cannot push to {MINE}: Invalid user token") as error,
+    ):
+        hub.main(["push", MINE, "-g", "d2"])
+    assert "hf_wrong" not in str(error.value)
+    assert "hf_wrong" not in caplog.text
+    assert allowed.token not in caplog.text
+    assert allowed.files == {}
+
+
+def test_the_model_of_d20_has_a_card(tmp_path):
+    """Of half a billion parameters; they are counted, not allocated."""
+    from nanochat.model_card import model_card
+
+    config = GPTConfig.from_depth(20, vocab_size=65536)
+    card = model_card("me/d20", "sft", {"step": 700, "pulled_from": {"repo": REPO}}, config, {}, "mit")
+    assert "542.0 M parameters" in card
+    assert "20: 13 SLC2, 7 attention (1, 4, 7, 10, 13, 16, 19)" in card
+    assert "These weights were pulled from RikkaBotan/" in card
