@@ -13,7 +13,7 @@ HEAD_BYTES = 2**32  # at most, for the logits of a chunk; without the kernels th
 
 
 def training_bytes(config: GPTConfig, rows: int, *, checkpointing: bool, fused: bool = True) -> int:
-    """Return the bytes that training with `rows` sequences a forward takes at its peak, in bfloat16 on CUDA."""
+    """Return the bytes that training takes at its peak with `rows` sequences a forward, bfloat16 on CUDA."""
     E, V, tokens = config.n_embd, config.vocab_size, rows * config.sequence_len
     # by layer: weights in float32, gradients, one running mean, bfloat16 copies of weights and gradients
     matrices = {"attention": 12 * E * E, "slc2": 11 * E * E + E * (config.head_dim + config.n_head)}
