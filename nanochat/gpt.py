@@ -190,6 +190,11 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def embed(idx: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The residual stream (B,T,E) in dtype that token ids idx (B,T) start with; weight (V,E)."""
+    return norm(F.embedding(idx, weight).to(dtype))
+
+
 def head_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Soft-capped logits (..., V) of the final hidden state x (..., E), float32 at least."""
     logits = F.linear(x, weight.to(x.dtype))
@@ -222,7 +227,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.loss = head_loss
+        self.embed, self.loss = embed, head_loss
         self.checkpoints_activations = False  # keep only what goes into a block, compute the rest again
 
     @torch.no_grad()
@@ -241,9 +246,10 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
 
     def compile_blocks(self) -> None:
-        """Compile each block, and head with loss, for fixed batch shapes: a few small graphs at any depth."""
+        """Compile each block, embedding and loss, for fixed batch shapes: a few small graphs at any depth."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
+        self.embed = torch.compile(embed, dynamic=False)
         if self.loss is head_loss:
             self.loss = torch.compile(head_loss, dynamic=False)
 
@@ -288,7 +294,8 @@ class GPT(nn.Module):
             cos, sin = (table[span.start : span.end] for table in tables)
         else:
             cos, sin = (table[span.positions] for table in tables)
-        x = norm(self.transformer.wte(idx).to(self.activation_dtype))
+        embed_tokens = self.embed if cache is None else embed  # decoding must not compile it anew
+        x = embed_tokens(idx, self.transformer.wte.weight, self.activation_dtype)
         with nullcontext() if cache is None and self.training else sdpa_kernel(ANY_LENGTH):
             for i, block in enumerate(self.transformer.h):
                 if cache is None and self.checkpoints_activations and torch.is_grad_enabled():

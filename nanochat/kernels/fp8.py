@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanochat.kernels import mlp as mlp_kernels
-from nanochat.kernels.mlp import Tile
+from nanochat.kernels.mlp import Tile, launch
 
 FORWARD, BACKWARD = Tile(128, 128, 128, 8, 4), Tile(128, 128, 128, 8, 3)
 H_SCALE, POST_SCALE = 8.0, 0.25
@@ -51,7 +50,7 @@ def linear_relu2_fp8(h: Tensor, weight: Tensor, scales: Tensor) -> tuple[Tensor,
     """
     post = h.new_empty(len(h), len(weight), dtype=torch.bfloat16)
     post8 = torch.empty_like(post, dtype=torch.float8_e4m3fn)
-    mlp_kernels._launch(h, weight, post, FORWARD, narrow=post8, scales=scales)
+    launch(h, weight, post, FORWARD, narrow=post8, scales=scales)
     return post, post8
 
 
@@ -70,7 +69,7 @@ def linear_relu2_backward_fp8(
     dy (M,K) is e5m2, weight (N,K) e4m3, post (M,N) bfloat16.
     """
     dpre, dpre8 = torch.empty_like(post), torch.empty_like(post, dtype=torch.float8_e5m2)
-    mlp_kernels._launch(dy, weight, dpre, BACKWARD, post=post, narrow=dpre8, scales=scales)
+    launch(dy, weight, dpre, BACKWARD, post=post, narrow=dpre8, scales=scales)
     return dpre, dpre8
 
 

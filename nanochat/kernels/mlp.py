@@ -86,7 +86,7 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _launch(
+def launch(
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -96,6 +96,10 @@ def _launch(
     narrow: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> None:
+    """Write relu(a b^T)^2 to out (M,N), or with post (M,N) the gradient 2 (a b) sqrt(post); a (M,K).
+
+    With narrow (M,N) and scales (3,) float32 in 8 bits, as kernels/fp8.py says; b is then (N,K) both ways.
+    """
     (M, K), N = a.shape, out.size(1)
     b_is_kn = post is not None and narrow is None
     tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
@@ -117,7 +121,7 @@ def _launch(
 def linear_relu2(h: Tensor, weight: Tensor) -> Tensor:
     """Return relu(h weight^T)^2 (M,N); h (M,K), weight (N,K) of one dtype, rows of a multiple of 16 bytes."""
     post = h.new_empty(len(h), len(weight))
-    _launch(h, weight, post, FORWARD)
+    launch(h, weight, post, FORWARD)
     return post
 
 
@@ -130,7 +134,7 @@ def _(h, weight):
 def linear_relu2_backward(dy: Tensor, weight: Tensor, post: Tensor) -> Tensor:
     """Return 2 (dy weight) sqrt(post) (M,N); dy (M,K), weight (K,N) and post (M,N) of one dtype."""
     dpre = torch.empty_like(post)
-    _launch(dy, weight, dpre, BACKWARD, post=post)
+    launch(dy, weight, dpre, BACKWARD, post=post)
     return dpre
 
 
