@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
-from nanochat.gpt import GPT, SOFTCAP, GPTConfig
+from nanochat.gpt import GPT, SOFTCAP
 
+logger = logging.getLogger(__name__)
 SHARED_MEMORY = 220 * 1024  # bytes that a tile of the MLP takes; Hopper and data-centre Blackwell have 227 KB
 MAX_TAPS = 4  # of a convolution: the kernel holds a row of them in registers
 
 
-def lacking(config: GPTConfig, device: torch.device) -> str:
-    """Say what is in the way of training this model on this device by the kernels; "" if nothing is."""
-    D = config.head_dim
-    if device.type != "cuda":
+def lacking(model: GPT) -> str:
+    """Say what is in the way of training this model by the kernels; "" if nothing is."""
+    D, K = model.config.head_dim, model.config.n_kernel
+    if model.device.type != "cuda":
         return "they need an NVIDIA GPU"
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED_MEMORY:
+    if torch.cuda.get_device_properties(model.device).shared_memory_per_block_optin < SHARED_MEMORY:
         return "they are for Hopper and data-centre Blackwell cards"
+    if model.activation_dtype != torch.bfloat16:
+        return f"activations are {model.activation_dtype}, not bfloat16"
     if D < 16 or D & (D - 1):
         return f"heads of {D} channels are not a power of two, 16 or more"
-    if config.n_kernel > MAX_TAPS:
-        return f"n_kernel={config.n_kernel} is more than {MAX_TAPS}"
+    if K > MAX_TAPS:
+        return f"n_kernel={K} is more than {MAX_TAPS}"
     return ""
 
 
@@ -45,7 +50,7 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
 
     Raises ValueError if the kernels are asked for and do not run here, or products in 8 bits without them.
     """
-    reason = lacking(model.config, model.device)
+    reason = lacking(model)
     if fused is False:
         reason = "fused=False"
     if (fused or fp8) and reason:
@@ -55,3 +60,15 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         fuse(model, fp8)
     if compile:
         model.compile_blocks()
+    if model.device.type == "cuda":
+        by = f"plain PyTorch ({reason})" if reason else "kernels in 8 bits" if fp8 else "kernels"
+        logger.info(
+            f"training by {by}{', compiled' if compile else ''}; attention by {attention_backend(model)}"
+        )
+
+
+def attention_backend(model: GPT) -> str:
+    """Name what scaled_dot_product_attention chooses for training this model on this card, the fastest there."""
+    shape = (1, model.config.n_head, model.config.sequence_len, model.config.head_dim)
+    q = torch.empty(shape, device=model.device, dtype=model.activation_dtype, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name

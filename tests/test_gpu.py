@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from nanochat.accelerate import accelerate
 from nanochat.cache import HybridCache
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
@@ -35,16 +36,16 @@ def loss_and_gradients(model, idx):
 
 
 @pytest.mark.parametrize("slc_rate", [0, 3])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_bf16_loss_and_gradients_against_float64(slc_rate, compiled):
+def test_bf16_loss_and_gradients_against_float64(slc_rate, compiled, fused):
     """Head counts that are no power of two and odd lengths, with random non-zero weights."""
     config = GPTConfig(64, 200, 4, 3, 3, 3 * 64, 3, slc_rate)
     model = random_model(config)
     idx = torch.randint(0, 200, (2, 38))
     reference_loss, reference = loss_and_gradients(model.double(), idx)
     model = model.float().cuda()
-    if compiled:
-        model.compile_blocks()
+    accelerate(model, compile=compiled, fused=fused)
     loss, gradients = loss_and_gradients(model, idx.cuda())
     assert loss.item() == pytest.approx(reference_loss.item(), rel=5e-3)
     for name, gradient in gradients.items():
@@ -92,6 +93,16 @@ def test_optimizer_step_is_that_of_the_cpu():
             optimizer.step()
     for p, q, s in zip(models[0].parameters(), models[1].parameters(), start, strict=True):
         assert relative_error(q.detach() - s.cuda(), (p.detach() - s).double()) < 0.05
+
+
+def test_what_trains_is_said(caplog):
+    """cuDNN's attention on Hopper, where it is the fastest by far."""
+    model = GPT(GPTConfig(256, 64, 2, 2, 2, 256), torch.bfloat16).cuda()
+    with caplog.at_level("INFO"):
+        accelerate(model, compile=False, fused=None)
+    assert "training by" in caplog.text
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert "training by kernels; attention by CUDNN_ATTENTION" in caplog.text
 
 
 def test_init_on_the_device():
