@@ -62,9 +62,8 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         model.compile_blocks()
     if model.device.type == "cuda":
         by = f"plain PyTorch ({reason})" if reason else "kernels in 8 bits" if fp8 else "kernels"
-        logger.info(
-            f"training by {by}{', compiled' if compile else ''}; attention by {attention_backend(model)}"
-        )
+        how = f"{by}, compiled" if compile else by
+        logger.info(f"training by {how}; attention by {attention_backend(model)}")
 
 
 def attention_backend(model: GPT) -> str:

@@ -48,6 +48,7 @@ def device(request):
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("the kernels are compiled on this machine, and run by -m gpu")
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
     return request.param
 
 

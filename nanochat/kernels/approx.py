@@ -6,8 +6,14 @@ ten sigmoids an element these units, and not memory, would be the limit (PTX ISA
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+def is_approx_enough(x: torch.Tensor) -> bool:
+    """Whether the instructions may be used for results in the dtype of x, and where it is."""
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 @triton.jit

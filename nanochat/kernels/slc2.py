@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.approx import round_to, sigmoid, silu
+from nanochat.kernels.approx import is_approx_enough, round_to, sigmoid, silu
 from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
 BLOCK_T = 16  # tokens of a program
@@ -188,7 +188,7 @@ def slc2_mix(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: in
     y = packed.new_empty(N, E)
     _slc2_forward[(n_head, triton.cdiv(N, BLOCK_T))](
         packed, conv, positions, y, N, seq_len, E, E // n_head, packed.size(1), conv.size(-1), BLOCK_T,
-        positions is not None, packed.is_cuda, num_warps=4,
+        positions is not None, is_approx_enough(packed), num_warps=4,
     )  # fmt: skip
     return y
 
@@ -208,7 +208,7 @@ def slc2_mix_backward(
     dpacked, dconv = torch.empty_like(packed), conv.new_empty(blocks, K, E)
     _slc2_backward[(blocks,)](
         dy, packed, conv, positions, dpacked, dconv, N, seq_len, n_head, E // n_head, W, K, PACKED_ALIGN,
-        BLOCK_T, positions is not None, packed.is_cuda, num_warps=8,
+        BLOCK_T, positions is not None, is_approx_enough(packed), num_warps=8,
     )  # fmt: skip
     return dpacked, dconv.sum(0).T.unsqueeze(1).contiguous()
 
