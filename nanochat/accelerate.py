@@ -67,7 +67,7 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
 
 
 def attention_backend(model: GPT) -> str:
-    """Name what scaled_dot_product_attention chooses for training this model on this card, the fastest there."""
+    """Name what scaled_dot_product_attention chooses for training this model: the fastest on its card."""
     shape = (1, model.config.n_head, model.config.sequence_len, model.config.head_dim)
     q = torch.empty(shape, device=model.device, dtype=model.activation_dtype, requires_grad=True)
     return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
