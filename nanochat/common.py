@@ -21,12 +21,15 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -82,27 +85,48 @@ def run(main: Callable[[], int]) -> None:
     )
     for library in ("httpx", "httpx2", "httpcore", "urllib3"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    mendable = () if os.environ.get("NANOCHAT_DEBUG") else (ValueError, OSError, FloatingPointError)
+    status: int | str
     try:
         status = main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("NANOCHAT_DEBUG"):
-            raise
-        sys.exit(f"error: {error}")
+        if _process_group() is not None:
+            _process_group().barrier()
+    except mendable as error:
+        status = f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit("interrupted")
-    _leave_group()
+        status = "interrupted"
+    except Exception:
+        if _process_group() is None:
+            raise
+        traceback.print_exc()
+        status = 1
+    if _process_group() is not None:
+        _leave_group(status)
     sys.exit(status)
 
 
-def _leave_group() -> None:
-    """Leave the process group, if there is one, when all ranks are done.
-
-    Not at the exit of the interpreter, where gloo can abort a rank that goes while another still works.
-    """
+def _process_group() -> ModuleType | None:
+    """Return torch.distributed if this process is one of a group."""
     dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    return dist if dist is not None and dist.is_initialized() else None
+
+
+def _leave_group(status: int | str) -> NoReturn:
+    """End a rank with what an exit does, but without finalising the interpreter.
+
+    A thread of the collectives' library that wants Python's lock while the interpreter finalises, to drop a
+    tensor say, is killed in the middle of C++ code. That aborts the process, though all its work is done.
+    """
+    if isinstance(status, str):
+        sys.stderr.write(status + "\n")
+        status = 1
+    if status == 0:  # all ranks are past a barrier; if not, others may be stuck and are not waited for
+        _process_group().destroy_process_group()
+        threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -215,5 +239,4 @@ def setup_runtime(device_type: str = "") -> Runtime:
         import torch.distributed as dist
 
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Runtime(device=device, compute_dtype=compute_dtype, rank=rank, world_size=world_size)

@@ -89,7 +89,7 @@ def test_two_ranks():
     """Both learn from their own questions and keep the same weights; one may have nothing to teach."""
     code = """
 import sys
-from nanochat import rl
+from nanochat import common, rl
 from scripts import chat_rl
 from tasks import recipes
 from tests.wordtask import WordTask
@@ -101,7 +101,7 @@ def checked(model, optimizer, rollouts, plan, runtime, progress, batch_size):
     assert found[0] == found[1]
     return record
 rl._train_step = checked
-chat_rl.main(sys.argv[1:])
+common.run(lambda: chat_rl.main(sys.argv[1:]))
 """
     script = Path(os.environ["NANOCHAT_BASE_DIR"]) / "two_ranks.py"
     script.write_text(code)

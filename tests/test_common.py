@@ -46,6 +46,41 @@ def test_run_turns_errors_of_the_user_into_one_line():
     assert end.value.code == 0
 
 
+RANK_WITH_A_LATE_THREAD = """
+import atexit, sys, time
+import torch
+import torch.distributed as dist
+from nanochat.common import run
+store = dist.TCPStore("localhost", 0, 1, is_master=True)
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+other = dist.ProcessGroupGloo(dist.PrefixStore("other", store), 0, 1)
+atexit.register(print, "at exit")
+def main():
+    work = other.allreduce([torch.ones(3)])
+    late = work.get_future().then(lambda future: time.sleep(1))  # its thread will want Python's lock again
+    time.sleep(0.2)
+    print("done", end="")
+    {end}
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "error"),
+    [
+        ("return 0", 0, ""),
+        ("raise ValueError('depth=0')", 1, "error: depth=0\n"),
+        ("raise RuntimeError('lost')", 1, "RuntimeError: lost\n"),
+    ],
+)
+def test_a_rank_does_not_finalise_the_interpreter(end, status, error):
+    """A thread of gloo's that came for Python's lock after that aborted ranks whose work was all done."""
+    command = [sys.executable, "-c", RANK_WITH_A_LATE_THREAD.replace("{end}", end)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, "doneat exit\n")
+    assert done.stderr.endswith(error)
+
+
 def test_unknown_device():
     with pytest.raises(ValueError, match=r"device_type='tpu' is not available here; choose from: .*cpu"):
         setup_runtime("tpu")
