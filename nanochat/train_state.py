@@ -115,7 +115,7 @@ def start_from(source: str, config: Any, runtime: Runtime) -> tuple[GPT, RustBPE
     """
     tag = resolve_tag(source, config.model_tag)
     model, tokenizer, meta = load_for(runtime, source, "train", tag, config.step)
-    optimizer = build_optimizer(model, config.rates)
+    optimizer = build_optimizer(model, config.rates, runtime)
     if config.warm_start:
         warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
     return model, tokenizer, optimizer, tag

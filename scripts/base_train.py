@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = GPT(model_config, runtime.compute_dtype)
     model.init_weights()
     plan = make_plan(config, model, runtime)
-    optimizer = build_optimizer(model, config.rates)
+    optimizer = build_optimizer(model, config.rates, runtime)
     directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
     progress = start_or_resume(
         directory, model, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
