@@ -202,6 +202,21 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do something on every rank: none goes on before all are done, and what fails on one fails on all.
+
+        Otherwise the others would wait in their next collective for a rank that has ended.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as found:
+            error = found
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+
     @classmethod
     def cpu(cls) -> Runtime:
         """One float32 process on the CPU."""
@@ -238,5 +253,6 @@ def setup_runtime(device_type: str = "") -> Runtime:
     if world_size > 1:
         import torch.distributed as dist
 
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return Runtime(device=device, compute_dtype=compute_dtype, rank=rank, world_size=world_size)

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from nanochat.checkpoint_manager import checkpoint_dir
-    from nanochat.dataloader import packed_batches
+    from nanochat.dataloader import packed_batches, validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.loss_eval import evaluate_bpb
@@ -116,23 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runtime.compiles(config.compile):
         model.compile_blocks()
 
-    batches = partial(
-        packed_batches,
-        tokenizer,
-        batch_size=config.device_batch_size,
-        seq_len=config.max_seq_len,
-        device=runtime.device,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-    )
     val_shards = shard_paths(config.data, "val")
-    val_steps = -(-config.eval_tokens // micro_batch_tokens(config, runtime))
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    sizes = {"batch_size": config.device_batch_size, "seq_len": config.max_seq_len}
 
     def evaluate() -> float:
-        return evaluate_bpb(
-            model, batches(val_shards, streams=runtime.world_size, epochs=1), val_steps, token_bytes
-        )
+        batches = validation_batches(tokenizer, val_shards, runtime, n_tokens=config.eval_tokens, **sizes)
+        return evaluate_bpb(model, batches, None, token_bytes)
 
     log = MetricsLog(
         directory / "metrics.jsonl",
@@ -144,10 +134,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_finished = train(
         model,
         optimizer,
-        batches(
+        packed_batches(
+            tokenizer,
             shard_paths(config.data, "train"),
             streams=plan.accumulation * runtime.world_size,
+            device=runtime.device,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
             state=progress.loader_state,
+            **sizes,
         ),
         plan,
         config.cadence,
@@ -164,15 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def micro_batch_tokens(config: BaseTrainConfig, runtime: Runtime) -> int:
-    """Tokens of one forward on all ranks together."""
-    return config.device_batch_size * config.max_seq_len * runtime.world_size
-
-
 def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
     """Derive accumulation and steps from the settings; ValueError when the batch does not divide."""
-
-    micro_batch = micro_batch_tokens(config, runtime)
+    micro_batch = config.device_batch_size * config.max_seq_len * runtime.world_size
     total = config.total_batch_size
     if total % micro_batch:
         raise ValueError(
