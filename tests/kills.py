@@ -76,7 +76,7 @@ def kill_once(text, num_steps, rng):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     if rng.random() < 0.2:
-        time.sleep(rng.uniform(0, 8))  # perhaps before the first step
+        time.sleep(rng.uniform(0, 5))  # perhaps before the first step
     else:
         ahead = rng.randint(1, 3 * SAVE_EVERY)
         while launcher.poll() is None and not begun < last_step(directory) >= min(
@@ -117,8 +117,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = f"{folder}/base"
         text = prepare(Path(folder))
+        num_steps = 60 * n_kills
         for _ in range(n_kills):
-            sys.stdout.write(kill_once(text, 12 * n_kills, rng) + "\n")
+            sys.stdout.write(kill_once(text, num_steps, rng) + "\n")
             sys.stdout.flush()
-        check_end(text, 12 * n_kills)
+        check_end(text, num_steps)
     sys.stdout.write(f"{n_kills} kills, nothing lost\n")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from nanochat.checkpoint_manager import checkpoint_dir, load_optimizer_shards, s
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
 from nanochat.schedule import LearningRates, Plan
-from nanochat.train_state import EmaLoss, Progress, report_training, warm_start
+from nanochat.train_state import EmaLoss, Progress, report_training, start_or_resume, warm_start
 from tests.chats import write_base_checkpoint
 from tests.models import random_model, small_config
 
@@ -76,3 +78,80 @@ def test_report_by_hand(tmp_path, base_dir):
     assert report["train_loss"] == pytest.approx(3.0)
     assert report["settings"] == {"depth": 2}
     assert report["model"]["n_kernel"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints that are damaged, missing or in the way
+
+
+def a_run(directory, steps):
+    """A model and its optimizer, saved after each of steps, the weights all equal to the step."""
+    model = random_model(small_config())
+    optimizer = build_optimizer(model, LearningRates())
+    for step in steps:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(step)
+        meta = {"progress": asdict(Progress(step=step, ema=EmaLoss(total=1.0, weight=1.0)))}
+        save_checkpoint(directory, step, model, optimizer.state_dict(), meta)
+    return model, optimizer
+
+
+def resume(directory, model, optimizer, runtime=None):
+    return start_or_resume(
+        directory, model, optimizer, runtime or Runtime.cpu(), resume=True, overwrite=False
+    )
+
+
+@pytest.mark.parametrize("name", ["model_000003.pt", "optim_000003_rank0.pt", "meta_000003.json"])
+@pytest.mark.parametrize("keep", [0, 100, None])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, name, keep):
+    """It is cut short, or not there at all."""
+    model, optimizer = a_run(tmp_path, [1, 2, 3])
+    path = tmp_path / name
+    if keep is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:keep])
+    (tmp_path / ".model_000004.pt.99.partial").touch()
+    assert resume(tmp_path, model, optimizer).step == 2
+    assert (model.lm_head.weight == 2).all()
+    is_seen = keep is not None or name.startswith(
+        "optim"
+    )  # without model or meta file there is no checkpoint
+    assert (f"{name}" in caplog.text and "trying the checkpoint before" in caplog.text) == is_seen
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_no_checkpoint_can_be_read(tmp_path):
+    model, optimizer = a_run(tmp_path, [1, 2])
+    for path in tmp_path.glob("model_*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: start anew with --overwrite"):
+        resume(tmp_path, model, optimizer)
+
+
+def test_optimizer_state_of_another_model(tmp_path):
+    a_run(tmp_path, [1])
+    model = random_model(small_config())
+    other = build_optimizer(random_model(small_config(n_embd=32)), LearningRates())
+    with pytest.raises(ValueError, match=r"optimizer state is of 50 x .24,., the model has 50 x .32,."):
+        resume(tmp_path, model, other)
+
+
+def test_ranks_that_see_different_checkpoints(tmp_path):
+    """Two machines, each with a base directory of its own."""
+
+    class FirstOfTwo(Runtime):
+        def gather(self, value):
+            return [value, []]
+
+    model, optimizer = a_run(tmp_path, [1])
+    runtime = FirstOfTwo(device=torch.device("cpu"), compute_dtype=torch.float32, world_size=2)
+    with pytest.raises(ValueError, match="put NANOCHAT_BASE_DIR on a disk that all nodes share"):
+        resume(tmp_path, model, optimizer, runtime)
+
+
+def test_a_directory_that_cannot_be_written():
+    with pytest.raises(OSError, match="/proc/checkpoints"):
+        a_run(Path("/proc/checkpoints"), [1])
