@@ -83,7 +83,7 @@ stage() {
     esac
     local launch=("$python" -m "$module")
     if [ "$ranks" -gt 1 ]; then
-        launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module")
+        launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module" --)
     fi
     "${launch[@]}" "$@" ${again:+"$again"} | tee "$state/$name.log" || return 1
     if [ -n "$again" ] && ! tail -n 1 "$state/$name.log" | grep -q "^$name:"; then

@@ -62,6 +62,7 @@ def test_the_hub(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         expected = (True, "data", f"{n_missing} shards to be downloaded; the hub answers")
         assert findings(doctor.check_data(config, "hub")) == [expected]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     ((is_ok, what, text),) = findings(doctor.check_data(config, "hub"))
     assert (is_ok, what) == (False, "data")
     assert f"{n_missing} shards are missing and the hub does not answer" in text
