@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,15 +62,31 @@ def one_rank(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_do_what_one_does(one_rank, monkeypatch, world_size):
+def torchrun(n_nodes, n_ranks, *arguments):
+    """Run n_nodes launchers, as if each were on a machine of its own, with n_ranks each."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={n_nodes}"]
+    command += [f"--nproc_per_node={n_ranks}", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    command += ["--local_addr=127.0.0.1", "-m", "tests.ranks", *arguments]
+    environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(n_nodes)]
+    try:
+        assert [node.wait(timeout=240) for node in nodes] == [0] * n_nodes
+    finally:
+        for node in nodes:
+            node.terminate()  # and with it its ranks
+            node.wait()
+
+
+@pytest.mark.parametrize(("n_nodes", "n_ranks"), [(2, 1), (1, 3), (2, 2)])
+def test_ranks_do_what_one_does(one_rank, monkeypatch, n_nodes, n_ranks):
+    world_size = n_nodes * n_ranks
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(one_rank / "base"))
     data, tag = str(one_rank / "*.txt"), f"of{world_size}"
     begun = begin("of1", f"of1_then_{world_size}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={world_size}", "-m", "tests.ranks", data, tag, begun]
-    environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, check=True, env=environment, timeout=240)
+    torchrun(n_nodes, n_ranks, data, tag, begun)
     for stage in ("base", "mid", "sft"):
         assert_same_run(stage, tag, "of1")
     assert_same_run("base", begun, "of1")
