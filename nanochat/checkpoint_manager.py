@@ -14,6 +14,7 @@ own share; what fails on one of them fails on all.
 import json
 import logging
 import re
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,23 @@ def load_optimizer_shards(directory: Path, step: int) -> list[dict]:
     if n_shards == 0:
         raise FileNotFoundError(f"the checkpoint of step {step} in {directory} has no optimizer state")
     return [load_tensors(_optim_path(directory, step, rank), "cpu", mmap=True) for rank in range(n_shards)]
+
+
+def check_bytes(directory: Path, step: int, runtime: Runtime) -> None:
+    """Compare tensors with the checksums that they were saved with; DamagedError if a bit has changed.
+
+    Loading notices only what is missing. The files are shared out over the ranks, so that all must call this.
+    """
+    n_shards = read_meta(directory, step).get("optimizer_shards", 1)
+    paths = [model_path(directory, step), *(_optim_path(directory, step, rank) for rank in range(n_shards))]
+    for path in paths[runtime.rank :: runtime.world_size]:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                name = archive.testzip()
+        except zipfile.BadZipFile as error:
+            raise DamagedError(f"{path} is damaged ({error})") from error
+        if name is not None:
+            raise DamagedError(f"{path} is damaged (in {name})")
 
 
 def model_config(meta: dict[str, Any]) -> GPTConfig:

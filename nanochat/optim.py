@@ -199,7 +199,10 @@ class MuonAdamW(torch.optim.Optimizer):
             try:
                 stack.load_shards([shard["state"][i] for shard in shards])
             except (KeyError, TypeError) as error:
-                raise ValueError(f"the optimizer state is not one of this model: {error!r}") from error
+                raise ValueError(
+                    f"the optimizer state is of another model or an older version ({error!r}): start anew, "
+                    "from another stage with --no-warm-start"
+                ) from error
 
 
 def _update_muon(stack: Stack, group: dict) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from nanochat.checkpoint_manager import (
     DamagedError,
+    check_bytes,
     checkpoint_dir,
     complete_steps,
     delete_checkpoint,
@@ -109,7 +110,7 @@ def start_or_resume(
     for step in reversed(steps):
         try:
             with runtime.together():
-                progress = _load(directory, step, model, optimizer)
+                progress = _load(directory, step, model, optimizer, runtime)
         except (DamagedError, FileNotFoundError) as error:
             logger.warning(f"warning: {error}; trying the checkpoint before")
             continue
@@ -118,7 +119,8 @@ def start_or_resume(
     raise ValueError(f"no checkpoint in {directory} can be read: start anew with --overwrite")
 
 
-def _load(directory: Path, step: int, model: GPT, optimizer: MuonAdamW) -> Progress:
+def _load(directory: Path, step: int, model: GPT, optimizer: MuonAdamW, runtime: Runtime) -> Progress:
+    check_bytes(directory, step, runtime)
     meta = read_meta(directory, step)
     if model_config(meta) != model.config:
         raise ValueError(

@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         doctor.check_devices(device_type, ranks),
         doctor.check_disk(shape, config.data),
         doctor.check_data(shape, config.data),
-        doctor.check_memory(shape, device_type, config.device_batch_size, ranks),
         doctor.check_collectives(device_type, ranks),
+        doctor.check_memory(shape, device_type, config.device_batch_size, ranks),
     )
     n_failed = 0
     for finding in findings:

@@ -22,9 +22,9 @@ def test_a_run_that_would_work(capsys):
     assert script.main([*SMALL, "--ranks=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == [
-        f"ok    {what}" for what in ("device", "disk", "data", "memory", "gloo")
+        f"ok    {what}" for what in ("device", "disk", "data", "gloo", "memory")
     ]
-    assert "2 ranks, all-reduce at " in lines[-2]
+    assert "2 ranks, all-reduce at " in lines[-3]
     assert lines[-1] == "doctor: nothing would end the run"
 
 

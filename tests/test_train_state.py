@@ -123,6 +123,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, name, keep):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("name", ["model_000003.pt", "optim_000003_rank0.pt"])
+def test_a_flipped_bit_is_seen(tmp_path, caplog, name):
+    model, optimizer = a_run(tmp_path, [2, 3])
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    assert resume(tmp_path, model, optimizer).step == 2
+    assert f"{name} is damaged (in " in caplog.text
+
+
 def test_no_checkpoint_can_be_read(tmp_path):
     model, optimizer = a_run(tmp_path, [1, 2])
     for path in tmp_path.glob("model_*"):
