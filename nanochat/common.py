@@ -117,7 +117,8 @@ def _process_group() -> ModuleType | None:
 
 def _is_lost_rank(error: Exception) -> bool:
     """Whether a collective failed since another rank has ended or, for NANOCHAT_TIMEOUT_S, not answered."""
-    return isinstance(error, _process_group().DistError) or "/gloo/" in str(error)  # gloo has no class for it
+    by_gloo = any(words in str(error) for words in ("/gloo/", "pair closure"))  # it has no class for them
+    return by_gloo or isinstance(error, _process_group().DistError)
 
 
 def _leave_group(status: int | str) -> NoReturn:

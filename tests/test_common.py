@@ -78,7 +78,11 @@ run(main)
     ("end", "status", "error"),
     [
         ("return 0", 0, ""),
-        ("raise ValueError('depth=0')", 1, "error: depth=0\n"),
+        (
+            "raise RuntimeError('timeout caused pair closure')",
+            1,
+            "with another: timeout caused pair closure\n",
+        ),
         ("raise RuntimeError('lost')", 1, "RuntimeError: lost\n"),
     ],
 )
