@@ -104,9 +104,14 @@ def delete_checkpoint(directory: Path, step: int) -> None:
 
 
 def remove_partial_files(directory: Path) -> None:
-    """Delete what processes that were killed while they wrote have left; none may be writing there now."""
-    for path in directory.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+    """Delete what a save that was cut off has left; no process may be saving there now.
+
+    Weights without a meta file are left alone: somebody may have put them there.
+    """
+    for path in [*directory.glob(".*.partial"), *directory.glob("optim_*.pt")]:
+        step = re.fullmatch(r"optim_(\d+)_rank\d+\.pt", path.name)
+        if path.suffix == ".partial" or (step and not _meta_path(directory, int(step[1])).exists()):
+            path.unlink(missing_ok=True)
 
 
 def _save_tensors(path: Path, value: Any) -> None:

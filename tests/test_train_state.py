@@ -121,6 +121,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, name, keep):
     )  # without model or meta file there is no checkpoint
     assert (f"{name}" in caplog.text and "trying the checkpoint before" in caplog.text) == is_seen
     assert not list(tmp_path.glob(".*"))
+    has_meta = (tmp_path / "meta_000003.json").exists()
+    is_left = (tmp_path / "optim_000003_rank0.pt").exists()
+    assert is_left == (has_meta and (keep is not None or not name.startswith("optim")))
 
 
 @pytest.mark.parametrize("name", ["model_000003.pt", "optim_000003_rank0.pt"])
