@@ -40,12 +40,14 @@ if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     rows=$((gib >= 75 ? 32 : gib >= 38 ? 16 : gib >= 22 ? 8 : gib >= 14 ? 4 : 2))
     rows=${DEVICE_BATCH_SIZE:-$((depth > 12 ? rows / 2 : rows))}
     vocab=65536
+    seq_len=2048
     base=() loss=() mid=() sft=("--device-batch-size=$((rows < 4 ? rows : 4))") evals=() rl=()
 else
     depth=${DEPTH:-4}
     rows=${DEVICE_BATCH_SIZE:-8}
     vocab=4096
-    base=(--max-seq-len=256 --total-batch-size=8192 --num-iterations=80)
+    seq_len=256
+    base=(--max-seq-len=$seq_len --total-batch-size=8192 --num-iterations=80)
     base+=(--warmdown-ratio=0.5 --eval-every=40 --save-every=40)
     mid=(--total-batch-size=4096 --eval-every=0 --save-every=40)
     sft=(--conversations-per-step=128 --device-batch-size=$((4 * rows)))
@@ -57,6 +59,9 @@ else
 fi
 echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
 export NPROC_PER_NODE=$ranks
+echo "== doctor"
+$python -m scripts.doctor "--data=$data" "--depth=$depth" "--vocab-size=$vocab" "--max-seq-len=$seq_len" \
+    "--device-batch-size=$rows" "--ranks=$ranks" || fail "the doctor found what would end this run"
 
 # ---- stages
 
@@ -78,7 +83,7 @@ stage() {
     esac
     local launch=("$python" -m "$module")
     if [ "$ranks" -gt 1 ]; then
-        launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module")
+        launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module" --)
     fi
     "${launch[@]}" "$@" ${again:+"$again"} | tee "$state/$name.log" || return 1
     if [ -n "$again" ] && ! tail -n 1 "$state/$name.log" | grep -q "^$name:"; then

@@ -3,11 +3,12 @@
 A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
 
     model_000700.pt          state dict under the published keys
-    optim_000700_rank0.pt    optimizer state
+    optim_000700_rank0.pt    optimizer state, of each rank its share
     meta_000700.json         architecture, settings, loop and loader state
 
 Each is written atomically and the meta file last: it is what makes a checkpoint exist. Tensors are read with
-torch's weights_only loader, which runs no code from the file.
+torch's weights_only loader, which runs no code from the file. Several ranks save and load together, each its
+own share; what fails on one of them fails on all.
 
 Beside them, in tokenizer/, is the tokenizer that the run learned with. So another may be trained, or come
 with a model from elsewhere, and this one still speaks: the size of a vocabulary does not tell two apart.
@@ -17,6 +18,7 @@ Folders without one are older than that; theirs is the tokenizer of the base dir
 import json
 import logging
 import re
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 logger = logging.getLogger(__name__)
 STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+
+
+class DamagedError(ValueError):
+    """A file of a checkpoint is there but not whole."""
 
 
 def checkpoint_dir(stage: str, model_tag: str) -> Path:
@@ -51,8 +57,8 @@ def model_path(directory: Path, step: int) -> Path:
     return directory / f"model_{step:06d}.pt"
 
 
-def _optim_path(directory: Path, step: int) -> Path:
-    return directory / f"optim_{step:06d}_rank0.pt"
+def _optim_path(directory: Path, step: int, rank: int) -> Path:
+    return directory / f"optim_{step:06d}_rank{rank}.pt"
 
 
 def meta_path(directory: Path, step: int) -> Path:
@@ -67,27 +73,50 @@ def save_checkpoint(
     optimizer_state: dict | None,
     meta: dict[str, Any],
     keep_last: int = 0,
+    runtime: Runtime | None = None,
 ) -> None:
     """Write a checkpoint, then drop all but the keep_last newest ones (0: keep all).
 
-    Raises OSError, with everything older untouched, when it cannot be written whole.
+    Every rank of a run calls this, with its share of the optimizer state. Raises OSError on all of them, with
+    everything older untouched, when it cannot be written whole.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    if optimizer_state is not None:
-        _save_tensors(_optim_path(directory, step), optimizer_state)
-    _save_tensors(model_path(directory, step), model.state_dict())
-    write_json(
-        meta_path(directory, step),
-        {"format_version": 1, "step": step, "model_config": asdict(model.config), **meta},
-    )
-    for old in complete_steps(directory)[:-keep_last] if keep_last else []:
-        delete_checkpoint(directory, old)
+    runtime = runtime or Runtime.cpu()
+    with runtime.together():
+        directory.mkdir(parents=True, exist_ok=True)
+        if runtime.is_main:  # one of this step that is there, damaged say, stops to count before it changes
+            meta_path(directory, step).unlink(missing_ok=True)
+    with runtime.together():
+        if optimizer_state is not None:
+            _save_tensors(_optim_path(directory, step, runtime.rank), optimizer_state)
+    with runtime.together():
+        if runtime.is_main:
+            # copied: the optimizer keeps weights of one shape in one storage, which would be saved whole
+            weights = {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
+            _save_tensors(model_path(directory, step), weights)
+            described = {"format_version": 1, "step": step, "model_config": asdict(model.config)}
+            n_shards = 0 if optimizer_state is None else runtime.world_size
+            write_json(meta_path(directory, step), {**described, "optimizer_shards": n_shards, **meta})
+            older = [other for other in complete_steps(directory) if other < step]
+            for old in older[: max(0, len(older) + 1 - keep_last)] if keep_last else []:
+                delete_checkpoint(directory, old)
 
 
 def delete_checkpoint(directory: Path, step: int) -> None:
     """Delete a checkpoint; its meta file first, so that what a crash leaves does not count as one."""
-    for path in (meta_path(directory, step), model_path(directory, step), _optim_path(directory, step)):
+    optim_paths = directory.glob(_optim_path(directory, step, 0).name.replace("rank0", "rank*"))
+    for path in (meta_path(directory, step), model_path(directory, step), *optim_paths):
         path.unlink(missing_ok=True)
+
+
+def remove_partial_files(directory: Path) -> None:
+    """Delete what a save that was cut off has left; no process may be saving there now.
+
+    Weights without a meta file are left alone: somebody may have put them there.
+    """
+    for path in [*directory.glob(".*.partial"), *directory.glob("optim_*.pt")]:
+        step = re.fullmatch(r"optim_(\d+)_rank\d+\.pt", path.name)
+        if path.suffix == ".partial" or (step and not meta_path(directory, int(step[1])).exists()):
+            path.unlink(missing_ok=True)
 
 
 def _save_tensors(path: Path, value: Any) -> None:
@@ -100,14 +129,17 @@ def _save_tensors(path: Path, value: Any) -> None:
         ) from error
 
 
-def load_tensors(path: Path, device: torch.device | str) -> Any:
-    """Read what torch.save wrote; FileNotFoundError or ValueError if it is not there or not whole."""
+def load_tensors(path: Path, device: torch.device | str, mmap: bool = False) -> Any:
+    """Read what torch.save wrote; FileNotFoundError or DamagedError if it is not there or not whole.
+
+    mmap leaves the bytes in the file until they are used: for one who needs a part.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ValueError(
+        raise DamagedError(
             f"{path} is damaged or no checkpoint ({error}); delete it or copy it again"
         ) from error
 
@@ -121,12 +153,32 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
         have = complete_steps(directory)
         raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; there are: {have}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it or copy it again") from error
+        raise DamagedError(f"{path} is damaged ({error}); delete it or copy it again") from error
 
 
-def load_optimizer_state(directory: Path, step: int, device: torch.device) -> dict:
-    """Read the optimizer state that was saved beside a checkpoint."""
-    return load_tensors(_optim_path(directory, step), device)
+def load_optimizer_shards(directory: Path, step: int) -> list[dict]:
+    """Read the optimizer state that was saved beside a checkpoint: of each rank that there was its share."""
+    n_shards = read_meta(directory, step).get("optimizer_shards", 1)
+    if n_shards == 0:
+        raise FileNotFoundError(f"the checkpoint of step {step} in {directory} has no optimizer state")
+    return [load_tensors(_optim_path(directory, step, rank), "cpu", mmap=True) for rank in range(n_shards)]
+
+
+def check_bytes(directory: Path, step: int, runtime: Runtime) -> None:
+    """Compare tensors with the checksums that they were saved with; DamagedError if a bit has changed.
+
+    Loading notices only what is missing. The files are shared out over the ranks, so that all must call this.
+    """
+    n_shards = read_meta(directory, step).get("optimizer_shards", 1)
+    paths = [model_path(directory, step), *(_optim_path(directory, step, rank) for rank in range(n_shards))]
+    for path in paths[runtime.rank :: runtime.world_size]:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                name = archive.testzip()
+        except zipfile.BadZipFile as error:
+            raise DamagedError(f"{path} is damaged ({error})") from error
+        if name is not None:
+            raise DamagedError(f"{path} is damaged (in {name})")
 
 
 def model_config(meta: dict[str, Any]) -> GPTConfig:

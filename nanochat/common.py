@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -95,11 +96,14 @@ def run(main: Callable[[], int]) -> None:
         status = f"error: {error}"
     except KeyboardInterrupt:
         status = "interrupted"
-    except Exception:
+    except Exception as error:
         if _process_group() is None:
             raise
-        traceback.print_exc()
-        status = 1
+        if _is_lost_rank(error):
+            status = f"error: rank {_process_group().get_rank()} lost contact with another: {error}"
+        else:
+            traceback.print_exc()
+            status = 1
     if _process_group() is not None:
         _leave_group(status)
     sys.exit(status)
@@ -109,6 +113,12 @@ def _process_group() -> ModuleType | None:
     """Return torch.distributed if this process is one of a group."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_initialized() else None
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed since another rank has ended or, for NANOCHAT_TIMEOUT_S, not answered."""
+    by_gloo = any(words in str(error) for words in ("/gloo/", "pair closure"))  # it has no class for them
+    return by_gloo or isinstance(error, _process_group().DistError)
 
 
 def _leave_group(status: int | str) -> NoReturn:
@@ -148,6 +158,19 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock of the name of path, which need not exist: one process at a time, on this machine at least.
+
+    For what is made once: whoever gets the lock later finds it there.
+    """
+    import fcntl
+
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write JSON atomically, indented for people, into a folder that is made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -174,11 +197,17 @@ class Runtime:
     compute_dtype: torch.dtype  # of activations; parameters and optimizer state stay float32
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0  # among those of this machine
 
     @property
     def is_main(self) -> bool:
         """Whether this process does the writing and the talking."""
         return self.rank == 0
+
+    @property
+    def is_first_of_node(self) -> bool:
+        """Whether this process does what is done once on each machine, such as downloading."""
+        return self.local_rank == 0
 
     def compiles(self, setting: bool | None) -> bool:
         """Whether to use torch.compile, given a setting that leaves it to the device if it is None."""
@@ -202,6 +231,21 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do something on every rank: none goes on before all are done, and what fails on one fails on all.
+
+        Otherwise the others would wait in their next collective for a rank that has ended.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as found:
+            error = found
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+
     @classmethod
     def cpu(cls) -> Runtime:
         """One float32 process on the CPU."""
@@ -214,7 +258,9 @@ def setup_runtime(device_type: str = "") -> Runtime:
     """Find the device ("" picks cuda, then mps, then cpu), the compute dtype and the rank of this process.
 
     bfloat16 on CUDA cards that have it (compute capability 8.0 and up), float32 everywhere else. Under
-    torchrun the ranks are joined in a process group: NCCL on CUDA, gloo on the CPU.
+    torchrun the ranks are joined in a process group: NCCL on CUDA, gloo on the CPU. A rank that waits for
+    another for more than $NANOCHAT_TIMEOUT_S seconds (default 600) ends with an error, and torchrun ends the
+    rest.
     """
     import torch
 
@@ -236,7 +282,26 @@ def setup_runtime(device_type: str = "") -> Runtime:
         if torch.cuda.get_device_capability(device) >= (8, 0):
             compute_dtype = torch.bfloat16
     if world_size > 1:
-        import torch.distributed as dist
+        _join_group(device)
+    return Runtime(
+        device=device,
+        compute_dtype=compute_dtype,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+    )
 
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    return Runtime(device=device, compute_dtype=compute_dtype, rank=rank, world_size=world_size)
+
+def _join_group(device: torch.device) -> None:
+    import torch.distributed as dist
+
+    setting = os.environ.get("NANOCHAT_TIMEOUT_S") or "600"
+    try:
+        timeout = timedelta(seconds=float(setting))
+    except ValueError:
+        timeout = timedelta(0)
+    if timeout <= timedelta(0):
+        raise ValueError(f"NANOCHAT_TIMEOUT_S={setting!r} must be a number of seconds above 0")
+    if not dist.is_initialized():
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)

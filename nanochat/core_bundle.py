@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from nanochat.common import Runtime, base_dir
+from nanochat.common import Runtime, base_dir, locked
 
 logger = logging.getLogger(__name__)
 TIMEOUT_S = 30
@@ -171,24 +171,21 @@ def _example(row: dict[str, Any], kind: str, category: str) -> Example:
 
 
 def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "") -> Path:
-    """Return the folder `path`, else base_dir()/eval_bundle, into which rank 0 may have to download a zip.
+    """Return the folder `path`, else base_dir()/eval_bundle, into which a zip may have to be downloaded.
 
-    All ranks call this together, and all raise OSError or ValueError if the download fails.
+    The first rank of each machine does that. All ranks call this together, and all raise OSError or
+    ValueError if a download fails.
     """
     if path:
         return Path(path).expanduser()
     folder = base_dir() / "eval_bundle"
-    error = None
-    if runtime.is_main and folder.exists():
-        logger.info("CORE bundle: %s, downloaded before", folder)
-    elif runtime.is_main:
-        try:
-            download_bundle(url, sha256, folder)
-        except (OSError, ValueError) as caught:
-            error = caught
-    for raised in runtime.gather(error):
-        if raised is not None:
-            raise raised
+    with runtime.together():
+        if runtime.is_first_of_node:
+            with locked(folder):  # machines may share the disk
+                if folder.exists():
+                    logger.info("CORE bundle: %s, downloaded before", folder)
+                else:
+                    download_bundle(url, sha256, folder)
     return folder
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from nanochat.common import Runtime
 from nanochat.dataset import open_shard, read_row_group
 
 if TYPE_CHECKING:
@@ -116,6 +117,31 @@ def packed_batches(
             yield inputs, targets, {**fixed, "next_stream": turn * world_size, "positions": positions}
 
     return batches()
+
+
+def validation_batches(
+    tokenizer: Tokenizer,
+    shards: Sequence[Path],
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    seq_len: int,
+    n_tokens: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
+    """Return this rank's share of the first n_tokens, rounded up to whole batches, at most all.
+
+    All ranks together have the same batches, however many they are: each makes all and keeps its own.
+    """
+    batches = packed_batches(
+        tokenizer,
+        shards,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        streams=1,
+        device=runtime.device,
+        epochs=1,
+    )
+    return islice(batches, runtime.rank, -(-n_tokens // (batch_size * seq_len)), runtime.world_size)
 
 
 def merge_states(states: Sequence[State]) -> State:

@@ -1,22 +1,36 @@
-"""Muon for the matrices, AdamW for everything else, in one optimizer.
+"""Muon for the matrices, AdamW for everything else, in one optimizer, on one rank or shared out over many.
 
 Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal one: with G = U S V^T it
 steps along U V^T, which five steps of a quintic Newton-Schulz iteration approximate by matrix products alone.
 Matrices of one shape are stacked and updated together: a few large batched products instead of hundreds of
-small ones, and a stack is also what a rank would own if the work were shared out.
+small ones.
 
 AdamW (Loshchilov & Hutter 2019) without weight decay takes the embedding, the head and the convolutions: rows
 of a table and taps of a filter are not linear maps whose singular values mean something.
+
+With several ranks each updates a share of every stack and keeps the state of that share alone (ZeRO stage 2,
+Rajbhandari et al. 2020):
+
+    last backward of a step   each gradient goes into its stack as it comes; a part of the stack that is full
+                              is reduce-scattered while the backward goes on
+    finish_reduction          waits for that, and measures the gradients
+    step                      each rank updates its share; the weights are all-gathered, those that the next
+                              forward wants first before the others, while the next stack is updated
+
+One rank runs the same code without the collectives. nanochat/stack.py lays the stacks out.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.schedule import LearningRates
+from nanochat.stack import Stack
 
 NEWTON_SCHULZ_STEPS = 5
 # steep at 0, flat around 1: singular values land in about [0.7, 1.2] after five steps (Jordan et al. 2024)
@@ -42,74 +56,177 @@ def muon_update(grads: Tensor, buffer: Tensor, momentum: Tensor, dtype: torch.dt
     Nesterov: the step looks one gradient ahead. Scaled by max(1, rows/cols)^0.5, so that the change of an
     output does not depend on the shape.
     """
+    grads = grads.to(buffer.dtype)
     buffer.mul_(momentum).add_(grads * (1 - momentum))
     ahead = grads * (1 - momentum) + buffer * momentum
     return orthogonalize(ahead, dtype) * max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
 
 
+def muon_step(weights: Tensor, grads: Tensor, buffer: Tensor, rate: Tensor, momentum: Tensor) -> None:
+    """Update weights and buffer (..., rows, cols) in place; orthogonalize in the dtype of the gradients."""
+    update = muon_update(grads.flatten(0, -3), buffer.flatten(0, -3), momentum, grads.dtype)
+    weights.sub_(rate * update.view(grads.shape).to(weights.dtype))
+
+
+def adamw_step(
+    weights: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rate: Tensor,
+    bias_sq: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Update weights and the means of gradients and of their squares in place.
+
+    rate is the learning rate over the bias of exp_avg, bias_sq the bias of exp_avg_sq, both 0-D.
+    """
+    grads = grads.to(weights.dtype)
+    exp_avg.lerp_(grads, 1 - betas[0])
+    exp_avg_sq.lerp_(grads.square(), 1 - betas[1])
+    weights.sub_(rate * exp_avg / ((exp_avg_sq / bias_sq).sqrt() + eps))
+
+
 @cache
-def _compiled_muon_update():
-    return torch.compile(muon_update, dynamic=False)
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups carry `kind`: "muon" (one shape; `momentum`) or "adamw" (`betas`, `eps`)."""
+    """Parameter groups carry `kind`: "muon" (one shape; `momentum`) or "adamw" (one shape; `betas`, `eps`).
 
-    def __init__(self, groups: list[dict]):
+    Takes the parameters over: from here on each is a view into the stack of its group. Gradients are reduced
+    and Muon's products taken in dtype. forward_order lists the parameters as a forward meets them.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        forward_order: Sequence[Tensor] = (),
+        *,
+        dtype: torch.dtype = torch.float32,
+        runtime: Runtime | None = None,
+    ):
         super().__init__(groups, defaults={})
+        runtime = runtime or Runtime.cpu()
+        params = [p for group in self.param_groups for p in group["params"]]
+        place = {p: i for i, p in enumerate(forward_order or params)}
+        self.stacks = [
+            Stack(
+                sorted(group["params"], key=place.__getitem__, reverse=True),
+                ("momentum_buffer",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq"),
+                by_rows=group["kind"] == "adamw" and len(group["params"]) == 1,
+                dtype=dtype,
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+            )
+            for group in self.param_groups
+        ]
+        self._stack_of = {p: stack for stack in self.stacks for p in stack.params}
+        self._missing = set(params)  # their gradients are not in a stack yet
+        # the same on all ranks, whatever comes when: collectives must meet
+        buckets = [(stack, b) for stack in self.stacks for b in range(len(stack.buckets))]
+        self._buckets = sorted(buckets, key=lambda at: -min(place[p] for p in at[0].buckets[at[1]]))
+        self._n_reduced = 0  # buckets
+        self._is_last_backward = self._is_reduced = False
+        for p in params:
+            p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def begin_reduction(self) -> None:
+        """Say that the next backward is the last of the step: its gradients are whole as they come."""
+        self._is_last_backward = True
+
+    def _on_gradient(self, p: Tensor) -> None:
+        if self._is_last_backward:
+            self._take(p)
+
+    @torch.no_grad()
+    def _take(self, p: Tensor) -> None:
+        self._stack_of[p].take_gradient(p)
+        self._missing.remove(p)
+        while self._n_reduced < len(self._buckets):
+            stack, b = self._buckets[self._n_reduced]
+            if not self._missing.isdisjoint(stack.buckets[b]):
+                break
+            stack.reduce(b)
+            self._n_reduced += 1
+
+    @torch.no_grad()
+    def finish_reduction(self) -> Tensor:
+        """Move what gradients are left into the stacks, summed over ranks; a missing gradient counts as 0.
+
+        Returns the sum of squares of this rank's share, 0-D; its sum over ranks is the squared norm of the
+        whole gradient. No parameter has a `grad` afterwards.
+        """
+        self._is_last_backward = False
+        for p in list(self._missing):
+            self._take(p)
+        self._is_reduced = True
+        return torch.stack([stack.finish_reduction() for stack in self.stacks]).sum()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter from its gradient."""
-        for group in self.param_groups:
-            if group["kind"] == "muon":
-                self._step_muon(group)
-            else:
-                self._step_adamw(group)
+        """Update every parameter from the reduced gradients; reduces them first if nobody has."""
+        if not self._is_reduced:
+            self.finish_reduction()
+        gathering = []
+        for stack in dict.fromkeys(stack for stack, _ in reversed(self._buckets)):
+            group = self.param_groups[self.stacks.index(stack)]
+            (_update_muon if group["kind"] == "muon" else _update_adamw)(stack, group)
+            gathering += stack.gather()
+        for work in gathering:
+            work.wait()
+        self._missing = set(self._stack_of)
+        self._n_reduced, self._is_reduced = 0, False
 
-    def _step_muon(self, group: dict) -> None:
-        params = group["params"]
-        grads = torch.stack([p.grad for p in params])
-        state = self.state[params[0]]  # one buffer for the whole stack, kept under its first parameter
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(grads)
-        on_cuda = grads.is_cuda
-        update = (_compiled_muon_update() if on_cuda else muon_update)(
-            grads,
-            state["momentum_buffer"],
-            torch.tensor(group["momentum"]),  # 0-D: a new value is no new graph
-            torch.bfloat16 if on_cuda else torch.float32,
-        )
-        torch._foreach_add_(params, list(update.to(grads.dtype).unbind()), alpha=-group["lr"])
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share of the state, by group, with the numbers of the slots that it is the state of."""
+        groups = [{**group, "params": len(group["params"])} for group in self.param_groups]
+        state = {i: stack.state_dict() for i, stack in enumerate(self.stacks)}
+        return {"state": state, "param_groups": groups}
 
-    def _step_adamw(self, group: dict) -> None:
-        params = group["params"]
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        states = [self.state[p] for p in params]
-        adamw(
-            params,
-            [p.grad for p in params],
-            *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")),
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state that one rank had for itself. Learning rates are not loaded: settings say them."""
+        self.load_shards([state_dict])
+
+    def load_shards(self, shards: Sequence[dict[str, Any]]) -> None:
+        """Load this rank's share out of the state dicts of all ranks of a run, however many those were.
+
+        Raises ValueError when they are of other parameters or do not hold all of the share.
+        """
+        for i, stack in enumerate(self.stacks):
+            try:
+                stack.load_shards([shard["state"][i] for shard in shards])
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"the optimizer state is of another model or an older version ({error!r}): start anew, "
+                    "from another stage with --no-warm-start"
+                ) from error
 
 
-def build_optimizer(model: GPT, rates: LearningRates) -> MuonAdamW:
+def _update_muon(stack: Stack, group: dict) -> None:
+    step = _compiled(muon_step) if stack.weights.is_cuda else muon_step
+    rate, momentum = torch.tensor(group["lr"]), torch.tensor(group["momentum"])  # 0-D: new values, same graph
+    step(stack.own_weights, stack.own_grads, stack.state["momentum_buffer"], rate, momentum)
+
+
+def _update_adamw(stack: Stack, group: dict) -> None:
+    step = _compiled(adamw_step) if stack.weights.is_cuda else adamw_step
+    bias, bias_sq = (1 - beta ** (stack.n_steps + 1) for beta in group["betas"])
+    rate, bias_sq = torch.tensor(group["lr"] / bias), torch.tensor(bias_sq)
+    step(
+        stack.own_weights,
+        stack.own_grads,
+        *stack.state.values(),
+        rate,
+        bias_sq,
+        group["betas"],
+        group["eps"],
+    )
+
+
+def build_optimizer(model: GPT, rates: LearningRates, runtime: Runtime | None = None) -> MuonAdamW:
     """Group the parameters by role; `initial_lr` of each group is what a schedule multiplies."""
     scale = (model.config.n_embd / 768) ** -0.5
     taps = [p for p in model.transformer.h.parameters() if p.ndim == 3]  # conv1d.weight (E,1,K)
@@ -130,4 +247,9 @@ def build_optimizer(model: GPT, rates: LearningRates) -> MuonAdamW:
         {"kind": "muon", "params": params, "lr": rates.matrix_lr, "momentum": 0.95}
         for params in matrices.values()
     ]
-    return MuonAdamW([{**group, "initial_lr": group["lr"]} for group in groups])
+    return MuonAdamW(
+        [{**group, "initial_lr": group["lr"]} for group in groups],
+        list(model.parameters()),
+        dtype=model.activation_dtype,
+        runtime=runtime,
+    )

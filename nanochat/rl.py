@@ -55,24 +55,18 @@ def policy_loss(model: GPT, samples: Sequence[Sample], n_tokens: float) -> Tenso
     return (weights[:, None] * nats).sum() / n_tokens
 
 
-def accumulate(
-    model: GPT, samples: Sequence[Sample], n_tokens: float, batch_size: int, runtime: Runtime
-) -> tuple[float, float]:
-    """Leave the gradients of all ranks' samples in the model; return loss and gradient norm.
+def accumulate(model: GPT, samples: Sequence[Sample], n_tokens: float, batch_size: int) -> Tensor:
+    """Leave the gradients of this rank's samples in the model, none if it has none; return its loss, 0-D.
 
     Goes batch_size rows at a time, the longest first: if memory does not suffice, that is seen at once.
     """
     samples = sorted((s for s in samples if s.advantage != 0), key=lambda s: len(s.ids), reverse=True)
-    total = torch.zeros((), device=runtime.device)
-    for parameter in model.parameters():  # this rank may have no samples, and the others wait for its sums
-        parameter.grad = torch.zeros_like(parameter)
+    total = torch.zeros((), device=model.device)
     for start in range(0, len(samples), batch_size):
         loss = policy_loss(model, samples[start : start + batch_size], n_tokens)
         loss.backward()
         total += loss.detach()
-    gradients = [runtime.sum_(p.grad) for p in model.parameters()]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
-    return runtime.sum_(total).item(), grad_norm.item()
+    return total
 
 
 def train(
@@ -144,10 +138,11 @@ def _train_step(
     n_samples, reward, n_tokens, ended, n_useful = runtime.sum_(sums).tolist()
     loss = grad_norm = 0.0
     if n_useful:
-        loss, grad_norm = accumulate(model, samples, n_tokens, batch_size, runtime)
+        loss = accumulate(model, samples, n_tokens, batch_size)
+        loss, squared_norm = runtime.sum_(torch.stack([loss, optimizer.finish_reduction()])).tolist()
+        grad_norm = squared_norm**0.5
         check_finite(step, loss, grad_norm, multiplier)
         optimizer.step()
-        model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
     progress.step += 1
     progress.train_seconds += seconds

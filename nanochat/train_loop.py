@@ -76,11 +76,10 @@ def train(
             multiplier = set_schedule(optimizer, plan, step)
             last_state = micro_batches[-1][2]
             loss, grad_norm, stopping, micro_batches = _accumulate(
-                model, micro_batches, batches, runtime, sigterm
+                model, optimizer, micro_batches, batches, runtime, sigterm
             )
             check_finite(step, loss, grad_norm, multiplier)
             optimizer.step()
-            model.zero_grad(set_to_none=True)
             # the device may still be updating: that time falls to the next step, whose loss waits for it
             seconds = time.perf_counter() - began
             progress.step += 1
@@ -114,9 +113,14 @@ def set_schedule(optimizer: MuonAdamW, plan: Plan, step: int) -> float:
 
 
 def _accumulate(
-    model: GPT, micro_batches: list[Batch], batches: Iterator[Batch], runtime: Runtime, sigterm: list[bool]
+    model: GPT,
+    optimizer: MuonAdamW,
+    micro_batches: list[Batch],
+    batches: Iterator[Batch],
+    runtime: Runtime,
+    sigterm: list[bool],
 ) -> tuple[float, float, bool, list[Batch]]:
-    """Forward and backward of one step.
+    """Forward and backward of one step; leaves its gradients in the optimizer, summed over ranks.
 
     Returns loss in nats a token, gradient norm, whether a rank was told to stop, and the next micro-batches.
     """
@@ -124,17 +128,17 @@ def _accumulate(
     n_targets = runtime.sum_(counts.sum()).clamp(min=1)
     total = torch.zeros((), device=runtime.device)
     upcoming: list[Batch] = []
-    for inputs, targets, _ in micro_batches:
+    for i, (inputs, targets, _) in enumerate(micro_batches):
         loss = model(inputs, targets, loss_reduction="sum") / n_targets
+        if i == len(micro_batches) - 1:
+            optimizer.begin_reduction()
         loss.backward()
         total += loss.detach()
         upcoming += islice(batches, 1)
-    gradients = [runtime.sum_(p.grad) for p in model.parameters()]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
     told_to_stop = torch.tensor(float(sigterm[0]), device=runtime.device)
-    sums = runtime.sum_(torch.stack([total, told_to_stop]))
-    loss, stop, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()  # the step's one synchronisation
-    return loss, grad_norm, stop > 0, upcoming
+    sums = runtime.sum_(torch.stack([total, optimizer.finish_reduction(), told_to_stop]))
+    loss, squared_norm, stop = sums.tolist()  # the step's one synchronisation
+    return loss, squared_norm**0.5, stop > 0, upcoming
 
 
 def _evaluate(evaluate: Callable[[], float], progress: Progress, log: Callable[[dict], None]) -> None:

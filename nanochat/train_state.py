@@ -2,7 +2,8 @@
 
 A resumed run continues exactly: weights, optimizer, place in the data and moving average come back, and there
 is no random state to restore, since training itself draws no random numbers. The loader's place is kept by
-stream and not by rank, so a run may go on with another number of ranks.
+stream and the optimizer's state by tensor or row, neither by rank, so a run may go on with another number of
+ranks.
 """
 
 import logging
@@ -13,17 +14,20 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint_manager import (
+    DamagedError,
+    check_bytes,
     checkpoint_dir,
     complete_steps,
     delete_checkpoint,
     load_for,
-    load_optimizer_state,
+    load_optimizer_shards,
     load_tensors,
     load_tokenizer,
     load_weights,
     model_config,
     model_path,
     read_meta,
+    remove_partial_files,
     resolve_tag,
     save_checkpoint,
     tokenizer_dir,
@@ -88,37 +92,58 @@ def start_or_resume(
     resume: bool,
     overwrite: bool,
 ) -> Progress:
-    """Start a run in directory, or load model and optimizer from its newest checkpoint and go on.
+    """Start a run in directory, or load model and optimizer from its newest whole checkpoint and go on.
 
     Raises ValueError when checkpoints are there and neither was asked for, or when they do not fit the model
     or were made with another tokenizer.
     """
     steps = complete_steps(directory)
+    if any(found != steps for found in runtime.gather(steps)):
+        raise ValueError(
+            f"the ranks do not all see the same checkpoints in {directory}: put NANOCHAT_BASE_DIR on a disk "
+            "that all nodes share"
+        )
+    if runtime.is_main:
+        remove_partial_files(directory)
     if not steps or overwrite:
-        if runtime.is_main:
-            for step in steps:
-                delete_checkpoint(directory, step)
-            tokenizer.save(tokenizer_dir(directory))
+        with runtime.together():
+            if runtime.is_main:
+                for step in steps:
+                    delete_checkpoint(directory, step)
+                tokenizer.save(tokenizer_dir(directory))
         return Progress()
     if not resume:
         raise ValueError(
             f"{directory} has checkpoints up to step {steps[-1]}: go on with --resume, start anew with "
             "--overwrite, or choose another --model-tag"
         )
-    meta = read_meta(directory, steps[-1])
-    if model_config(meta) != model.config:
-        raise ValueError(
-            f"{directory} holds {model_config(meta)}, these settings make {model.config}: "
-            "give the settings that it was started with, or another --model-tag"
-        )
     if not load_tokenizer(directory).is_same_as(tokenizer):
         raise ValueError(
             f"{directory} was begun with another tokenizer than the one that is there now: start anew with "
             "--overwrite, or choose another --model-tag"
         )
-    load_weights(model, load_tensors(model_path(directory, steps[-1]), runtime.device))
-    _load_optimizer(directory, steps[-1], optimizer, runtime)
-    logger.info(f"resuming from step {steps[-1]} of {directory}")
+    for step in reversed(steps):
+        try:
+            with runtime.together():
+                progress = _load(directory, step, model, optimizer, runtime)
+        except (DamagedError, FileNotFoundError) as error:
+            logger.warning(f"warning: {error}; trying the checkpoint before")
+            continue
+        logger.info(f"resuming from step {step} of {directory}")
+        return progress
+    raise ValueError(f"no checkpoint in {directory} can be read: start anew with --overwrite")
+
+
+def _load(directory: Path, step: int, model: GPT, optimizer: MuonAdamW, runtime: Runtime) -> Progress:
+    check_bytes(directory, step, runtime)
+    meta = read_meta(directory, step)
+    if model_config(meta) != model.config:
+        raise ValueError(
+            f"{directory} holds {model_config(meta)}, these settings make {model.config}: "
+            "give the settings that it was started with, or another --model-tag"
+        )
+    load_weights(model, load_tensors(model_path(directory, step), model.device))
+    optimizer.load_shards(load_optimizer_shards(directory, step))
     return Progress.from_dict(meta["progress"])
 
 
@@ -129,7 +154,7 @@ def start_from(source: str, config: Any, runtime: Runtime) -> tuple[GPT, RustBPE
     """
     tag = resolve_tag(source, config.model_tag)
     model, tokenizer, meta = load_for(runtime, source, "train", tag, config.step)
-    optimizer = build_optimizer(model, config.rates)
+    optimizer = build_optimizer(model, config.rates, runtime)
     if config.warm_start:
         warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
     return model, tokenizer, optimizer, tag
@@ -138,15 +163,10 @@ def start_from(source: str, config: Any, runtime: Runtime) -> tuple[GPT, RustBPE
 def warm_start(directory: Path, step: int, optimizer: MuonAdamW, runtime: Runtime) -> None:
     """Take over the momentum of the stage before, if it was saved."""
     try:
-        _load_optimizer(directory, step, optimizer, runtime)
+        with runtime.together():
+            optimizer.load_shards(load_optimizer_shards(directory, step))
     except FileNotFoundError:
         logger.info(f"no optimizer state beside step {step} in {directory}: its momentum starts at zero")
-
-
-def _load_optimizer(directory: Path, step: int, optimizer: MuonAdamW, runtime: Runtime) -> None:
-    saved = load_optimizer_state(directory, step, runtime.device)
-    groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the settings, not the saved
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def save_progress(
@@ -159,13 +179,11 @@ def save_progress(
 ) -> None:
     """Save a checkpoint that start_or_resume can go on from, with the config that the user asked for."""
     loader_state = merge_states(runtime.gather(progress.loader_state))
-    if runtime.is_main:
-        saved = {**asdict(progress), "loader_state": loader_state}
-        meta = {"user_config": asdict(config), "progress": saved}
-        keep_last = config.cadence.keep_last
-        save_checkpoint(directory, progress.step, model, optimizer.state_dict(), meta, keep_last)
-        logger.info(f"step {progress.step:05d} | saved to {directory}")
-    runtime.gather(None)  # no rank runs ahead, or ends the job, before the checkpoint is there
+    saved = {**asdict(progress), "loader_state": loader_state}
+    meta = {"user_config": asdict(config), "progress": saved}
+    keep_last = config.cadence.keep_last
+    save_checkpoint(directory, progress.step, model, optimizer.state_dict(), meta, keep_last, runtime)
+    logger.info(f"step {progress.step:05d} | saved to {directory}")
 
 
 def report_training(

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from nanochat.checkpoint_manager import load_for
-    from nanochat.dataloader import packed_batches
+    from nanochat.dataloader import validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.samples import print_samples
@@ -45,22 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, "base", "eval", config.model_tag, config.step)
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    seq_len = model.config.sequence_len
-    steps = -(-config.split_tokens // (config.device_batch_size * seq_len * runtime.world_size))
     bpb = {}
     for split in ("train", "val"):
-        batches = packed_batches(
+        batches = validation_batches(
             tokenizer,
             shard_paths(config.data, split),
+            runtime,
             batch_size=config.device_batch_size,
-            seq_len=seq_len,
-            streams=runtime.world_size,
-            device=runtime.device,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            epochs=1,
+            seq_len=model.config.sequence_len,
+            n_tokens=config.split_tokens,
         )
-        bpb[split] = evaluate_bpb(model, batches, steps, token_bytes)
+        bpb[split] = evaluate_bpb(model, batches, None, token_bytes)
     samples = print_samples(model, tokenizer, runtime)
     if runtime.is_main:
         result = {"settings": asdict(config), "step": meta["step"], "bpb": bpb, "samples": samples}

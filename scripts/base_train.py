@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.accelerate import accelerate
     from nanochat.checkpoint_manager import checkpoint_dir
-    from nanochat.dataloader import packed_batches
+    from nanochat.dataloader import packed_batches, validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.metrics import MetricsLog
@@ -103,30 +103,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = get_tokenizer()
     model = build_model(config, tokenizer.get_vocab_size(), runtime)
     plan = make_plan(config, model, runtime)
-    optimizer = build_optimizer(model, config.rates)
+    optimizer = build_optimizer(model, config.rates, runtime)
     directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
     progress = start_or_resume(
         directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
 
-    batches = partial(
-        packed_batches,
-        tokenizer,
-        batch_size=config.device_batch_size,
-        seq_len=config.max_seq_len,
-        device=runtime.device,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-    )
     val_shards = shard_paths(config.data, "val")
-    val_steps = -(-config.eval_tokens // micro_batch_tokens(config, runtime))
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    sizes = {"batch_size": config.device_batch_size, "seq_len": config.max_seq_len}
 
     def evaluate() -> float:
-        return evaluate_bpb(
-            model, batches(val_shards, streams=runtime.world_size, epochs=1), val_steps, token_bytes
-        )
+        batches = validation_batches(tokenizer, val_shards, runtime, n_tokens=config.eval_tokens, **sizes)
+        return evaluate_bpb(model, batches, None, token_bytes)
 
     log = MetricsLog(
         directory / "metrics.jsonl",
@@ -138,10 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_finished = train(
         model,
         optimizer,
-        batches(
+        packed_batches(
+            tokenizer,
             shard_paths(config.data, "train"),
             streams=plan.accumulation * runtime.world_size,
+            device=runtime.device,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
             state=progress.loader_state,
+            **sizes,
         ),
         plan,
         config.cadence,
@@ -172,15 +167,9 @@ def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> G
     return model
 
 
-def micro_batch_tokens(config: BaseTrainConfig, runtime: Runtime) -> int:
-    """Tokens of one forward on all ranks together."""
-    return config.device_batch_size * config.max_seq_len * runtime.world_size
-
-
 def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
     """Derive accumulation and steps from the settings; ValueError when the batch does not divide."""
-
-    micro_batch = micro_batch_tokens(config, runtime)
+    micro_batch = config.device_batch_size * config.max_seq_len * runtime.world_size
     total = config.total_batch_size
     if total % micro_batch:
         raise ValueError(

@@ -120,7 +120,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
     model = build_model(config, config.vocab_size, runtime)
     fill_zero_weights(model)
     plan = make_plan(replace(config, num_iterations=config.num_iterations + 2), model, runtime)
-    optimizer = build_optimizer(model, config.rates)
+    optimizer = build_optimizer(model, config.rates, runtime)
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
     batches = random_batches(config, runtime.device)
     records: list[dict] = []

@@ -13,7 +13,6 @@ Rows stay in Arrow's columns and become dicts one at a time, so that half a mill
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import lzma
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanochat.common import base_dir
+from nanochat.common import base_dir, locked
 from nanochat.hub_files import download, hub_api, reason
 
 if TYPE_CHECKING:
@@ -149,8 +148,7 @@ def _download(repo: str, subset: str, split: str) -> Path:
     """Return a folder that holds what the repository has of the split; it gets its name when it is whole."""
     folder = base_dir() / "task_data" / "--".join([*repo.split("/"), subset, split])
     folder.parent.mkdir(exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one downloads; the others find it done
+    with locked(folder):  # of several ranks one downloads; the others find it done
         if not folder.exists():
             partial = folder.with_name(f".{folder.name}.partial")
             for wait_s in (*RETRY_AFTER_S, None):

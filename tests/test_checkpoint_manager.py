@@ -29,7 +29,7 @@ def test_save_and_read_back(tmp_path):
     cm.load_weights(other, cm.load_tensors(cm.model_path(tmp_path, 7), "cpu"))
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert cm.load_optimizer_state(tmp_path, 7, torch.device("cpu"))["state"].tolist() == [1, 1]
+    assert cm.load_optimizer_shards(tmp_path, 7)[0]["state"].tolist() == [1, 1]
 
 
 def test_steps_are_numbers_and_a_backup_is_no_checkpoint(tmp_path):
@@ -50,6 +50,10 @@ def test_keep_last(tmp_path):
         cm.save_checkpoint(tmp_path, step, model, {}, {}, keep_last=2)
     assert cm.complete_steps(tmp_path) == [2, 3]
     assert len(list(tmp_path.iterdir())) == 6
+    cm.save_checkpoint(tmp_path, 4, model, {}, {}, keep_last=5)
+    assert cm.complete_steps(tmp_path) == [2, 3, 4]
+    cm.save_checkpoint(tmp_path, 3, model, {}, {}, keep_last=1)  # 4 is damaged, say, and 3 was gone on from
+    assert cm.complete_steps(tmp_path) == [3, 4]
 
 
 def test_full_disk_leaves_the_older_checkpoint_good(tmp_path):

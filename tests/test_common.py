@@ -1,4 +1,6 @@
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,13 @@ import pytest
 from nanochat.common import Runtime, atomic_write, base_dir, run, setup_runtime, write_json
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
@@ -70,6 +79,11 @@ run(main)
     [
         ("return 0", 0, ""),
         ("raise ValueError('depth=0')", 1, "error: depth=0\n"),
+        (
+            "raise RuntimeError('timeout caused pair closure')",
+            1,
+            "with another: timeout caused pair closure\n",
+        ),
         ("raise RuntimeError('lost')", 1, "RuntimeError: lost\n"),
     ],
 )
@@ -79,6 +93,66 @@ def test_a_rank_does_not_finalise_the_interpreter(end, status, error):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (status, "doneat exit\n")
     assert done.stderr.endswith(error)
+
+
+TWO_RANKS = """
+import sys, time
+import torch
+from nanochat.common import run, setup_runtime
+def main():
+    runtime = setup_runtime("cpu")
+    for step in range(10**6):
+        runtime.sum_(torch.ones(1))
+        if step == 9:
+            print("at work", flush=True)
+run(main)
+"""
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_gone_or_hangs_ends_the_other_with_a_message(fault, unused_port):
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS],
+            env={**os.environ, **group, "RANK": str(rank), "NANOCHAT_TIMEOUT_S": "2"},
+            **pipes,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == ["at work\n"] * 2
+        ranks[1].send_signal(fault)
+        _, error = ranks[0].communicate(timeout=30)
+        assert ranks[0].returncode == 1
+        assert error.startswith("error: rank 0 lost contact with another: ")
+        assert "Traceback" not in error
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_what_fails_on_one_rank_fails_on_all():
+    class FirstOfTwo(Runtime):
+        def gather(self, value):
+            return [value, OSError("disk of the other full")]
+
+    cpu = Runtime.cpu()
+    runtime = FirstOfTwo(device=cpu.device, compute_dtype=cpu.compute_dtype, world_size=2)
+    with pytest.raises(OSError, match="disk of the other full"), runtime.together():
+        pass
+    with pytest.raises(ValueError, match="mine"), runtime.together():
+        raise ValueError("mine")
+
+
+def test_a_timeout_that_is_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for setting in ("0", "-1", "soon"):
+        monkeypatch.setenv("NANOCHAT_TIMEOUT_S", setting)
+        with pytest.raises(ValueError, match=f"NANOCHAT_TIMEOUT_S='{setting}' must be a number"):
+            setup_runtime("cpu")
 
 
 def test_unknown_device():

@@ -1,0 +1,73 @@
+"""Find out before a run whether it would fail: GPUs, driver, NCCL, disk, data, memory.
+
+python -m scripts.doctor --depth=20 --device-batch-size=32 --data=hub
+
+Exits with a status that is not zero when something would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanochat.common import parse, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What the run will be."""
+
+    depth: int = 20
+    """number of layers"""
+    max_seq_len: int = 2048
+    """tokens of context"""
+    vocab_size: int = 65_536
+    """tokens that the tokenizer will know"""
+    device_batch_size: int = 32
+    """sequences of one forward on one device"""
+    ranks: int = 0
+    """processes on this machine; 0: one a GPU, or one"""
+    data: str = "auto"
+    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty finds the best there is"""
+
+    def __post_init__(self) -> None:
+        least = {"depth": 1, "max_seq_len": 1, "vocab_size": 1, "device_batch_size": 1, "ranks": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, print a line for each finding, and return 1 if one of them would end the run."""
+    config = parse(DoctorConfig, argv)
+
+    from itertools import chain
+
+    import torch
+
+    from nanochat import doctor
+    from nanochat.common import setup_runtime
+    from nanochat.gpt import GPTConfig
+
+    device_type = setup_runtime(config.device_type).device.type
+    ranks = config.ranks or max(1, torch.cuda.device_count() if device_type == "cuda" else 1)
+    shape = GPTConfig.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=config.max_seq_len)
+    findings = chain(
+        doctor.check_devices(device_type, ranks),
+        doctor.check_disk(shape, config.data),
+        doctor.check_data(shape, config.data),
+        doctor.check_collectives(device_type, ranks),
+        doctor.check_memory(shape, device_type, config.device_batch_size, ranks),
+    )
+    n_failed = 0
+    for finding in findings:
+        print(finding, flush=True)
+        n_failed += not finding.is_ok
+    print(f"doctor: {f'{n_failed} of these would end the run' if n_failed else 'nothing would end the run'}")
+    return 1 if n_failed else 0
+
+
+if __name__ == "__main__":
+    run(main)

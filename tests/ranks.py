@@ -1,0 +1,43 @@
+"""What test_ranks.py runs under torchrun: training and evaluation, the same work for any number of ranks."""
+
+import json
+import logging
+import sys
+
+from nanochat import common, stack
+from nanochat.chat_eval import evaluate_task
+from nanochat.checkpoint_manager import load_for
+from scripts import base_train, chat_sft, mid_train
+from tasks import recipes
+from tests.chats import QUIET, ColourTask
+
+TASK = ColourTask(20), ColourTask(5, seed=1)
+SHORT = [*QUIET, "--num-iterations=20", "--device-batch-size=1"]
+
+
+def pretrain(corpus, *flags):
+    """Twelve micro-batches a step, which 1, 2, 3 and 4 ranks can share."""
+    shape = ["--depth=2", "--max-seq-len=16", "--total-batch-size=192", "--eval-tokens=800"]
+    base_train.main([*SHORT, *shape, f"--data={corpus}", "--save-every=10", "--keep-last=0", *flags])
+
+
+def work(corpus, tag, begun):
+    """Train each stage under `tag`, go on with the base model `begun`, evaluate; leaves eval_<tag>.json."""
+    stack.BUCKET_BYTES = 100_000  # several buckets a stack, even of matrices so small
+    recipes.mid_tasks = recipes.sft_tasks = lambda data: TASK
+    pretrain(corpus, f"--model-tag={tag}")
+    if begun:
+        pretrain(corpus, f"--model-tag={begun}", "--resume")
+    mid_train.main([*SHORT, f"--model-tag={tag}", "--total-batch-size=192", "--warmdown-ratio=1"])
+    chat_sft.main([*SHORT, f"--model-tag={tag}", "--conversations-per-step=12", "--init-lr-frac=0.1"])
+    runtime = common.setup_runtime("cpu")
+    model, tokenizer, _ = load_for(runtime, "sft", "eval", tag, -1)
+    figures = evaluate_task(ColourTask(11, seed=2), model, tokenizer, runtime, batch_size=4, max_new_tokens=4)
+    if runtime.is_main:
+        (common.base_dir() / f"eval_{tag}.json").write_text(json.dumps({**figures, "seconds": 0}))
+    return 0
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    common.run(lambda: work(*sys.argv[1:]))

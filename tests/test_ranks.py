@@ -1,0 +1,98 @@
+"""Several ranks learn and measure what one does, and each can go on where another number of them stopped."""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, delete_checkpoint, load_tensors, model_path
+from nanochat.metrics import read_metrics
+from tests import ranks
+from tests.vocabulary import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def records(stage, tag):
+    """The lines of metrics.jsonl, but for what is measured by the clock."""
+    lines = read_metrics(checkpoint_dir(stage, tag) / "metrics.jsonl")
+    return [{key: line[key] for key in line if "second" not in key and key != "mfu"} for line in lines]
+
+
+def assert_same_run(stage, tag, other):
+    for one, two in zip(records(stage, tag), records(stage, other), strict=True):
+        assert one.pop("grad_norm", 0) == pytest.approx(two.pop("grad_norm", 0), rel=1e-4)
+        assert one == pytest.approx(two, rel=1e-5), (stage, one, two)
+    one, two = (load_tensors(model_path(checkpoint_dir(stage, t), 20), "cpu") for t in (tag, other))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
+
+
+def begin(tag, new_tag):
+    """Copy a base model of 20 steps as it stood after ten."""
+    new = checkpoint_dir("base", new_tag)
+    shutil.copytree(checkpoint_dir("base", tag), new)
+    delete_checkpoint(new, 20)
+    return new_tag
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """The base directory after all work of one rank, and the text that it learned from."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    rng = random.Random(0)
+    words = ["file", "list", "returns", "reads", "a", "the", "string", "of"]
+    for i in range(40):
+        text = "\n".join(" ".join(rng.choices(words, k=12)) for _ in range(10))
+        (folder / f"{i:02d}.txt").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
+        patch.setattr(ranks.stack, "BUCKET_BYTES", 0)
+        for name in ("mid_tasks", "sft_tasks"):
+            patch.setattr(ranks.recipes, name, None)
+        train_tokenizer().save(folder / "base" / "tokenizer")
+        ranks.work(str(folder / "*.txt"), "of1", "")
+    return folder
+
+
+def torchrun(n_nodes, n_ranks, *arguments):
+    """Run n_nodes launchers, as if each were on a machine of its own, with n_ranks each."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={n_nodes}"]
+    command += [f"--nproc_per_node={n_ranks}", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    command += ["--local_addr=127.0.0.1", "-m", "tests.ranks", *arguments]
+    environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(n_nodes)]
+    try:
+        assert [node.wait(timeout=240) for node in nodes] == [0] * n_nodes
+    finally:
+        for node in nodes:
+            node.terminate()  # and with it its ranks
+            node.wait()
+
+
+@pytest.mark.parametrize(("n_nodes", "n_ranks"), [(2, 1), (1, 3), (2, 2)])
+def test_ranks_do_what_one_does(one_rank, monkeypatch, n_nodes, n_ranks):
+    world_size = n_nodes * n_ranks
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(one_rank / "base"))
+    data, tag = str(one_rank / "*.txt"), f"of{world_size}"
+    begun = begin("of1", f"of1_then_{world_size}")
+    torchrun(n_nodes, n_ranks, data, tag, begun)
+    for stage in ("base", "mid", "sft"):
+        assert_same_run(stage, tag, "of1")
+    assert_same_run("base", begun, "of1")
+    one, several = (json.loads((one_rank / "base" / f"eval_{t}.json").read_text()) for t in ("of1", tag))
+    assert one == pytest.approx(several)
+    shares = list(checkpoint_dir("base", tag).glob("optim_000010_rank*.pt"))
+    assert len(shares) == world_size
+    ranks.pretrain(data, f"--model-tag={begin(tag, f'{tag}_then_1')}", "--resume")
+    assert_same_run("base", f"{tag}_then_1", "of1")
