@@ -36,12 +36,10 @@ data=${DATA:-$([ "$gpus" -gt 0 ] && echo hub || echo embedded)}
 chat_data=$([ "$data" = hub ] && echo hub || echo embedded) # what is learned after pretraining
 if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     depth=${DEPTH:-$((ranks >= 8 ? 20 : 12))}
-    # rows of 2,048 tokens for a d12 (dev/LOG.md), half as many beyond; powers of two, so that the batch divides
-    rows=$((gib >= 75 ? 32 : gib >= 38 ? 16 : gib >= 22 ? 8 : gib >= 14 ? 4 : 2))
-    rows=${DEVICE_BATCH_SIZE:-$((depth > 12 ? rows / 2 : rows))}
+    rows=${DEVICE_BATCH_SIZE:-0} # 0: as many as the memory holds
     vocab=65536
     seq_len=2048
-    base=() loss=() mid=() sft=("--device-batch-size=$((rows < 4 ? rows : 4))") evals=() rl=()
+    base=() loss=() mid=() sft=("--device-batch-size=$((gib >= 22 ? 4 : 2))") evals=() rl=()
 else
     depth=${DEPTH:-4}
     rows=${DEVICE_BATCH_SIZE:-8}
@@ -53,7 +51,7 @@ else
     sft=(--conversations-per-step=128 --device-batch-size=$((4 * rows)))
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     evals=(--max-new-tokens=40 --batch-size=128)
-    loss=(--split-tokens=200000)
+    loss=("--device-batch-size=$rows" --split-tokens=200000)
     rl=(--num-steps=60 --max-new-tokens=40 --init-lr-frac=0.25 --eval-every=30 --save-every=20)
     RL=${RL:-1}
 fi
@@ -98,7 +96,7 @@ wandb() { echo "--run=$([ -n "${WANDB_RUN:-}" ] && echo "$WANDB_RUN-$1" || echo 
 
 [ -z "${1:-}" ] && [ -f "$NANOCHAT_BASE_DIR/report/start.json" ] || $python -m nanochat.report reset
 tag=--model-tag=d$depth
-base_model=("--data=$data" "--device-batch-size=$rows" "$tag")
+base_model=("--data=$data" "$tag")
 if [ "$data" = hub ]; then # a shard is about 50 M tokens, and 20 tokens a parameter are wanted
     stage download nanochat.dataset 1 -n $((depth * depth * 6 / 10 + 8)) -w 4 \
         || fail "no data from the hub; run again to go on, or start with DATA=embedded or DATA=<your texts>"
@@ -106,7 +104,7 @@ fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"
 stage base_train scripts.base_train "$ranks" "--depth=$depth" "--seed=$seed" "$(wandb base)" \
-    "${base_model[@]}" "${base[@]}"
+    "--device-batch-size=$rows" "${base_model[@]}" "${base[@]}"
 stage base_loss scripts.base_loss "$ranks" "${base_model[@]}" "${loss[@]}"
 if [ -n "${CORE_BUNDLE:-}" ]; then
     case $CORE_BUNDLE in *://*) bundle=--bundle-url=$CORE_BUNDLE ;; *) bundle=--bundle=$CORE_BUNDLE ;; esac

@@ -45,14 +45,17 @@ def fuse(model: GPT, fp8: bool = False) -> None:
     model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP)
 
 
+def will_fuse(model: GPT, fused: bool | None) -> bool:
+    """Whether accelerate will take the kernels."""
+    return fused is not False and not lacking(model)
+
+
 def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
     """Make a model that is to be trained fast: by the kernels (None: wherever they run), and compiled.
 
     Raises ValueError if the kernels are asked for and do not run here, or products in 8 bits without them.
     """
-    reason = lacking(model)
-    if fused is False:
-        reason = "fused=False"
+    reason = "fused=False" if fused is False else lacking(model)
     if (fused or fp8) and reason:
         flag = "fused=True" if fused else "fp8=True"
         raise ValueError(f"{flag}: the kernels of training are not to be had: {reason}; leave it out")

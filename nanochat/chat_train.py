@@ -100,10 +100,11 @@ def train_on_conversations(
     """
     import torch
 
-    from nanochat.accelerate import accelerate
+    from nanochat.accelerate import accelerate, will_fuse
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.conversations import Conversations, by_width
     from nanochat.loss_eval import evaluate_bpb
+    from nanochat.memory import choose_rows
     from nanochat.metrics import MetricsLog
     from nanochat.samples import print_replies
     from nanochat.train_loop import train
@@ -116,6 +117,8 @@ def train_on_conversations(
             f"max_seq_len={seq_len} must be at most {model.config.sequence_len}, the model's context"
         )
     n_rows = rows_per_step(seq_len)
+    fused = will_fuse(model, config.fused)
+    device_batch_size = choose_rows(device_batch_size, model, n_rows, runtime, fused=fused)
     accumulation = accumulation_steps(n_rows, device_batch_size, runtime)
     directory = checkpoint_dir(stage, tag)
     progress = start_or_resume(

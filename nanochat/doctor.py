@@ -8,15 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nanochat.accelerate import accelerate
+from nanochat.accelerate import accelerate, will_fuse
 from nanochat.common import Runtime, atomic_write, base_dir
 from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, source
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import MAX_ROWS, choose_rows
 from nanochat.optim import build_optimizer
 from nanochat.schedule import LearningRates
 
@@ -192,18 +193,22 @@ def check_memory(config: GPTConfig, device_type: str, batch_size: int, n_ranks: 
         return
     device = torch.device("cuda", 0)
     total = torch.cuda.get_device_properties(device).total_memory
-    sharing = Runtime(device=device, compute_dtype=torch.bfloat16, world_size=n_ranks)
+    alone = Runtime(device=device, compute_dtype=torch.bfloat16)
     try:
         with device:
             model = GPT(config)
         model.init_weights()
-        build_optimizer(model, LearningRates(), sharing)
+        batch_size = choose_rows(batch_size, model, MAX_ROWS, alone, fused=will_fuse(model, None))
+        build_optimizer(model, LearningRates(), replace(alone, world_size=n_ranks))
         accelerate(model, compile=True, fused=None)
         idx = torch.zeros((batch_size, config.sequence_len), dtype=torch.int64, device=device)
         model(idx, idx, loss_reduction="sum").backward()
         peak = torch.cuda.max_memory_allocated(device) + weights // 2  # gradients of the last backward
     except torch.cuda.OutOfMemoryError:
         peak = total
+    except ValueError as error:  # not even one row fits
+        yield Finding(False, "memory", str(error))
+        return
     text = f"device_batch_size={batch_size} takes {peak / GIB:.0f} of {total / GIB:.0f} GiB"
     if peak < 0.97 * total:
         yield Finding(True, "memory", text)

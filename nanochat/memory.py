@@ -5,7 +5,12 @@ An estimate from shapes, a little on the safe side: dev/LOG.md has it beside mea
 
 from __future__ import annotations
 
-from nanochat.gpt import GPTConfig
+import math
+
+import torch
+
+from nanochat.common import Runtime
+from nanochat.gpt import GPT, GPTConfig
 
 MAX_ROWS = 32  # of a forward: more fill no GPU better
 SPARE = 0.92  # of the free memory: the allocator, libraries and their workspaces need the rest
@@ -43,3 +48,19 @@ def fit(config: GPTConfig, free_bytes: int, *, fused: bool = True) -> tuple[int,
         f"{needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} GiB are free: "
         "lower depth or max_seq_len, or say device_batch_size to try all the same"
     )
+
+
+def choose_rows(asked: int, model: GPT, rows_per_step: int, runtime: Runtime, *, fused: bool) -> int:
+    """Return how many rows a forward takes: as asked, or, if that is 0, what fits and divides a step evenly.
+
+    The model computes activations again if it must (checkpoints_activations). Without CUDA at most 32 rows.
+    """
+    if asked:
+        return asked
+    rows = MAX_ROWS
+    if runtime.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(runtime.device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction(runtime.device)
+        free = min(free + torch.cuda.memory_reserved(runtime.device), allowed)
+        rows, model.checkpoints_activations = fit(model.config, round(free), fused=fused)
+    return math.gcd(min(runtime.gather(rows)), max(1, rows_per_step // runtime.world_size))

@@ -24,7 +24,7 @@ class BaseLossConfig:
     """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
-    device_batch_size: int = 32
+    device_batch_size: int = 4
     """sequences of one forward on one device"""
     split_tokens: int = 20 * 524_288
     """tokens of each split to evaluate, at most all"""

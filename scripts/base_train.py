@@ -10,7 +10,7 @@ follow from it. Checkpoints and metrics.jsonl go to $NANOCHAT_BASE_DIR/base_chec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -53,8 +53,8 @@ class BaseTrainConfig:
     """total training FLOPs; -1 derives the steps from target_param_data_ratio"""
     target_param_data_ratio: float = 20.0
     """training tokens a parameter"""
-    device_batch_size: int = 32
-    """sequences of one forward on one device; lower it when memory runs out"""
+    device_batch_size: int = 0
+    """sequences of one forward on one device; 0: as many as its memory holds, at most 32"""
     total_batch_size: int = 524_288
     """tokens of one optimizer step, over all devices"""
     warmdown_ratio: float = 0.2
@@ -72,9 +72,16 @@ class BaseTrainConfig:
     """delete the checkpoints that this model tag has and start anew"""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        least = {
+            "depth": 1,
+            "max_seq_len": 1,
+            "device_batch_size": 0,
+            "total_batch_size": 1,
+            "eval_tokens": 1,
+        }
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")
         if not 0 < self.warmdown_ratio <= 1:
             raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
         if self.resume and self.overwrite:
@@ -102,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = setup_runtime(config.device_type)
     tokenizer = get_tokenizer()
     model = build_model(config, tokenizer.get_vocab_size(), runtime)
+    config = with_rows(config, model, runtime)
     plan = make_plan(config, model, runtime)
     optimizer = build_optimizer(model, config.rates, runtime)
     directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
@@ -165,6 +173,17 @@ def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> G
         model = GPT(GPTConfig.from_depth(config.depth, **shape), runtime.compute_dtype)
     model.init_weights()
     return model
+
+
+def with_rows(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> BaseTrainConfig:
+    """Settle how many rows a forward takes, where that is left open."""
+    from nanochat.accelerate import will_fuse
+    from nanochat.memory import choose_rows
+
+    rows_per_step = config.total_batch_size // config.max_seq_len
+    fused = will_fuse(model, config.fused)
+    rows = choose_rows(config.device_batch_size, model, rows_per_step, runtime, fused=fused)
+    return replace(config, device_batch_size=rows)
 
 
 def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import Runtime, parse, run, setup_runtime
 from nanochat.schedule import Cadence
-from scripts.base_train import BaseTrainConfig, build_model, make_plan
+from scripts.base_train import BaseTrainConfig, build_model, make_plan, with_rows
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
 
     model = build_model(config, config.vocab_size, runtime)
     fill_zero_weights(model)
+    config = with_rows(config, model, runtime)
     plan = make_plan(replace(config, num_iterations=config.num_iterations + 2), model, runtime)
     optimizer = build_optimizer(model, config.rates, runtime)
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
@@ -144,6 +145,8 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
         "mfu": steps[0]["mfu"] and round(median(record["mfu"] for record in steps), 4),
         "step_ms": round(1e3 * seconds, 1),
         "first_step_seconds": round(first["seconds"], 1),
+        "device_batch_size": config.device_batch_size,
+        "checkpoints_activations": model.checkpoints_activations,
         "accumulation": plan.accumulation,
     }
     if runtime.device.type == "cuda":
@@ -171,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = (
         "depth",
         "slc_rate",
-        "device_batch_size",
         "max_seq_len",
         "vocab_size",
         "compile",

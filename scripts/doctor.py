@@ -23,8 +23,8 @@ class DoctorConfig:
     """tokens of context"""
     vocab_size: int = 65_536
     """tokens that the tokenizer will know"""
-    device_batch_size: int = 32
-    """sequences of one forward on one device"""
+    device_batch_size: int = 0
+    """sequences of one forward on one device; 0: as many as its memory holds, at most 32"""
     ranks: int = 0
     """processes on this machine; 0: one a GPU, or one"""
     data: str = "auto"
@@ -33,7 +33,7 @@ class DoctorConfig:
     """cuda, mps or cpu; empty finds the best there is"""
 
     def __post_init__(self) -> None:
-        least = {"depth": 1, "max_seq_len": 1, "vocab_size": 1, "device_batch_size": 1, "ranks": 0}
+        least = {"depth": 1, "max_seq_len": 1, "vocab_size": 1, "device_batch_size": 0, "ranks": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")

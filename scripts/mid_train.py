@@ -22,8 +22,8 @@ from nanochat.schedule import lr_multiplier
 class MidTrainConfig(ChatTrainConfig):
     """Settings of midtraining."""
 
-    device_batch_size: int = 32
-    """rows of one forward on one device; lower it when memory runs out"""
+    device_batch_size: int = 0
+    """rows of one forward on one device; 0: as many as its memory holds, at most 32"""
     total_batch_size: int = 524_288
     """tokens of one optimizer step, over all devices"""
 

@@ -1,7 +1,10 @@
 import pytest
 
+from nanochat.common import Runtime
 from nanochat.gpt import GPTConfig
-from nanochat.memory import fit, training_bytes
+from nanochat.memory import choose_rows, fit, training_bytes
+from scripts import bench_train
+from tests.models import random_model, small_config
 
 GIB = 2**30
 
@@ -28,3 +31,17 @@ def test_small_cards_train_small_models():
 def test_memory_that_is_too_small_says_how_much_is_needed():
     with pytest.raises(ValueError, match=r"takes about \d+\.\d GiB, 8\.0 GiB are free"):
         fit(d(20), 8 * GIB)
+
+
+def test_rows_are_as_asked_or_divide_a_step():
+    model, cpu = random_model(small_config()), Runtime.cpu()
+    assert choose_rows(7, model, 64, cpu, fused=False) == 7
+    assert choose_rows(0, model, 1024, cpu, fused=False) == 32
+    assert choose_rows(0, model, 24, cpu, fused=False) == 8
+
+
+@pytest.mark.gpu
+def test_a_step_fits_a_smaller_card():
+    """A d12 in 16 GiB, with the rows that are found to fit."""
+    flags = ["--depth=12", "--memory-gib=16", "--num-iterations=1", "--total-batch-size=32768"]
+    assert bench_train.main(flags) == 0
