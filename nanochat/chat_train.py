@@ -175,7 +175,9 @@ def train_on_conversations(
 def accumulation_steps(rows_per_step: int, device_batch_size: int, runtime: Runtime) -> int:
     """Micro-batches of a step on this rank; ValueError when the rows of a step do not divide."""
     if device_batch_size < 1:
-        raise ValueError(f"device_batch_size={device_batch_size} must be at least 1")
+        raise ValueError(
+            f"device_batch_size={device_batch_size} must be at least 1, or 0 to let it be found by memory"
+        )
     micro_batch = device_batch_size * runtime.world_size
     if rows_per_step < 1 or rows_per_step % micro_batch:
         raise ValueError(

@@ -43,7 +43,7 @@ def error_of(main):
         ("mid", ["--total-batch-size=48"], "a step of 1 rows must be a multiple of .* 2 x 1; try 2"),
         ("mid", ["--warmdown-ratio=0"], r"warmdown_ratio=0.0 must be in \(0, 1\]"),
         ("sft", ["--warmdown-ratio=1.5"], r"warmdown_ratio=1.5 must be in \(0, 1\]"),
-        ("mid", ["--device-batch-size=0"], "device_batch_size=0 must be at least 1"),
+        ("mid", ["--device-batch-size=-1"], "device_batch_size=-1 must be at least 1, or 0"),
         ("mid", ["--max-seq-len=49"], "max_seq_len=49 must be at most 48"),
         ("sft", ["--conversations-per-step=7"], "a step of 7 rows must be a multiple of .* 2 x 1; try 6"),
         ("sft", ["--conversations-per-step=0"], "a step of 0 rows"),
