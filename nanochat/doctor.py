@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.accelerate import accelerate, will_fuse
+from nanochat.accelerate import accelerate
 from nanochat.common import Runtime, atomic_write, base_dir
 from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, source
 from nanochat.gpt import GPT, GPTConfig
@@ -198,9 +198,9 @@ def check_memory(config: GPTConfig, device_type: str, batch_size: int, n_ranks: 
         with device:
             model = GPT(config)
         model.init_weights()
-        batch_size = choose_rows(batch_size, model, MAX_ROWS, alone, fused=will_fuse(model, None))
+        batch_size = choose_rows(batch_size, model, MAX_ROWS, alone, fused=False)
         build_optimizer(model, LearningRates(), replace(alone, world_size=n_ranks))
-        accelerate(model, compile=True, fused=None)
+        accelerate(model, compile=True, fused=False)
         idx = torch.zeros((batch_size, config.sequence_len), dtype=torch.int64, device=device)
         model(idx, idx, loss_reduction="sum").backward()
         peak = torch.cuda.max_memory_allocated(device) + weights // 2  # gradients of the last backward

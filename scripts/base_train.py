@@ -33,8 +33,8 @@ class BaseTrainConfig:
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
-    fused: bool | None = None
-    """train by the kernels of nanochat/kernels; None: where they run (Hopper), --no-fused: plain PyTorch"""
+    fused: bool | None = False
+    """train by the kernels of nanochat/kernels, on Hopper cards; None: if they run here. Not measured yet"""
     fp8: bool = False
     """products in 8 bits where they pay; faster, and a little less exact (dev/LOG.md)"""
     seed: int = 42

@@ -1,7 +1,7 @@
 """Time training on this machine: one JSON line.
 
     python -m scripts.bench_train                        # d20, 8 micro-batches of 32 x 2,048 tokens a step
-    python -m scripts.bench_train --depth=12 --no-fused --num-iterations=5
+    python -m scripts.bench_train --depth=12 --fused --num-iterations=5
     python -m scripts.bench_train --device-batch-size=4 --memory-gib=24
 
 It takes the trainer's settings and runs its loop, on random tokens and weights of which none is zero. Speeds

@@ -15,7 +15,7 @@ def test_one_line_of_json(capsys):
     assert result["tokens_per_second"] == pytest.approx(64 / (result["step_ms"] / 1e3), rel=0.2)
     assert result["accumulation"] == 2
     assert result["depth"] == 2
-    assert result["fused"] is None
+    assert result["fused"] is False
 
 
 def test_kernels_by_kind():
