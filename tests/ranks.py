@@ -7,6 +7,8 @@ import sys
 from nanochat import common, stack
 from nanochat.chat_eval import evaluate_task
 from nanochat.checkpoint_manager import load_for
+from nanochat.core_bundle import load_bundle
+from nanochat.core_eval import evaluate_core
 from scripts import base_train, chat_sft, mid_train
 from tasks import recipes
 from tests.chats import QUIET, ColourTask
@@ -33,8 +35,10 @@ def work(corpus, tag, begun):
     runtime = common.setup_runtime("cpu")
     model, tokenizer, _ = load_for(runtime, "sft", "eval", tag, -1)
     figures = evaluate_task(ColourTask(11, seed=2), model, tokenizer, runtime, batch_size=4, max_new_tokens=4)
+    core = evaluate_core(model, tokenizer, load_bundle(common.base_dir() / "bundle"), runtime)
     if runtime.is_main:
-        (common.base_dir() / f"eval_{tag}.json").write_text(json.dumps({**figures, "seconds": 0}))
+        results = {"chat": {**figures, "seconds": 0}, "core": core["core"], **core["tasks"]}
+        (common.base_dir() / f"eval_{tag}.json").write_text(json.dumps(results))
     return 0
 
 
