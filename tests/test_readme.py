@@ -81,7 +81,9 @@ ELSEWHERE = {
     ),
     "python -m scripts.bench_kernels": "tests/test_bench_kernels.py",
     "python -m scripts.bench_tokenizer": "tests/test_rustbpe.py",
-    "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20": "tests/test_base_train.py",
+    "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20": (
+        "tests/test_base_train.py"
+    ),
 }
 NEEDED = {  # arguments without which a command is not even read
     "scripts.hub": ["push", "me/x"],
@@ -144,7 +146,7 @@ def read_flags(module, arguments):
 
 
 def module_and_arguments(words):
-    """The module of ours that `python -m MODULE ARGUMENTS` runs, by torchrun or not; None if there is none."""
+    """The module of ours that a command runs, by python or torchrun; None if it runs none."""
     for i, word in enumerate(words):
         if words[i - 1] == "-m" and word.startswith(("scripts.", "nanochat.")):
             return word, [argument for argument in words[i + 1 :] if argument != "--"]
@@ -327,7 +329,7 @@ def rows(text):
 
 
 def numbers(text):
-    return re.findall(r"\d[\d,.]*", text)
+    return re.findall(r"\d(?:[\d,.]*\d)?", text)
 
 
 def test_the_hardware_table():
