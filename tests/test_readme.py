@@ -1,0 +1,391 @@
+"""What the READMEs say is so: each command is run, and both say the same.
+
+The commands are walked through in the order of the README, as a reader would, in one process and one base
+directory. SMALL says what is added to those that would take long, ELSEWHERE which ones another test runs: of
+these the flags are read. Whatever is in neither is run as it stands.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, load_model
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import PEAK_FLOPS
+from nanochat.memory import fit
+from scripts import tok_eval
+from tasks import recipes
+from tests.core_bundles import write_bundle
+from tests.echo_model import echo_config, echo_model
+from tests.test_hub import REPO, published
+from tests.test_transformers_model import QUESTIONS, TASK
+from tests.vocabulary import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+README, JAPANESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|bash|torchrun|lm_eval)\b")
+SHELL = ("git", "cd", "source", "export", "unset")  # nothing of ours runs
+
+CPU = "--device-type=cpu"
+STEPS = f"{CPU} --overwrite --num-iterations=2 --eval-every=0 --sample-every=0 --device-batch-size=2"
+BASE = f"{STEPS} --total-batch-size=512 --depth=4 --max-seq-len=128 --eval-tokens=256"
+TOKENIZER = "--vocab-size=300 --max-chars=50000"
+RL = "--num-steps=1 --examples-per-step=2 --num-samples=2 --max-new-tokens=4 --eval-examples=2"
+ANSWER = f"{CPU} -m 4"
+BENCH = "--depth=2 --vocab-size=64"
+SMALL = {  # what is added to commands, by the words that they begin with; the longest counts
+    "python -m scripts.tok_train": TOKENIZER,
+    "python -m scripts.tok_eval": "--max-chars=2000",
+    "python -m scripts.base_train": BASE,
+    "python -m scripts.base_loss": f"{CPU} --split-tokens=256 --device-batch-size=2",
+    "python -m scripts.base_eval": f"{CPU} --bundle=BUNDLE",
+    "python -m scripts.mid_train": f"{STEPS} --total-batch-size=512",
+    "python -m scripts.chat_sft": f"{STEPS} --conversations-per-step=2",
+    "python -m scripts.chat_rl": f"{CPU} {RL}",
+    "python -m scripts.chat_eval": f"{CPU} -x 2 -m 4",
+    "python -m scripts.chat_cli": ANSWER,
+    "python -m scripts.bench_infer": f"{CPU} {BENCH} --batch-sizes 1 --contexts 16 --steps 2",
+    "python -m scripts.bench_train": f"{BASE} {BENCH}",
+    "python dev/gen_identity.py": "--num=20",
+    "lm_eval": "--include_path . --device cpu",
+}
+ELSEWHERE = {
+    "bash speedrun.sh": "tests/test_readme.py",
+    "DEPTH=8 bash speedrun.sh": "tests/test_readme.py",
+    "DEVICE_BATCH_SIZE=4 bash speedrun.sh": "tests/test_readme.py",
+    "DATA=PATH bash speedrun.sh": "tests/test_readme.py",
+    "bash tests/run.sh": ".ci/run",
+    "bash tests/run.sh tests/test_slc2.py tests/test_gpt.py": ".ci/run",
+    "bash tests/run.sh -m gpu": ".ci/run",
+    "bash dev/setup.sh --tests": "tests/run.sh",
+    "python -m nanochat.dataset -n 240": "tests/test_dataset.py",
+    "python -m nanochat.dataset -n 8": "tests/test_dataset.py",
+    "python -m scripts.chat_web": "tests/test_chat_web.py",
+    "NANOCHAT_API_KEY=secret python -m scripts.chat_web --host 0.0.0.0 -p 8080": "tests/test_chat_web.py",
+    "python -m scripts.chat_web -n 8": "tests/test_chat_web.py",
+    "python -m scripts.bench_serve --url=http://127.0.0.1:8000 --clients=200 --seconds=60 --disconnect=0.2": (
+        "tests/test_bench_serve.py"
+    ),
+    "python -m scripts.bench_kernels": "tests/test_bench_kernels.py",
+    "python -m scripts.bench_tokenizer": "tests/test_rustbpe.py",
+    "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20": (
+        "tests/test_base_train.py"
+    ),
+}
+NEEDED = {  # arguments without which a command is not even read
+    "scripts.hub": ["push", "me/x"],
+    "nanochat.report": ["plot", "x"],
+    "scripts.import_hf": ["x"],
+    "scripts.export_hf": ["-o", "x"],
+    "scripts.bench_serve": ["--url=http://127.0.0.1:1"],
+}
+
+
+def blocks(text, *languages):
+    return [code for language, code in FENCE.findall(text) if language in languages]
+
+
+def spans(text):
+    """Inline code, in order."""
+    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))]
+
+
+def commands(text):
+    """Every command, in order: lines of bash without comments and with their variables, and inline code."""
+    found, variables = [], {}
+    for match in re.finditer(
+        r"^```bash\n(?P<code>.*?)^```$|^```.*?^```$|`(?P<span>[^`]+)`", text, re.M | re.S
+    ):
+        if match["span"]:
+            span = " ".join(match["span"].split())
+            found += [span] if COMMAND.match(span) else []
+            continue
+        lines = (match["code"] or "").replace("\\\n", " ").splitlines()
+        for part in (part for line in lines for part in line.split("&&")):
+            line = " ".join(re.sub(r"(^|\s)#.*", "", part).split())
+            line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
+            if assignment := re.fullmatch(r'(\w+)="(.*)"', line):
+                variables[assignment[1]] = assignment[2]
+            elif line:
+                found.append(line)
+    return found
+
+
+COMMANDS = commands(README)
+
+
+class Read(Exception):
+    """The flags are right, and nothing has been run."""
+
+
+def read_flags(module, arguments):
+    """Let a command read its arguments, and no more; ValueError if they are wrong."""
+    script = importlib.import_module(module)
+    parse = script.parse
+
+    def parse_only(config_class, argv):
+        parse(config_class, argv)
+        raise Read
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Read):
+        patch.setattr(script, "parse", parse_only)
+        script.main(arguments)
+
+
+def module_and_arguments(words):
+    """The module of ours that a command runs, by python or torchrun; None if it runs none."""
+    for i, word in enumerate(words):
+        if words[i - 1] == "-m" and word.startswith(("scripts.", "nanochat.")):
+            return word, [argument for argument in words[i + 1 :] if argument != "--"]
+    return None
+
+
+def test_no_fence_goes_unread():
+    assert {language for language, _ in FENCE.findall(README)} <= {"bash", "python", "text"}
+    assert README.count("```") == 2 * len(FENCE.findall(README))
+    assert len(COMMANDS) > 40
+
+
+def test_elsewhere_is_somewhere():
+    """Nothing is listed that the README does not have, and the named file does run it."""
+    assert set(ELSEWHERE) - set(COMMANDS) == set()
+    for command, file in ELSEWHERE.items():
+        name = next(re.finditer(r"scripts\.(\w+)|nanochat\.(\w+)|([\w/]+\.sh)", command))
+        assert next(filter(None, name.groups())) in (ROOT / file).read_text(), (
+            f"{file} does not run {command}"
+        )
+        if known := module_and_arguments(shlex.split(command)):
+            read_flags(*known)
+    for start in SMALL:
+        assert any(command.startswith(start) for command in COMMANDS), start
+
+
+def test_flags_in_the_text():
+    """A flag that stands alone is one of a command that the README names."""
+    modules = {module_and_arguments(shlex.split(c))[0] for c in COMMANDS if " -m scripts." in c}
+
+    def is_known(module, flag):
+        try:
+            read_flags(module, [*NEEDED.get(module, []), *flag])
+        except ValueError as error:
+            return "nrecognized" not in str(error)
+        except SystemExit:
+            return flag == ["--help"]
+        return True
+
+    flags = {span for span in spans(README) if span.startswith("-")}
+    assert len(flags) > 15
+    unknown = {flag for flag in flags if not any(is_known(module, shlex.split(flag)) for module in modules)}
+    assert unknown == set()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The walk
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, model_hub):
+    """A reader in an empty folder with texts at PATH; speedrun.sh has left, in small, what it leaves."""
+    home = tmp_path / "home"
+    (home / "PATH").mkdir(parents=True)
+    monkeypatch.chdir(home)
+    (home / "dev").symlink_to(ROOT / "dev")
+    for i in range(30):
+        (home / "PATH" / f"{i}.txt").write_text(f"A river flows under bridge number {i}. " * 40)
+    write_bundle(home / "BUNDLE")
+    (home / "river.yaml").write_text(TASK.format(path=home / "questions.jsonl"))
+    (home / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    tokenizer = train_tokenizer()
+    model = echo_model(echo_config(tokenizer.get_vocab_size()))
+    model_hub.repo, model_hub.files = REPO, published(model, tokenizer, tmp_path)
+    embedded = recipes._embedded
+    monkeypatch.setattr(recipes, "_embedded", lambda words, split, size, a: embedded(words, split, 60, a))
+    for stage in ("tok_train", "base_train"):
+        run(f"python -m scripts.{stage}")
+    shutil.copytree(checkpoint_dir("base", "d4"), checkpoint_dir("sft", "d4"))
+    monkeypatch.setattr(tok_eval, "load_pretrained", offline)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is 12*7?\n")))
+    return home
+
+
+def offline(name, timeout=0):
+    raise ConnectionError("no network")
+
+
+def run(command):
+    """Run a command of the README, made small."""
+    start = max((start for start in SMALL if command.startswith(start)), key=len, default=None)
+    words = shlex.split(f"{command} {SMALL.get(start, '')}")
+    if words[0] == "lm_eval":
+        words[words.index("arc_easy")] = "river"
+        from lm_eval.__main__ import cli_evaluate
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            cli_evaluate()
+    elif known := module_and_arguments(words):
+        assert words[:2] == ["python", "-m"], f"what is {command}?"
+        assert importlib.import_module(known[0]).main(known[1]) == 0
+    else:
+        assert words[0] == "python", f"what is {command}?"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        words = shlex.split(f"{sys.executable} {words[1]} {SMALL.get(start, '')} {shlex.join(words[2:])}")
+        out = words.index(">") if ">" in words else len(words)
+        result = subprocess.run(words[:out], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        if words[out:]:
+            Path(words[out + 1]).write_text(result.stdout)
+
+
+def test_the_walk(reader, capsys, monkeypatch, tmp_path):
+    """Each command, in the order of the README; a failure shows the last one that was begun."""
+    base = os.environ["NANOCHAT_BASE_DIR"]
+    for command in COMMANDS:
+        word, *rest = command.split()
+        if word == "export":
+            monkeypatch.setenv(rest[0].split("=")[0], str(tmp_path / "elsewhere"))
+        elif word == "unset":
+            monkeypatch.setenv(rest[0], base)
+        elif word not in SHELL and command not in ELSEWHERE:
+            sys.stderr.write(f"README: {command}\n")
+            run(command)
+    assert load_model("sft", torch.device("cpu"), "eval", "back")[0].config.n_layer == 4
+    assert (reader / "curves.png").stat().st_size > 10_000
+    assert (reader / "units.jsonl").read_text().count("\n") > 1000
+    assert "|river|" in capsys.readouterr().out.replace(" ", "")
+
+
+def test_the_task_of_the_readme():
+    (code,) = blocks(README, "python")
+    names = {}
+    exec(code, names)  # noqa: S102 - our own
+    task = names["Double"]()
+    answers = [conversation["messages"][-1]["content"] for conversation in task]
+    assert answers == [str(2 * n) for n in range(10, 100)]
+    assert task.evaluate(task[3], " 26\n")
+    assert not task.evaluate(task[3], "25")
+
+
+PYTHON = """#!/usr/bin/env bash
+echo "$@" >> "$CALLS"
+case $1 in
+    -c) echo "$MACHINE" ;;
+    -m) while [ "$1" != -m ] || [[ $2 == torch.* ]]; do shift; done; echo "${2#*.}: done" ;;
+esac
+"""
+MACHINES = {"no GPU": "0 0", "one of 24 GiB": "1 23", "eight of 80 GiB": "8 79"}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("setting", ["", "DEPTH=8", "DEVICE_BATCH_SIZE=4", "DATA=PATH"])
+def test_speedrun_gives_flags_that_are_read(machine, setting, tmp_path):
+    """The script with a Python that only notes what it is told."""
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "setup.sh").touch()
+    shutil.copy(ROOT / "speedrun.sh", tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    own = dict([setting.split("=")] if setting else [])
+    notes = {"CALLS": str(tmp_path / "calls"), "MACHINE": MACHINES[machine]}
+    done = subprocess.run(
+        ["bash", "speedrun.sh"],
+        cwd=tmp_path,
+        env={**os.environ, **own, **notes},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    calls = [
+        shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines() if "scripts." in line
+    ]
+    for words in calls:
+        read_flags(*module_and_arguments(words))
+    assert len(calls) >= 8
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is said
+
+
+def rows(text):
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
+    ]
+
+
+def numbers(text):
+    return re.findall(r"\d(?:[\d,.]*\d)?", text)
+
+
+def test_the_hardware_table():
+    """Hours and rows are those of nanochat/memory.py and of the cards' peaks, or of measured speeds."""
+    peaks = {**PEAK_FLOPS, "RTX 4080": 97e12, "RTX 4070": 58e12}
+    measured = {("H100", 12): 565_185 * 734.6e6, ("H100", 20): 158_000 * 2968.8e6}  # FLOP/s, dev/LOG.md
+    table = [row for row in rows(README) if re.search(r"\d+ GB", row[0])]
+    assert len(table) == 7
+    for name, *cells in table:
+        n_cards, card, gib = re.fullmatch(r"(?:(\d) x )?(.*), (\d+) GB", name).groups()
+        for depth, cell in zip((8, 12, 20), cells, strict=False):
+            if cell == "-":
+                continue
+            hours, n_rows = re.fullmatch(r"([\d.]+) h, (\d+) rows", cell).groups()
+            config = GPTConfig.from_depth(depth, vocab_size=65_536)
+            with torch.device("meta"):
+                model = GPT(config)
+            flops = model.flops_per_token() * 20 * model.num_parameters()["total"]
+            speed = measured.get((card, depth)) if not n_cards else None
+            seconds = flops / (speed or 0.4 * peaks[card] * int(n_cards or 1))
+            assert float(hours) == pytest.approx(seconds / 3600, rel=0.07, abs=0.05), (name, depth)
+            assert (int(n_rows), False) == fit(config, int(0.985 * int(gib) * 2**30), fused=False), (
+                name,
+                depth,
+            )
+
+
+def test_both_languages_say_the_same():
+    """The same commands and code, and the same numbers in the same tables."""
+
+    def code(text):
+        return [re.sub(r"\s*#.*|<.*?>", "", block) for block in blocks(text, "bash", "python")]
+
+    assert code(JAPANESE) == code(README)
+    english, japanese = (Counter(c for c in commands(text) if c[:3] != "git") for text in (README, JAPANESE))
+    assert japanese == english
+    assert [numbers(" ".join(row)) for row in rows(JAPANESE)] == [
+        numbers(" ".join(row)) for row in rows(README)
+    ]
+    assert JAPANESE.count("\n## ") == README.count("\n## ")
+
+
+@pytest.mark.parametrize("text", [README, JAPANESE], ids=["en", "ja"])
+def test_what_is_pointed_to_is_there(text):
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    paths = [
+        span for span in spans(text) if re.fullmatch(r"(nanochat|tasks|tests|dev|scripts)/[\w./]*", span)
+    ]
+    assert len(links) > 3
+    assert [path for path in [*links, *paths] if "://" not in path and not (ROOT / path).exists()] == []
+
+
+def test_the_figure_is_that_of_its_script(tmp_path):
+    from dev import draw_slc2
+
+    assert draw_slc2.main([str(tmp_path / "slc2.svg")]) == 0
+    assert (tmp_path / "slc2.svg").read_text().count("<path") == (
+        ROOT / "dev" / "slc2.svg"
+    ).read_text().count("<path")
