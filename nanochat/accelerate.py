@@ -45,26 +45,21 @@ def fuse(model: GPT, fp8: bool = False) -> None:
     model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP)
 
 
-def will_fuse(model: GPT, fused: bool | None) -> bool:
-    """Whether accelerate will take the kernels."""
-    return fused is not False and not lacking(model)
+def accelerate(model: GPT, *, compile: bool, fused: bool, fp8: bool = False) -> None:
+    """Make a model that is to be trained fast: by the kernels, in 8 bits where they pay, and compiled.
 
-
-def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
-    """Make a model that is to be trained fast: by the kernels (None: wherever they run), and compiled.
-
-    Raises ValueError if the kernels are asked for and do not run here, or products in 8 bits without them.
+    Raises ValueError if the kernels do not run here, and for fp8 without fused.
     """
-    reason = "fused=False" if fused is False else lacking(model)
-    if (fused or fp8) and reason:
-        flag = "fused=True" if fused else "fp8=True"
-        raise ValueError(f"{flag}: the kernels of training are not to be had: {reason}; leave it out")
-    if not reason:
+    if fp8 and not fused:
+        raise ValueError("fp8=True is for the kernels of training: say fused, too")
+    if fused and (reason := lacking(model)):
+        raise ValueError(f"fused=True: the kernels of training do not run here: {reason}; leave it out")
+    if fused:
         fuse(model, fp8)
     if compile:
         model.compile_blocks()
     if model.device.type == "cuda":
-        by = f"plain PyTorch ({reason})" if reason else "kernels in 8 bits" if fp8 else "kernels"
+        by = "kernels in 8 bits" if fp8 else "kernels" if fused else "plain PyTorch"
         how = f"{by}, compiled" if compile else by
         logger.info(f"training by {how}; attention by {attention_backend(model)}")
 

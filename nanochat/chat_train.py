@@ -38,8 +38,8 @@ class ChatTrainConfig:
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
-    fused: bool | None = False
-    """train by the kernels of nanochat/kernels, on Hopper cards; None: if they run here. Not measured yet"""
+    fused: bool = False
+    """train by the kernels of nanochat/kernels, on Hopper cards; not measured yet"""
     model_tag: str = ""
     """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
     step: int = -1
@@ -100,7 +100,7 @@ def train_on_conversations(
     """
     import torch
 
-    from nanochat.accelerate import accelerate, will_fuse
+    from nanochat.accelerate import accelerate
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.conversations import Conversations, by_width
     from nanochat.loss_eval import evaluate_bpb
@@ -117,8 +117,7 @@ def train_on_conversations(
             f"max_seq_len={seq_len} must be at most {model.config.sequence_len}, the model's context"
         )
     n_rows = rows_per_step(seq_len)
-    fused = will_fuse(model, config.fused)
-    device_batch_size = choose_rows(device_batch_size, model, n_rows, runtime, fused=fused)
+    device_batch_size = choose_rows(device_batch_size, model, n_rows, runtime, fused=config.fused)
     accumulation = accumulation_steps(n_rows, device_batch_size, runtime)
     directory = checkpoint_dir(stage, tag)
     progress = start_or_resume(

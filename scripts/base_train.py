@@ -33,8 +33,8 @@ class BaseTrainConfig:
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
-    fused: bool | None = False
-    """train by the kernels of nanochat/kernels, on Hopper cards; None: if they run here. Not measured yet"""
+    fused: bool = False
+    """train by the kernels of nanochat/kernels, on Hopper cards; not measured yet"""
     fp8: bool = False
     """products in 8 bits where they pay; faster, and a little less exact (dev/LOG.md)"""
     seed: int = 42
@@ -177,12 +177,10 @@ def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> G
 
 def with_rows(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> BaseTrainConfig:
     """Settle how many rows a forward takes, where that is left open."""
-    from nanochat.accelerate import will_fuse
     from nanochat.memory import choose_rows
 
     rows_per_step = config.total_batch_size // config.max_seq_len
-    fused = will_fuse(model, config.fused)
-    rows = choose_rows(config.device_batch_size, model, rows_per_step, runtime, fused=fused)
+    rows = choose_rows(config.device_batch_size, model, rows_per_step, runtime, fused=config.fused)
     return replace(config, device_batch_size=rows)
 
 

@@ -34,7 +34,11 @@ def test_kernels_by_kind():
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("--num-iterations=0", "num_iterations=0"), ("--memory-gib=8", "memory_gib=8.0"), ("--fused", "fused")],
+    [
+        ("--num-iterations=0", "num_iterations=0"),
+        ("--memory-gib=8", "memory_gib=8.0"),
+        ("--fused", "NVIDIA GPU"),
+    ],
 )
 def test_bad_settings(flag, message):
     with pytest.raises(ValueError, match=message):

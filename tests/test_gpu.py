@@ -99,7 +99,7 @@ def test_what_trains_is_said(caplog):
     """cuDNN's attention on Hopper, where it is the fastest by far."""
     model = GPT(GPTConfig(256, 64, 2, 2, 2, 256), torch.bfloat16).cuda()
     with caplog.at_level("INFO"):
-        accelerate(model, compile=False, fused=None)
+        accelerate(model, compile=False, fused=True)
     assert "training by" in caplog.text
     if torch.cuda.get_device_capability() == (9, 0):
         assert "training by kernels; attention by CUDNN_ATTENTION" in caplog.text

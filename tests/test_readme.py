@@ -57,6 +57,7 @@ SMALL = {  # what is added to commands, by the words that they begin with; the l
     "python -m scripts.chat_rl": f"{CPU} {RL}",
     "python -m scripts.chat_eval": f"{CPU} -x 2 -m 4",
     "python -m scripts.chat_cli": ANSWER,
+    "python -m scripts.doctor": "--device-type=cpu --data=embedded --depth=2 --ranks=1",
     "python -m scripts.bench_infer": f"{CPU} {BENCH} --batch-sizes 1 --contexts 16 --steps 2",
     "python -m scripts.bench_train": f"{BASE} {BENCH}",
     "python dev/gen_identity.py": "--num=20",
@@ -84,6 +85,8 @@ ELSEWHERE = {
     "torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20": (
         "tests/test_base_train.py"
     ),
+    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=d20 --rdzv_endpoint=HOST0:29500 "
+    "-m scripts.base_train -- --depth=20 --save-every=500 --resume": "tests/ranks.py",
 }
 NEEDED = {  # arguments without which a command is not even read
     "scripts.hub": ["push", "me/x"],

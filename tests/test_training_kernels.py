@@ -256,8 +256,8 @@ def test_kernels_that_do_not_run_here_are_refused():
     with pytest.raises(ValueError, match="NVIDIA"):
         accelerate(model, compile=False, fused=True)
     with pytest.raises(ValueError, match="fp8"):
-        accelerate(model, compile=False, fused=None, fp8=True)
-    accelerate(model, compile=False, fused=None)
+        accelerate(model, compile=False, fused=False, fp8=True)
+    accelerate(model, compile=False, fused=False)
     assert model.transformer.h[0].mlp.kernel is None
 
 
