@@ -78,6 +78,13 @@ def parse(config_class: type[Config], argv: Sequence[str] | None) -> Config:
     raise ValueError(" ".join(text.replace("\u2502", " ").split()) + " (see --help)")
 
 
+def require_at_least(config: Any, **least: int) -> None:
+    """Raise ValueError if a setting is below its least value."""
+    for name, minimum in least.items():
+        if getattr(config, name) < minimum:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {minimum}")
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and exit; an error that the user can mend is one line on stderr and status 1."""
     is_main_rank = os.environ.get("RANK", "0") == "0"

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nanochat.common import Runtime, parse, run, setup_runtime
+from nanochat.common import Runtime, parse, require_at_least, run, setup_runtime
 from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 if TYPE_CHECKING:
@@ -72,16 +72,7 @@ class BaseTrainConfig:
     """delete the checkpoints that this model tag has and start anew"""
 
     def __post_init__(self) -> None:
-        least = {
-            "depth": 1,
-            "max_seq_len": 1,
-            "device_batch_size": 0,
-            "total_batch_size": 1,
-            "eval_tokens": 1,
-        }
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")
+        require_at_least(self, depth=1, max_seq_len=1, device_batch_size=0, total_batch_size=1, eval_tokens=1)
         if not 0 < self.warmdown_ratio <= 1:
             raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
         if self.resume and self.overwrite:

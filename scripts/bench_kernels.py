@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nanochat.common import parse, run, setup_runtime
+from nanochat.common import parse, require_at_least, run, setup_runtime
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,7 @@ class BenchKernelsConfig:
     """of a sequence"""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "vocab_size", "tokens", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least(self, depth=1, vocab_size=1, tokens=1, seq_len=1)
         if self.tokens % self.seq_len:
             raise ValueError(f"tokens={self.tokens} must be a multiple of seq_len={self.seq_len}")
 

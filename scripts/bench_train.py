@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
-from nanochat.common import Runtime, parse, run, setup_runtime
+from nanochat.common import Runtime, parse, require_at_least, run, setup_runtime
 from nanochat.schedule import Cadence
 from scripts.base_train import BaseTrainConfig, build_model, make_plan, with_rows
 
@@ -53,9 +53,7 @@ class BenchTrainConfig(BaseTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocab_size", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least(self, vocab_size=1, num_iterations=1)
 
 
 def random_batches(config: BenchTrainConfig, device: torch.device) -> Iterator[tuple]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.common import parse, run
+from nanochat.common import parse, require_at_least, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,7 @@ class DoctorConfig:
     """cuda, mps or cpu; empty finds the best there is"""
 
     def __post_init__(self) -> None:
-        least = {"depth": 1, "max_seq_len": 1, "vocab_size": 1, "device_batch_size": 0, "ranks": 0}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")
+        require_at_least(self, depth=1, max_seq_len=1, vocab_size=1, device_batch_size=0, ranks=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
