@@ -3,11 +3,12 @@
 `packed` (B,T,W) holds for each token the H queries, the H_kv keys and the H_kv values of D channels that one
 matrix product made of it. With R_t the rotation of position t, R_t^T its transpose and x a query or key:
 
-    y = R_t x;  s = rsqrt(mean(y^2) + eps);  h = s y          h takes the place of x, values stay
-    dx = R_t^T s (dh - h mean(dh h))                          the product's gradient, dv beside it, in one piece
+    y = R_t x;  s = rsqrt(mean(y^2) + eps);  h = s y    h takes the place of x, values stay
+    dx = R_t^T s (dh - h mean(dh h))                    dv beside it: the product's gradient in one piece
 
-The backward needs only h, which attention keeps as well, and s: so packed is overwritten, and a layer keeps it
-and nothing beside it, instead of packed for the values and queries and keys apart. All is computed in float32.
+The backward needs h, which attention keeps as well, and s, one number a head. So of what the product made, a
+layer keeps packed written over and nothing else, instead of packed for its values and queries and keys apart.
+Only the result is rounded to packed's dtype.
 """
 
 from __future__ import annotations
