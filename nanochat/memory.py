@@ -25,7 +25,7 @@ def training_bytes(config: GPTConfig, rows: int, *, checkpointing: bool, fused: 
     matrices = {"attention": 12 * E * E, "slc2": 11 * E * E + E * (config.head_dim + config.n_head)}
     weights = sum(matrices[kind] for kind in config.layer_kinds) * 16 + 2 * V * E * 20
     # what a layer keeps of a token, in bytes: residual stream, norms, projections, mixer, hidden layer
-    kept = {"attention": 26 * E, "slc2": 22 * E + 2 * config.head_dim}
+    kept = {"attention": 24 * E, "slc2": 22 * E + 2 * config.head_dim}
     layers = [(kept[kind] if fused else 33 * E) * tokens for kind in config.layer_kinds]
     activations = max(layers) + len(layers) * 2 * E * tokens if checkpointing else sum(layers)
     head = min(HEAD_BYTES, 2 * V * tokens) if fused else 4 * V * tokens
