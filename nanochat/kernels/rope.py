@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS = (
-    2048  # of a program: whole heads, of one token or of several; each of 128 threads takes 2 x 16 bytes
-)
+CHANNELS = 2048  # of a program, in whole heads of one token or of several: 2 x 16 bytes a thread
 
 
 @triton.jit
@@ -93,7 +91,7 @@ def _rope_backward(
     dh_row = tl.where(head < H, dq_ptr + b * dq_b + head * dq_h + t * dq_t, dh_row)
     dh1 = tl.load(dh_row + d, mask=is_in, other=0.0).to(tl.float32)
     dh2 = tl.load(dh_row + HALF + d, mask=is_in, other=0.0).to(tl.float32)
-    # what these say of a value, h = 0, scale = 1 and no turn, leaves dv as it is
+    # where values are, h = 0, scale = 1 and no turn leave dv as it is
     is_turned = is_in & (head < H + H_KV)
     at = (b * T + t) * (2 * HALF * HEADS) + head * 2 * HALF + d
     h1 = tl.load(packed_ptr + at, mask=is_turned, other=0.0).to(tl.float32)
