@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from nanochat.gpt import GPT, SOFTCAP
+from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
 
 logger = logging.getLogger(__name__)
-SHARED_MEMORY = 220 * 1024  # bytes that a tile of the MLP takes; Hopper and data-centre Blackwell have 227 KB
+SHARED_MEMORY = 226 * 1024  # bytes that a tile of the MLP takes; Hopper and data-centre Blackwell have 227 KB
 MAX_TAPS = 4  # of a convolution: the kernel holds a row of them in registers
 
 
@@ -34,10 +34,11 @@ def lacking(model: GPT) -> str:
 
 def fuse(model: GPT, fp8: bool = False) -> None:
     """Let the model compute by the kernels, except where it has a decode state to keep."""
-    from nanochat.kernels import cross_entropy, mlp, slc2
+    from nanochat.kernels import cross_entropy, mlp, norm, slc2
     from nanochat.kernels import fp8 as kernels_fp8
 
     for block in model.transformer.h:
+        block.norm = partial(norm.rms_norm, eps=NORM_EPS)
         block.attn.product = kernels_fp8.linear if fp8 else F.linear
         block.mlp.kernel = kernels_fp8.mlp if fp8 else mlp.mlp
         if not block.is_attention:

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanochat.kernels.approx import is_approx_enough, tanh
 
 CHUNK_BYTES = 2**31  # of logits
-BLOCK_V = 4096
+BLOCK_V = 8192
 
 
 @triton.jit
@@ -60,12 +60,13 @@ def _cross_entropy(
 def cross_entropy_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, has_grad: bool) -> None:
     """Write the loss of each row of logits (N,V) to losses (N,) float32; if has_grad, its gradient to logits.
 
-    targets (N,) int64; a row whose target is negative has loss and gradient 0.
+    targets (N,) int64; a row whose target is negative has loss and gradient 0. So many threads work on a row
+    that no more rows are under way than the L2 cache holds: each is read twice.
     """
     N, V = logits.shape
     _cross_entropy[(N,)](
         logits, targets, losses, V, cap, min(BLOCK_V, triton.next_power_of_2(V)), has_grad,
-        has_grad and is_approx_enough(logits), num_warps=8,
+        has_grad and is_approx_enough(logits), num_warps=32,
     )  # fmt: skip
 
 

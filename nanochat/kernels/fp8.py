@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanochat.kernels.mlp import Tile, launch
 
-FORWARD, BACKWARD = Tile(128, 128, 128, 8, 4), Tile(128, 128, 128, 8, 3)
+FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3)
 H_SCALE, POST_SCALE = 8.0, 0.25
 WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # where the largest element is brought to
 
