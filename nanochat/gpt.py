@@ -257,7 +257,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
 
     def compile_blocks(self) -> None:
-        """Compile each block and what is before and after, for fixed batch shapes: a few graphs at any depth."""
+        """Compile each block, what is before them and after, for fixed shapes: few graphs at any depth."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self.embed = torch.compile(embed, dynamic=False)
@@ -306,9 +306,9 @@ class GPT(nn.Module):
             cos, sin = (table[span.start : span.end] for table in tables)
         else:
             cos, sin = (table[span.positions] for table in tables)
-        start, end = (
-            (self.embed, self.final_norm) if cache is None else (embed, final_norm)
-        )  # not compiled anew
+        start, end = self.embed, self.final_norm
+        if cache is not None:  # decoding must not compile them anew
+            start, end = embed, final_norm
         x = start(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
         with nullcontext() if cache is None and self.training else sdpa_kernel(ANY_LENGTH):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nanochat.linear import Linear, joint_linear
 
 PACKED_ALIGN = (
-    64  # columns of the joint projection are a multiple of it: rows of whole 128-byte lines in bfloat16
+    64  # columns of the joint projection are a multiple of it: rows of whole 128-byte lines
 )
 
 

@@ -45,7 +45,7 @@ def gradients(function, dy, *inputs):
 
 
 def bounded(bound, rounded, expected):
-    """The error allowed for: bound, or that of PyTorch with the same roundings where few terms average them."""
+    """The error allowed for: bound, or that of PyTorch with the same roundings."""
     return max(bound, 1.2 * error(rounded, expected))
 
 

@@ -1,4 +1,4 @@
-"""SLC2 in training: all between the projections and c_proj (nanochat/slc2.py), one kernel forwards and two back.
+"""SLC2 in training: all between the projections and c_proj (nanochat/slc2.py), a kernel forwards, two back.
 
 `packed` (N, W) holds for each token x (E), B (E), A (D) and alpha (H), in this order, and zeros up to W: the
 result of one matrix product. With j counting back from the current token, w_j its tap, and only tokens of the
