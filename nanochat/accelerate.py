@@ -43,7 +43,7 @@ def fuse(model: GPT, fp8: bool = False) -> None:
         block.mlp.kernel = kernels_fp8.mlp if fp8 else mlp.mlp
         if not block.is_attention:
             block.attn.mix = slc2.slc2_mix
-    model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP)
+    model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP, fp8=fp8)
 
 
 def accelerate(model: GPT, *, compile: bool, fused: bool, fp8: bool = False) -> None:

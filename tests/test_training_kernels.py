@@ -140,6 +140,26 @@ def test_head_loss(device, dtype, N, E, V, rows, reduction, monkeypatch):
         assert losses[0] == 0
 
 
+@pytest.mark.gpu
+def test_head_loss_fp8():
+    """Chunks of rows and the last one shorter; rms_norms of any scale of weights."""
+    x, weight, targets = head_case("cuda", torch.bfloat16, 1000, 256, 4096)
+    x, weight = F.rms_norm(x, (256,)), weight / 20
+    loss, (dx, dweight) = gradients(
+        lambda x, w: cross_entropy.head_loss(x, w, targets, "sum", SOFTCAP, fp8=True),
+        torch.tensor(1.0, device="cuda"), x, weight,
+    )  # fmt: skip
+    expected, (expected_dx, expected_dweight) = gradients(
+        lambda x, w: plain_head_loss(x, w, targets, "sum"),
+        torch.tensor(1.0).cuda().double(),
+        x.double(),
+        weight.double(),
+    )
+    assert error(loss, expected) < 0.02
+    assert error(dx, expected_dx) < 0.2
+    assert error(dweight, expected_dweight) < 0.2
+
+
 def test_head_loss_of_no_targets_is_zero(device):
     x, weight, targets = head_case(device, torch.float32, 4, 16, 50)
     loss = cross_entropy.head_loss(x.requires_grad_(), weight, targets.fill_(-1), "mean", SOFTCAP)

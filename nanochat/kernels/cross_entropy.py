@@ -12,11 +12,14 @@ while the logits are there, in the forward; the backward only scales (Liger Kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat.kernels import fp8 as fp8_kernels
 from nanochat.kernels.approx import is_approx_enough, tanh
 
 CHUNK_BYTES = 2**31  # of logits
@@ -70,10 +73,13 @@ def cross_entropy_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, 
     )  # fmt: skip
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, cap: float) -> Tensor:
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: str, cap: float, fp8: bool = False
+) -> Tensor:
     """Cross-entropy in nats of x (B,T,E) under weight (V,E) float32 against targets (B,T); -1 does not count.
 
     reduction "sum", "mean" over counted targets (0 if none), or, where no gradient is wanted, "none": (B*T,).
+    With fp8, where a gradient is wanted, logits are a product in 8 bits; x is then an rms_norm.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
     if not torch.is_grad_enabled():
@@ -86,17 +92,18 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, cap: f
     elif reduction == "none":
         raise ValueError('reduction "none" has no fused gradient: use the plain loss')
     else:
-        loss = _SummedHeadLoss.apply(x, weight, targets, cap)
+        loss = _SummedHeadLoss.apply(x, weight, targets, cap, fp8)
     return loss / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else loss
 
 
 class _SummedHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, fp8: bool) -> Tensor:
         losses, cast = x.new_empty(len(x), dtype=torch.float32), weight.to(x.dtype)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        product = _product_in_8_bits(x, cast) if fp8 else lambda rows: x[rows] @ cast.T
         for rows in _chunks(x, weight):
-            logits = x[rows] @ cast.T
+            logits = product(rows)
             cross_entropy_(logits, targets[rows], losses[rows], cap, has_grad=True)
             torch.mm(logits, cast, out=dx[rows])
             if x.dtype == dweight.dtype:
@@ -109,7 +116,16 @@ class _SummedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         dx, dweight = ctx.saved_tensors
-        return dx * grad, dweight * grad, None, None
+        return dx * grad, dweight * grad, None, None, None
+
+
+def _product_in_8_bits(x: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
+    """How to make the logits (n,V) of some rows of x (N,E), an rms_norm, under weight (V,E)."""
+    scale = fp8_kernels.peak_scale(weight, fp8_kernels.WEIGHT_PEAK)
+    x_scale = torch.full_like(scale, fp8_kernels.H_SCALE)
+    narrow = torch.compile(fp8_kernels.narrow, dynamic=False)
+    x8, weight8 = narrow(x, x_scale), narrow(weight, scale)
+    return lambda rows: fp8_kernels.product(x8[rows], weight8, x_scale, scale)
 
 
 def _chunks(x: Tensor, weight: Tensor) -> list[slice]:

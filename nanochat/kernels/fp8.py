@@ -9,7 +9,8 @@ the gradient that comes in need their largest element found. The other scales ar
     post   relu^2 of sums of many terms: up to 1,792 it is not clipped
     dpre   2 (dy W2) sqrt(post): with dy's own scale, 56 times its largest element is not clipped
 
-Gradients of weights, sums over all tokens, stay in bfloat16; so do lm_head and the outputs of the mixers.
+Gradients of weights, sums over all tokens, stay in bfloat16; so do the gradients of lm_head and of what goes
+into the mixers, and what comes out of them.
 """
 
 from __future__ import annotations
