@@ -34,14 +34,16 @@ def lacking(model: GPT) -> str:
 
 def fuse(model: GPT, fp8: bool = False) -> None:
     """Let the model compute by the kernels, except where it has a decode state to keep."""
-    from nanochat.kernels import cross_entropy, mlp, norm, slc2
+    from nanochat.kernels import cross_entropy, mlp, norm, rope, slc2
     from nanochat.kernels import fp8 as kernels_fp8
 
     for block in model.transformer.h:
         block.norm = partial(norm.rms_norm, eps=NORM_EPS)
         block.attn.product = kernels_fp8.linear if fp8 else F.linear
         block.mlp.kernel = kernels_fp8.mlp if fp8 else mlp.mlp
-        if not block.is_attention:
+        if block.is_attention:
+            block.attn.rope = rope.rope
+        else:
             block.attn.mix = slc2.slc2_mix
     model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP, fp8=fp8)
 

@@ -114,12 +114,14 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_dim = config.head_dim
+        self.n_head = config.n_head
         self.is_grouped = config.n_kv_head != config.n_head
         self.c_q = Linear(config.n_embd, config.n_head * self.head_dim)
         self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.product: Callable[[Tensor, Tensor], Tensor] | None = None  # one for q, k and v: accelerate.fuse
+        self.rope: Callable[..., tuple[Tensor, ...]] | None = None  # kernels.rope.rope, and the product that
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear  # feeds it: accelerate.fuse
 
     def forward(
         self, h: Tensor, cos: Tensor, sin: Tensor, state: KVState | None = None, span: Span | None = None
@@ -127,14 +129,12 @@ class CausalSelfAttention(nn.Module):
         """Map h (B,T,E) to (B,T,E); with a state, attend also to the tokens that it holds."""
         B, T, _ = h.shape
         layers = [self.c_q, self.c_k, self.c_v]
-        if self.product is not None:
-            joint = joint_linear(h, layers, self.product)
-            parts = joint.split([layer.out_features for layer in layers], dim=-1)
+        if self.rope is not None and state is None:
+            q, k, v = self.rope(joint_linear(h, layers, self.product), cos, sin, self.n_head, NORM_EPS)
         else:
-            parts = [layer(h) for layer in layers]
-        q, k, v = (part.view(B, T, -1, self.head_dim) for part in parts)
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+            q, k, v = (layer(h).view(B, T, -1, self.head_dim) for layer in layers)
+            q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         mask, is_causal = None, True
         if span is not None:
             mask, is_causal = span.mask, span.is_causal
