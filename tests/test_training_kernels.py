@@ -73,16 +73,15 @@ def test_slc2(device, dtype, H, D, K, B, T, lengths):
     expected_y, (expected, expected_conv) = gradients(
         lambda p, c: slc2_reference(p, c, positions, T, H), dy.double(), packed.double(), conv.double()
     )
-    _, (_, rounded_conv) = gradients(lambda p, c: slc2_reference(p, c, positions, T, H), dy, packed, conv)
+    rounded_y, (rounded, rounded_conv) = gradients(
+        lambda p, c: slc2_reference(p, c, positions, T, H), dy, packed, conv
+    )
     used = 2 * H * D + D + H
     bound, sum_bound = TOLERANCE[dtype]
-    assert error(y, expected_y) < bound
-    for part, reference in zip(
-        dpacked[:, :used].split([H * D, H * D, D, H], 1),
-        expected[:, :used].split([H * D, H * D, D, H], 1),
-        strict=True,
-    ):
-        assert error(part, reference) < bound
+    assert error(y, expected_y) < bounded(bound, rounded_y, expected_y)
+    parts = (gradient[:, :used].split([H * D, H * D, D, H], 1) for gradient in (dpacked, rounded, expected))
+    for part, rounded_part, expected_part in zip(*parts, strict=True):
+        assert error(part, expected_part) < bounded(bound, rounded_part, expected_part)
     assert not dpacked[:, used:].any()
     assert error(dconv, expected_conv) < bounded(sum_bound, rounded_conv, expected_conv)
     again, (dpacked_again, dconv_again) = gradients(
@@ -102,7 +101,7 @@ def test_slc2_is_an_operator(device):
 
 def head_case(device, dtype, N, E, V):
     x = torch.randn(1, N, E, device=device).to(dtype)
-    weight = 40 * E**-0.5 * torch.randn(V, E, device=device)  # logits up to a few times the soft-cap
+    weight = 15 * E**-0.5 * torch.randn(V, E, device=device)  # logits up to a few times the soft-cap
     targets = torch.randint(0, V, (1, N), device=device)
     targets[0, :3] = torch.tensor([-1, 0, V - 1])
     return x, weight, targets
@@ -144,7 +143,7 @@ def test_head_loss(device, dtype, N, E, V, rows, reduction, monkeypatch):
 def test_head_loss_fp8():
     """Chunks of rows and the last one shorter; rms_norms of any scale of weights."""
     x, weight, targets = head_case("cuda", torch.bfloat16, 1000, 256, 4096)
-    x, weight = F.rms_norm(x, (256,)), weight / 20
+    x, weight = F.rms_norm(x, (256,)), weight / 7
     loss, (dx, dweight) = gradients(
         lambda x, w: cross_entropy.head_loss(x, w, targets, "sum", SOFTCAP, fp8=True),
         torch.tensor(1.0, device="cuda"), x, weight,

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-FORWARD, BACKWARD = Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 3)
+FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)
 GROUP = 8  # row tiles that take turns with a column of tiles, so that both stay in the cache
 
 

@@ -31,7 +31,10 @@ from nanochat.kernels.approx import is_approx_enough, round_to, sigmoid, silu
 from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
 BLOCK_T = 16  # tokens of a program at a time
-BLOCKS = 8  # that a program of the backward takes one after the other, for few partial sums of dw
+CONV_BLOCK_T, CONV_BLOCKS = (
+    8,
+    16,
+)  # of _slc2_backward_conv: one block after the other, for few partial sums of dw
 
 
 def slc2_reference(
@@ -218,7 +221,7 @@ def slc2_mix(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: in
     y = packed.new_empty(N, E)
     _slc2_forward[(n_head, triton.cdiv(N, BLOCK_T))](
         packed, conv, positions, y, N, seq_len, E, E // n_head, packed.size(1), conv.size(-1), BLOCK_T,
-        positions is not None, is_approx_enough(packed), num_warps=4,
+        positions is not None, is_approx_enough(packed), num_warps=8,
     )  # fmt: skip
     return y
 
@@ -236,15 +239,15 @@ def slc2_mix_backward(
     (N, W), (E, _, K) = packed.shape, conv.shape
     D, is_approx = E // n_head, is_approx_enough(packed)
     dpacked, dc = torch.empty_like(packed), torch.empty_like(dy)
-    programs = triton.cdiv(N, BLOCK_T * BLOCKS)
+    programs = triton.cdiv(N, CONV_BLOCK_T * CONV_BLOCKS)
     dconv = conv.new_empty(programs, K, E)
     _slc2_backward_conv[(n_head, programs)](
-        dy, packed, conv, positions, dpacked, dc, dconv, N, seq_len, E, D, W, K, BLOCK_T, BLOCKS,
+        dy, packed, conv, positions, dpacked, dc, dconv, N, seq_len, E, D, W, K, CONV_BLOCK_T, CONV_BLOCKS,
         positions is not None, is_approx, num_warps=4,
     )  # fmt: skip
     _slc2_backward_gate[(triton.cdiv(N, BLOCK_T),)](
         dc, packed, conv, positions, dpacked, N, seq_len, n_head, D, W, K, PACKED_ALIGN, BLOCK_T,
-        positions is not None, is_approx, num_warps=4,
+        positions is not None, is_approx, num_warps=8,
     )  # fmt: skip
     return dpacked, dconv.sum(0).T.unsqueeze(1).contiguous()
 
