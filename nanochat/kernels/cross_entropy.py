@@ -40,7 +40,7 @@ def _cross_entropy(
 ):
     v = tl.arange(0, BLOCK)
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
-        at = logits_ptr + row.to(tl.int64) * V
+        at = logits_ptr + V.to(tl.int64) * row
         target = tl.load(targets_ptr + row)
         is_counted = target >= 0
         at_target = tl.load(at + tl.maximum(target, 0)).to(tl.float32)
@@ -63,7 +63,7 @@ def _cross_entropy(
                 grad = tl.where(is_counted, grad, 0.0)
                 tl.store(at + start + v, grad, mask=inside, eviction_policy="evict_first")
                 if narrow_ptr is not None:
-                    narrow = narrow_ptr + row.to(tl.int64) * V + start + v
+                    narrow = narrow_ptr + V.to(tl.int64) * row + start + v
                     tl.store(narrow, grad * NARROW_SCALE, mask=inside, eviction_policy="evict_first")
 
 
