@@ -1,11 +1,11 @@
 """Time the kernels of training beside plain PyTorch, compiled: one JSON line each, at the shapes of a depth.
 
-    python -m scripts.bench_kernels                      # slc2, head_loss, mlp and the products of d20
+    python -m scripts.bench_kernels                      # slc2, rope, head_loss, mlp and the products of d20
     python -m scripts.bench_kernels --ops mlp --depth=12
 
-Each op must first pass its tests (tests/test_training_kernels.py) on this machine; if it does not, no speed
-is printed and the exit status is 1. `forward_ms` and `backward_ms` are medians of whole calls. `products` are
-the matrix products of a layer and the head, in TFLOP/s of cuBLAS.
+Each op must first pass its tests (those of TESTS that have its name) on this machine; if it does not, no
+speed is printed and the exit status is 1. `forward_ms` and `backward_ms` are medians of whole calls.
+`products` are the matrix products of a layer and the head, in TFLOP/s of cuBLAS.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
     from nanochat.gpt import GPTConfig
 
-TESTS = Path(__file__).parent.parent / "tests" / "test_training_kernels.py"
-Op = Literal["slc2", "head_loss", "mlp", "products"]
+ROOT = Path(__file__).parent.parent
+TESTS = [ROOT / "tests" / name for name in ("test_training_kernels.py", "test_rope_kernel.py")]
+Op = Literal["slc2", "rope", "head_loss", "mlp", "products"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchKernelsConfig:
-    ops: tuple[Op, ...] = ("slc2", "head_loss", "mlp", "products")
+    ops: tuple[Op, ...] = ("slc2", "rope", "head_loss", "mlp", "products")
     """what to time"""
     depth: int = 20
     """the model whose shapes are taken"""
@@ -50,28 +51,28 @@ class BenchKernelsConfig:
 
 def passes_tests(op: Op) -> bool:
     """Run the op's tests on the GPU."""
-    command = [sys.executable, "-m", "pytest", str(TESTS), "-m", "gpu", "-k", op, "--tb=line"]
-    return subprocess.run(command, cwd=TESTS.parent.parent, stdout=sys.stderr).returncode == 0
+    command = [sys.executable, "-m", "pytest", *map(str, TESTS), "-m", "gpu", "-k", op, "--tb=line"]
+    return subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode == 0
 
 
-def both_ways(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, float]:
+def both_ways(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> dict[str, float]:
     """Times of the forward and of the backward, in ms, at random gradients."""
     import torch
 
     from nanochat.benchmark import seconds
 
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
-    y = function(*inputs)
-    dy = torch.randn_like(y)
+    y, device = function(*inputs), inputs[0].device
+    dy = [torch.randn_like(part) for part in y] if isinstance(y, tuple) else torch.randn_like(y)
 
     def both() -> None:
         torch.autograd.grad(function(*inputs), inputs, dy)
 
     both()
-    forward = seconds(lambda: function(*inputs), y.device, 20)
+    forward = seconds(lambda: function(*inputs), device, 20)
     return {
         "forward_ms": round(1e3 * forward, 3),
-        "backward_ms": round(1e3 * (seconds(both, y.device, 20) - forward), 3),
+        "backward_ms": round(1e3 * (seconds(both, device, 20) - forward), 3),
     }
 
 
@@ -95,6 +96,27 @@ def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
 
     yield {"by": "kernel", **both_ways(lambda p, c: slc2_mix(p, c, None, T, H), packed, conv)}
     yield {"by": "compiled", **both_ways(plain, packed, conv)}
+
+
+def time_rope(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """What lies between the joint product and attention."""
+    import torch
+
+    from nanochat.gpt import NORM_EPS, apply_rotary, norm, rotary_tables
+    from nanochat.kernels.rope import rope
+
+    H, H_kv, D, T = shape.n_head, shape.n_kv_head, shape.head_dim, config.seq_len
+    packed = torch.randn(config.tokens // T, T, (H + 2 * H_kv) * D, device="cuda", dtype=torch.bfloat16)
+    cos, sin = rotary_tables(T, D, packed.device)
+
+    @torch.compile(dynamic=False)
+    def plain(packed: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = packed.unflatten(2, (-1, D)).split([H, H_kv, H_kv], dim=2)
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    yield {"by": "kernel", **both_ways(lambda p: rope(p, cos, sin, H, NORM_EPS), packed)}
+    yield {"by": "compiled", **both_ways(plain, packed)}
 
 
 def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
@@ -173,7 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.hardware import describe
 
     shape = GPTConfig.from_depth(config.depth, vocab_size=config.vocab_size)
-    timers = {"slc2": time_slc2, "head_loss": time_head_loss, "mlp": time_mlp, "products": time_products}
+    timers = {
+        "slc2": time_slc2,
+        "rope": time_rope,
+        "head_loss": time_head_loss,
+        "mlp": time_mlp,
+        "products": time_products,
+    }
     failed = []
     for op in config.ops:
         if op != "products" and not passes_tests(op):

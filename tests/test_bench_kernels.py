@@ -10,7 +10,7 @@ def timed(monkeypatch):
     """Run without a GPU; returns the ops that were timed."""
     monkeypatch.setattr(bench_kernels, "setup_runtime", lambda device_type: Runtime.cpu())
     ops = []
-    for op in ("slc2", "head_loss", "mlp", "products"):
+    for op in ("slc2", "rope", "head_loss", "mlp", "products"):
         name = f"time_{op}"
         monkeypatch.setattr(
             bench_kernels, name, lambda config, shape, op=op: ops.append(op) or [{"forward_ms": 1}]
@@ -22,7 +22,7 @@ def test_no_speed_for_an_op_whose_tests_fail(timed, monkeypatch, capsys):
     monkeypatch.setattr(bench_kernels, "passes_tests", lambda op: op != "mlp")
     with pytest.raises(ValueError, match="tests of mlp fail"):
         bench_kernels.main([])
-    assert timed == ["slc2", "head_loss", "products"]
+    assert timed == ["slc2", "rope", "head_loss", "products"]
     assert '"op": "mlp"' not in capsys.readouterr().out
 
 
@@ -33,7 +33,8 @@ def test_the_tests_are_run(tmp_path, monkeypatch):
         "import pytest\npytestmark = pytest.mark.gpu\n"
         "def test_slc2(): pass\ndef test_mlp(): assert False\n"
     )  # fmt: skip
-    monkeypatch.setattr(bench_kernels, "TESTS", path)
+    monkeypatch.setattr(bench_kernels, "TESTS", [path])
+    monkeypatch.setattr(bench_kernels, "ROOT", tmp_path.parent)
     (tmp_path.parent / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     assert bench_kernels.passes_tests("slc2")
     assert not bench_kernels.passes_tests("mlp")
@@ -41,8 +42,8 @@ def test_the_tests_are_run(tmp_path, monkeypatch):
 
 
 def test_each_op_has_tests():
-    tests = bench_kernels.TESTS.read_text()
-    assert all(f"def test_{op}(" in tests for op in ("slc2", "head_loss", "mlp"))
+    tests = "".join(path.read_text() for path in bench_kernels.TESTS)
+    assert all(f"def test_{op}(" in tests for op in ("slc2", "rope", "head_loss", "mlp"))
 
 
 def test_bad_settings():
@@ -58,5 +59,5 @@ def test_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(bench_kernels, "passes_tests", lambda op: True)
     assert bench_kernels.main(["--depth=4", "--vocab-size=1024", "--tokens=4096"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum('"by": "kernel"' in line for line in lines) == 3
+    assert sum('"by": "kernel"' in line for line in lines) == 4
     assert sum('"op": "products"' in line for line in lines) == 6

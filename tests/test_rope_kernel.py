@@ -31,12 +31,12 @@ def reference(packed, cos, sin, H):
     return [x.transpose(1, 2) for x in (*turned, v)]
 
 
-def laid_out(gradient, order):
-    """The gradient (B,heads,T,D) with its dimensions in this order in memory, NaN before and behind each."""
-    shape = torch.tensor(gradient.shape)[list(order)]
-    memory = poison(*(shape + torch.tensor([2, 2, 2, 16])), dtype=gradient.dtype, device=gradient.device)
-    inner = memory[1:-1, 1:-1, 1:-1, 8:-8].permute(*torch.tensor(order).argsort())
-    return inner.copy_(gradient)
+def laid_out(gradient, order, margin):
+    """The gradient (B,heads,T,D) with its dimensions in this order in memory, and NaN around each."""
+    shape = [gradient.size(i) + 2 * margin for i in order]
+    memory = poison(*shape, dtype=gradient.dtype, device=gradient.device)
+    inner = memory[(slice(margin, -margin),) * 4]
+    return inner.permute(*(order.index(i) for i in range(4))).copy_(gradient)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,8 @@ def test_rope(device, dtype, H, H_kv, D, B, T, order):
     cos, sin = tables(T, D, device)
     packed = projection(device, dtype, B, T, (H + 2 * H_kv) * D).requires_grad_()
     expected = reference(packed.double(), cos, sin, H)
-    gradients = [laid_out(torch.randn_like(x).to(dtype), order) for x in expected]
+    randoms = [torch.randn_like(x).to(dtype) for x in expected]
+    gradients = [laid_out(x, order, margin) for x, margin in zip(randoms, (8, 16, 3), strict=True)]
     (expected_gradient,) = torch.autograd.grad(expected, packed, [g.double() for g in gradients])
     made = packed.clone()  # stands for the product: the op writes over it
     poison(B, T, H + H_kv, device=device, dtype=torch.float32)  # freed: the op is likely to be given it
@@ -66,6 +67,7 @@ def test_rope(device, dtype, H, H_kv, D, B, T, order):
         assert error(result, value) < TOLERANCE[dtype]
         assert result.shape == value.shape
     assert torch.equal(results[2], expected[2].to(dtype))
+    assert all(x.untyped_storage().data_ptr() == made.untyped_storage().data_ptr() for x in results)
     parts = [(H + H_kv) * D, H_kv * D]
     turned, copied = gradient.split(parts, dim=2)
     expected_turned, _ = expected_gradient.split(parts, dim=2)
