@@ -1,7 +1,7 @@
 """Time training on this machine: one JSON line.
 
     python -m scripts.bench_train                        # d20, 8 micro-batches of 32 x 2,048 tokens a step
-    python -m scripts.bench_train --depth=12 --fused --num-iterations=5
+    python -m scripts.bench_train --depth=12 --fp8 --num-iterations=5
     python -m scripts.bench_train --device-batch-size=4 --memory-gib=24
 
 It takes the trainer's settings and runs its loop, on random tokens and weights of which none is zero. Speeds
@@ -114,7 +114,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
     """Train for some steps; speeds, memory and where the time goes."""
     import torch
 
-    from nanochat.accelerate import accelerate
+    from nanochat.accelerate import accelerate, uses_kernels
     from nanochat.benchmark import fill_zero_weights
     from nanochat.optim import build_optimizer
     from nanochat.train_loop import train
@@ -150,6 +150,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
         "first_step_seconds": round(first["seconds"], 1),
         "device_batch_size": config.device_batch_size,
         "checkpoints_activations": model.checkpoints_activations,
+        "fused": uses_kernels(config.fused, model),
         "accumulation": plan.accumulation,
     }
     if runtime.device.type == "cuda":
@@ -180,7 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "max_seq_len",
         "vocab_size",
         "compile",
-        "fused",
         "fp8",
     )
     asked = {name: getattr(config, name) for name in settings}

@@ -126,6 +126,7 @@ class _SummedHeadLoss(torch.autograd.Function):
                 dweight.addmm_(logits.T, x[rows])
             else:  # summed over the chunks in float32
                 torch.addmm(dweight, logits.T, x[rows], out_dtype=dweight.dtype, out=dweight)
+            del logits  # before there are those of the next chunk
         ctx.save_for_backward(dx, dweight)
         return losses.sum()
 
