@@ -1,8 +1,8 @@
-"""A Muon step (nanochat/optim.py) whose products are half as many, and which touches memory no more than it must.
+"""The Muon step of nanochat/optim.py by kernels: half the work in symmetric products, few passes over memory.
 
-A kernel reads the gradients and the momentum once and leaves the direction X in the dtype of the gradients and
-its norm. X is not normalised: a Newton-Schulz step is linear in X but for X X^T, where 1 / norm^2 goes, and
-1 / norm goes into the learning rate.
+A kernel reads gradients and momentum once, and leaves the direction X, in the dtype of the gradients, and its
+norm. Nobody normalises X: a Newton-Schulz step is linear in X but for X X^T, which takes 1 / norm^2, and the
+learning rate takes 1 / norm.
 """
 
 from __future__ import annotations
@@ -34,16 +34,14 @@ def _look_ahead(grads_ptr, buffer_ptr, ahead_ptr, squares_ptr, momentum, SIZE, B
 
 @torch.library.custom_op("nanochat::look_ahead", mutates_args=("buffer",))
 def look_ahead(grads: Tensor, buffer: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """Update buffer (n,rows,cols) float32 as nanochat.optim.muon_update does; return the direction and its norms.
+    """Update buffer (n,rows,cols) as nanochat.optim.muon_update does; return the direction and its norms (n,).
 
-    grads (n,rows,cols) and the direction are of one dtype, the norms (n,) float32; momentum 0-D, on the CPU.
+    The direction is of the dtype and shape of grads, norms and buffer are float32; momentum 0-D, on the CPU.
     """
     n, size = len(grads), grads[0].numel()
     programs = triton.cdiv(size, BLOCK)
     ahead, squares = torch.empty_like(grads), buffer.new_empty(n, programs)
-    _look_ahead[(programs, n)](
-        grads, buffer, ahead, squares, momentum.item(), size, BLOCK, num_warps=8
-    )
+    _look_ahead[(programs, n)](grads, buffer, ahead, squares, momentum.item(), size, BLOCK, num_warps=8)
     return ahead, squares.sum(1).sqrt()
 
 

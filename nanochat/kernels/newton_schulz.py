@@ -8,9 +8,9 @@ not to touch it in every step: what is made of R alone commutes, so
     R <- R Q Q                     of the size of the short side, symmetric, as is the product of all Q
     X <- Q_3 Q_2 Q_1 X             once for three steps
 
-(Gram iteration). An error in a small eigenvalue of R, which may even become negative, grows by a^2 a step, so
-R is made of X anew after three, and what is made of R is in float16, whose 3 more bits it needs. The update is
-then nearer to that in float32 than if all were in bfloat16 (dev/LOG.md, 2026-11-24).
+An error in a small eigenvalue of R, which may make it negative, grows by a^2 a step. So R is made of X anew
+after three, and what is made of R is in float16, whose 3 more bits it needs. The result is then nearer to that
+in float32 than if all were done in bfloat16 (dev/LOG.md, 2026-11-24).
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def _symmetric_product(
         acc += beta * addend_desc.load([n * M + i, j]).to(tl.float32)
     rows, cols = i + tl.arange(0, TILE)[:, None], j + tl.arange(0, TILE)[None, :]
     out = (acc + tl.where(rows == cols, gamma, 0.0)).to(out_desc.dtype)
-    out_desc.store([n * M + i, j], out)
-    if i != j:
+    if i == j:  # rounding may have made it differ from its mirror image
+        out_desc.store([n * M + i, j], (out + out.T) * 0.5)
+    else:
+        out_desc.store([n * M + i, j], out)
         out_desc.store([n * M + j, i], out.T)
 
 
@@ -77,8 +79,8 @@ def symmetric_product(
 ) -> Tensor:
     """Return scale alpha a b^T + beta a + gamma I (n,m,m) in dtype, where that is symmetric.
 
-    Tiles above the diagonal are those below it mirrored. a and b (n,m,k) of one dtype are contiguous and
-    `fits` them; if they are tall, k < m, it is a^T b (n,k,k). scale (n,) float32. Only a square a can be added.
+    What is above the diagonal is mirrored from below. a and b (n,m,k) are of one dtype, contiguous and such as
+    `fits`; of tall ones, k < m, it is a^T b (n,k,k). scale (n,) float32. Only a square a can be added.
     """
     (n, rows, cols), is_tall = a.shape, a.size(1) > a.size(2)
     M, K = (cols, rows) if is_tall else (rows, cols)
