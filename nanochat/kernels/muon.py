@@ -34,9 +34,9 @@ def _look_ahead(grads_ptr, buffer_ptr, ahead_ptr, squares_ptr, momentum, SIZE, B
 
 @torch.library.custom_op("nanochat::look_ahead", mutates_args=("buffer",))
 def look_ahead(grads: Tensor, buffer: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """Update buffer (n,rows,cols) as nanochat.optim.muon_update does; return the direction and its norms (n,).
+    """Update buffer (n,rows,cols) as nanochat.optim.muon_update does; return the direction and its norm (n,).
 
-    The direction is of the dtype and shape of grads, norms and buffer are float32; momentum 0-D, on the CPU.
+    The direction is of the dtype and shape of grads, norm and buffer are float32; momentum 0-D, on the CPU.
     """
     n, size = len(grads), grads[0].numel()
     programs = triton.cdiv(size, BLOCK)

@@ -9,8 +9,8 @@ not to touch it in every step: what is made of R alone commutes, so
     X <- Q_3 Q_2 Q_1 X             once for three steps
 
 An error in a small eigenvalue of R, which may make it negative, grows by a^2 a step. So R is made of X anew
-after three, and what is made of R is in float16, whose 3 more bits it needs. The result is then nearer to that
-in float32 than if all were done in bfloat16 (dev/LOG.md, 2026-11-24).
+after three, and what is made of R is in float16, whose 3 more bits it needs. The result is then nearer to what
+float32 gives than if all were done in bfloat16 (dev/LOG.md, 2026-11-24).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def symmetric_product(
 ) -> Tensor:
     """Return scale alpha a b^T + beta a + gamma I (n,m,m) in dtype, where that is symmetric.
 
-    What is above the diagonal is mirrored from below. a and b (n,m,k) are of one dtype, contiguous and such as
-    `fits`; of tall ones, k < m, it is a^T b (n,k,k). scale (n,) float32. Only a square a can be added.
+    What is above the diagonal is mirrored from below. a and b (n,m,k) are of one dtype, contiguous and such
+    as `fits`; of tall ones, k < m, it is a^T b (n,k,k). scale (n,) float32. Only a square a can be added.
     """
     (n, rows, cols), is_tall = a.shape, a.size(1) > a.size(2)
     M, K = (cols, rows) if is_tall else (rows, cols)
