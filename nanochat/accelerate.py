@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from nanochat.gpt import GPT, SOFTCAP
+from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
+from nanochat.kernels.norm import rms_norm
 
 logger = logging.getLogger(__name__)
-SHARED_MEMORY = 220 * 1024  # bytes that a tile of the MLP takes; Hopper and data-centre Blackwell have 227 KB
+SHARED_MEMORY = 226 * 1024  # bytes that a tile of the MLP takes; Hopper and data-centre Blackwell have 227 KB
 MAX_TAPS = 4  # of a convolution: the kernel holds a row of them in registers
 
 
@@ -32,6 +33,11 @@ def lacking(model: GPT) -> str:
     return ""
 
 
+def uses_kernels(asked: bool | None, model: GPT) -> bool:
+    """Whether a model is trained by the kernels: as asked, or, if that is None, where they run."""
+    return not lacking(model) if asked is None else asked
+
+
 def fuse(model: GPT, fp8: bool = False) -> None:
     """Let the model compute by the kernels, except where it has a decode state to keep."""
     from nanochat.kernels import cross_entropy, mlp, rope, slc2
@@ -44,21 +50,24 @@ def fuse(model: GPT, fp8: bool = False) -> None:
             block.attn.rope = rope.rope
         else:
             block.attn.mix = slc2.slc2_mix
-    model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP)
+    model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP, fp8=fp8)
 
 
-def accelerate(model: GPT, *, compile: bool, fused: bool, fp8: bool = False) -> None:
-    """Make a model that is to be trained fast: by the kernels, in 8 bits where they pay, and compiled.
+def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
+    """Make a model that is to be trained fast: by the kernels (None: where they run), in 8 bits, compiled.
 
-    Raises ValueError if the kernels do not run here, and for fp8 without fused.
+    Raises ValueError if the kernels are asked for and do not run here: fp8 is one of theirs.
     """
+    reason, fused = lacking(model), uses_kernels(fused, model)
+    if (fused or fp8) and reason:
+        raise ValueError(f"fused={fused}, fp8={fp8}: the kernels of training do not run here: {reason}")
     if fp8 and not fused:
-        raise ValueError("fp8=True is for the kernels of training: say fused, too")
-    if fused and (reason := lacking(model)):
-        raise ValueError(f"fused=True: the kernels of training do not run here: {reason}; leave it out")
+        raise ValueError("fp8=True with fused=False: products in 8 bits are kernels of training, too")
     if fused:
         fuse(model, fp8)
     if compile:
+        for block in model.transformer.h if fused else ():
+            block.norm = partial(rms_norm, eps=NORM_EPS)  # not compiled it would be many passes
         model.compile_blocks()
     if model.device.type == "cuda":
         by = "kernels in 8 bits" if fp8 else "kernels" if fused else "plain PyTorch"

@@ -38,8 +38,8 @@ class ChatTrainConfig:
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
-    fused: bool = False
-    """train by the kernels of nanochat/kernels, on Hopper cards; not measured yet"""
+    fused: bool | None = None
+    """train by the kernels of nanochat/kernels; None: where they run, on Hopper cards"""
     model_tag: str = ""
     """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
     step: int = -1

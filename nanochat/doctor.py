@@ -198,9 +198,9 @@ def check_memory(config: GPTConfig, device_type: str, batch_size: int, n_ranks: 
         with device:
             model = GPT(config)
         model.init_weights()
-        batch_size = choose_rows(batch_size, model, MAX_ROWS, alone, fused=False)
+        batch_size = choose_rows(batch_size, model, MAX_ROWS, alone, fused=None)
         build_optimizer(model, LearningRates(), replace(alone, world_size=n_ranks))
-        accelerate(model, compile=True, fused=False)
+        accelerate(model, compile=True, fused=None)
         idx = torch.zeros((batch_size, config.sequence_len), dtype=torch.int64, device=device)
         model(idx, idx, loss_reduction="sum").backward()
         peak = torch.cuda.max_memory_allocated(device) + weights // 2  # gradients of the last backward

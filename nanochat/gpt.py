@@ -164,35 +164,46 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: a mixer (attention or SLC2, both under the key `attn`) and an MLP on the residual stream."""
+    """One layer: a mixer (attention or SLC2, both under the key `attn`) and an MLP on the residual stream.
+
+    What the MLP adds to the stream is handed on beside it, for the next layer to add where it reads the
+    stream anyway: a layer is what is compiled, and a sum at its end would be a pass over memory of its own.
+    """
 
     def __init__(self, config: GPTConfig, kind: str):
         super().__init__()
         self.is_attention = kind == "attention"
         self.attn = CausalSelfAttention(config) if self.is_attention else SLC2(config)
         self.mlp = MLP(config)
+        self.norm = norm  # or kernels.norm.rms_norm: accelerate.fuse
 
     def forward(
         self,
         x: Tensor,
+        delta: Tensor,
         cos: Tensor,
         sin: Tensor,
         state: KVState | ConvState | None = None,
         span: Span | None = None,
-    ) -> Tensor:
-        """Map the residual stream x (B,T,E) to the next; the layer's decode state is updated in place."""
+    ) -> tuple[Tensor, Tensor]:
+        """Map the residual stream x + delta (B,T,E) to the next; the decode state is updated in place."""
+        x = x + delta
+        h = self.norm(x)
         if self.is_attention:
-            x = x + self.attn(norm(x), cos, sin, state, span)
-        elif span is None:
-            x = x + self.attn(norm(x))
+            x = x + self.attn(h, cos, sin, state, span)
         else:
-            x = x + self.attn(norm(x), state.window)
-        return x + self.mlp(norm(x))
+            x = x + self.attn(h, None if span is None else state.window)
+        return x, self.mlp(self.norm(x))
 
 
 def embed(idx: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The residual stream (B,T,E) in dtype that token ids idx (B,T) start with; weight (V,E)."""
     return norm(F.embedding(idx, weight).to(dtype))
+
+
+def final_norm(x: Tensor, delta: Tensor) -> Tensor:
+    """What the head reads of the residual stream x + delta (B,T,E)."""
+    return norm(x + delta)
 
 
 def head_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -227,7 +238,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.embed, self.loss = embed, head_loss
+        self.embed, self.final_norm, self.loss = embed, final_norm, head_loss
         self.checkpoints_activations = False  # keep only what goes into a block, compute the rest again
 
     @torch.no_grad()
@@ -246,10 +257,11 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
 
     def compile_blocks(self) -> None:
-        """Compile each block, embedding and loss, for fixed batch shapes: a few small graphs at any depth."""
+        """Compile each block, what is before them and after, for fixed shapes: few graphs at any depth."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self.embed = torch.compile(embed, dynamic=False)
+        self.final_norm = torch.compile(final_norm, dynamic=False)
         if self.loss is head_loss:
             self.loss = torch.compile(head_loss, dynamic=False)
 
@@ -294,19 +306,22 @@ class GPT(nn.Module):
             cos, sin = (table[span.start : span.end] for table in tables)
         else:
             cos, sin = (table[span.positions] for table in tables)
-        embed_tokens = self.embed if cache is None else embed  # decoding must not compile it anew
-        x = embed_tokens(idx, self.transformer.wte.weight, self.activation_dtype)
+        start, end = self.embed, self.final_norm
+        if cache is not None:  # decoding must not compile them anew
+            start, end = embed, final_norm
+        x = start(idx, self.transformer.wte.weight, self.activation_dtype)
+        delta = torch.zeros_like(x)
         with nullcontext() if cache is None and self.training else sdpa_kernel(ANY_LENGTH):
             for i, block in enumerate(self.transformer.h):
                 if cache is None and self.checkpoints_activations and torch.is_grad_enabled():
-                    x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                    x, delta = checkpoint(block, x, delta, cos, sin, use_reentrant=False)
                 elif cache is None:
-                    x = block(x, cos, sin)
+                    x, delta = block(x, delta, cos, sin)
                 else:  # .forward: decoding changes pos with every call, and must not recompile a block
-                    x = block.forward(x, cos, sin, cache.layers[i], span)
+                    x, delta = block.forward(x, delta, cos, sin, cache.layers[i], span)
         if cache is not None:
             cache.advance(span)
-        return norm(x)
+        return end(x, delta)
 
     def new_cache(self, batch_size: int, max_len: int) -> HybridCache:
         """Return an empty decode state for this model."""

@@ -10,12 +10,13 @@ import math
 
 import torch
 
+from nanochat.accelerate import uses_kernels
 from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 
 MAX_ROWS = 32  # of a forward: more fill no GPU better
 SPARE = 0.92  # of the free memory: the allocator, libraries and their workspaces need the rest
-HEAD_BYTES = 2**32  # at most, for the logits of a chunk; without the kernels there is one chunk, twice
+HEAD_BYTES = 2**31  # at most, for the logits of a chunk; without the kernels there is one chunk, twice
 
 
 def training_bytes(config: GPTConfig, rows: int, *, checkpointing: bool, fused: bool = True) -> int:
@@ -25,9 +26,9 @@ def training_bytes(config: GPTConfig, rows: int, *, checkpointing: bool, fused: 
     matrices = {"attention": 12 * E * E, "slc2": 11 * E * E + E * (config.head_dim + config.n_head)}
     weights = sum(matrices[kind] for kind in config.layer_kinds) * 16 + 2 * V * E * 20
     # what a layer keeps of a token, in bytes: residual stream, norms, projections, mixer, hidden layer
-    kept = {"attention": 24 * E, "slc2": 22 * E + 2 * config.head_dim}
+    kept = {"attention": 20 * E, "slc2": 18 * E + 2 * config.head_dim}
     layers = [(kept[kind] if fused else 33 * E) * tokens for kind in config.layer_kinds]
-    activations = max(layers) + len(layers) * 2 * E * tokens if checkpointing else sum(layers)
+    activations = max(layers) + len(layers) * 4 * E * tokens if checkpointing else sum(layers)
     head = min(HEAD_BYTES, 2 * V * tokens) if fused else 4 * V * tokens
     return weights + activations + head + 8 * V * E + 8 * E * tokens
 
@@ -51,10 +52,11 @@ def fit(config: GPTConfig, free_bytes: int, *, fused: bool = True) -> tuple[int,
     )
 
 
-def choose_rows(asked: int, model: GPT, rows_per_step: int, runtime: Runtime, *, fused: bool) -> int:
+def choose_rows(asked: int, model: GPT, rows_per_step: int, runtime: Runtime, *, fused: bool | None) -> int:
     """Return how many rows a forward takes: as asked, or, if that is 0, what fits and divides a step evenly.
 
     The model computes activations again if it must (checkpoints_activations). Without CUDA at most 32 rows.
+    fused says whether the kernels will be used, None: where they run.
     """
     if asked:
         return asked
@@ -63,5 +65,5 @@ def choose_rows(asked: int, model: GPT, rows_per_step: int, runtime: Runtime, *,
         free, total = torch.cuda.mem_get_info(runtime.device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(runtime.device)
         free = min(free + torch.cuda.memory_reserved(runtime.device), allowed)
-        rows, model.checkpoints_activations = fit(model.config, round(free), fused=fused)
+        rows, model.checkpoints_activations = fit(model.config, round(free), fused=uses_kernels(fused, model))
     return math.gcd(min(runtime.gather(rows)), max(1, rows_per_step // runtime.world_size))

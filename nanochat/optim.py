@@ -20,7 +20,7 @@ Rajbhandari et al. 2020):
 One rank runs the same code without the collectives. nanochat/stack.py lays the stacks out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -38,15 +38,18 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
-    """Approximate U V^T of each matrix U S V^T in stack (n, rows, cols), in dtype; zeros stay zeros."""
+    """Approximate U V^T of each matrix U S V^T in stack (n, rows, cols), in dtype; zeros stay zeros.
+
+    A stack of tall matrices is multiplied from the right: transposed, it would be read against its order.
+    """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = stack.size(-2) > stack.size(-1)
-    X = stack.mT if is_tall else stack
-    X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    X = (stack / (stack.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        XXt = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(XXt, XXt, XXt, beta=b, alpha=c), X, beta=a)
-    return X.mT if is_tall else X
+        R = X.mT @ X if is_tall else X @ X.mT
+        P = torch.baddbmm(R, R, R, beta=b, alpha=c)
+        X = torch.baddbmm(X, X, P, beta=a) if is_tall else torch.baddbmm(X, P, X, beta=a)
+    return X
 
 
 def muon_update(grads: Tensor, buffer: Tensor, momentum: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,8 +208,20 @@ class MuonAdamW(torch.optim.Optimizer):
                 ) from error
 
 
+def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
+    """Return a function that does what muon_step does, fast for such gradients (..., rows, cols)."""
+    if not grads.is_cuda:
+        return muon_step
+    if grads.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grads.device) >= (9, 0):
+        from nanochat.kernels import muon, newton_schulz
+
+        if newton_schulz.fits(*grads.shape[-2:]):
+            return _compiled(muon.muon_step)
+    return _compiled(muon_step)
+
+
 def _update_muon(stack: Stack, group: dict) -> None:
-    step = _compiled(muon_step) if stack.weights.is_cuda else muon_step
+    step = fastest_muon_step(stack.own_grads)
     rate, momentum = torch.tensor(group["lr"]), torch.tensor(group["momentum"])  # 0-D: new values, same graph
     step(stack.own_weights, stack.own_grads, stack.state["momentum_buffer"], rate, momentum)
 

@@ -33,8 +33,8 @@ class BaseTrainConfig:
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
-    fused: bool = False
-    """train by the kernels of nanochat/kernels, on Hopper cards; not measured yet"""
+    fused: bool | None = None
+    """train by the kernels of nanochat/kernels; None: where they run, on Hopper cards"""
     fp8: bool = False
     """products in 8 bits where they pay; faster, and a little less exact (dev/LOG.md)"""
     seed: int = 42

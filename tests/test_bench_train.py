@@ -37,7 +37,7 @@ def test_kernels_by_kind():
     [
         ("--num-iterations=0", "num_iterations=0"),
         ("--memory-gib=8", "memory_gib=8.0"),
-        ("--fused", "NVIDIA GPU"),
+        ("--fused=True", "NVIDIA GPU"),
     ],
 )
 def test_bad_settings(flag, message):

@@ -8,8 +8,10 @@ the gradient that comes in need their largest element found. The other scales ar
     h      an rms_norm, so no element is over sqrt(E), 36 for E = 1,280
     post   relu^2 of sums of many terms: up to 1,792 it is not clipped
     dpre   2 (dy W2) sqrt(post): with dy's own scale, 56 times its largest element is not clipped
+    dl     the gradient of a logit is a probability, less 1 at the target; up to 56 is not clipped
 
-Gradients of weights, sums over all tokens, stay in bfloat16; so do lm_head and the outputs of the mixers.
+Gradients of weights, sums over all tokens, stay in bfloat16; so do the products that leave a mixer and the
+gradients of those that enter it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from nanochat.kernels.mlp import Tile, launch
 
-FORWARD, BACKWARD = Tile(128, 128, 128, 8, 4), Tile(128, 128, 128, 8, 3)
+FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3)
 H_SCALE, POST_SCALE = 8.0, 0.25
+LOGIT_GRADIENT_SCALE = 1024.0
 WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # where the largest element is brought to
 
 
@@ -35,10 +38,13 @@ def peak_scale(x: Tensor, peak: float) -> Tensor:
     return peak / x.abs().amax().float().clamp(min=1e-12)
 
 
-def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
-    """Return a b^T / (a_scale b_scale) in bfloat16; a (M,K) and b (N,K) are float8, rows contiguous."""
+def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, is_fast: bool = True) -> Tensor:
+    """Return a b^T / (a_scale b_scale) in bfloat16; a (M,K) and b (N,K) are float8, rows contiguous.
+
+    The tensor cores sum with 14 bits; unless is_fast, these sums are added up in float32 every few terms.
+    """
     return torch._scaled_mm(
-        a, b.T, scale_a=1 / a_scale, scale_b=1 / b_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        a, b.T, scale_a=1 / a_scale, scale_b=1 / b_scale, out_dtype=torch.bfloat16, use_fast_accum=is_fast
     )
 
 
@@ -124,3 +130,24 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         h, weight = ctx.saved_tensors
         return dy @ weight, dy.T @ h
+
+
+class Head:
+    """The output head, for chunks of rows of x (N,E), an rms_norm; weight (V,E) and x are bfloat16."""
+
+    def __init__(self, x: Tensor, weight: Tensor):
+        cast = torch.compile(narrow, dynamic=False)
+        self.scale = peak_scale(weight, WEIGHT_PEAK)
+        self.x_scale = torch.full_like(self.scale, H_SCALE)
+        self.x, self.weight = cast(x, self.x_scale), cast(weight, self.scale)
+        self.weight_t = self.weight.T.contiguous()
+
+    def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return logits (n,V) in bfloat16, and memory (n,V) for their gradient in e5m2."""
+        logits = product(self.x[rows], self.weight, self.x_scale, self.scale)
+        return logits, torch.empty_like(logits, dtype=torch.float8_e5m2)
+
+    def gradient(self, dlogits: Tensor) -> Tensor:
+        """Return dx (n,E) in bfloat16 of dlogits (n,V) in e5m2, as cross_entropy_ leaves it."""
+        scale = torch.full_like(self.scale, LOGIT_GRADIENT_SCALE)
+        return product(dlogits, self.weight_t, scale, self.scale, is_fast=False)

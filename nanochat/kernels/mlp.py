@@ -30,8 +30,27 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
+FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)
 GROUP = 8  # row tiles that take turns with a column of tiles, so that both stay in the cache
+
+
+@triton.jit
+def _finish(
+    acc, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD: tl.constexpr, MAX: tl.constexpr
+):
+    """What is left to do with a part of the product, at row m and column n."""
+    if scales_ptr is not None:
+        acc *= tl.load(scales_ptr)
+    if IS_BACKWARD:
+        acc *= 2.0 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
+    else:
+        acc = tl.maximum(acc, 0.0)
+        acc *= acc
+    if scales_ptr is not None:  # a second result, in 8 bits
+        narrow = tl.clamp(acc * tl.load(scales_ptr + 2), -MAX, MAX)
+        narrow_desc.store([m, n], narrow.to(narrow_desc.dtype))
+        acc *= tl.load(scales_ptr + 1)
+    out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
 @triton.jit
@@ -67,18 +86,11 @@ def _linear_relu2(
                 acc = tl.dot(a, b_desc.load([k, n]), acc)
             else:
                 acc = tl.dot(a, b_desc.load([n, k]).T, acc)
-        if scales_ptr is not None:
-            acc *= tl.load(scales_ptr)
-        if IS_BACKWARD:
-            acc *= 2.0 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
-        else:
-            acc = tl.maximum(acc, 0.0)
-            acc *= acc
-        if scales_ptr is not None:  # a second result, in 8 bits
-            narrow = tl.clamp(acc * tl.load(scales_ptr + 2), -MAX, MAX)
-            narrow_desc.store([m, n], narrow.to(narrow_desc.dtype))
-            acc *= tl.load(scales_ptr + 1)
-        out_desc.store([m, n], acc.to(out_desc.dtype))
+        # by halves: what they are written through leaves memory for one more tile to be loaded ahead
+        halves = tl.permute(tl.reshape(acc, (TILE_M, 2, TILE_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _finish(left, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
+        _finish(right, m, n + TILE_N // 2, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
 
 
 @cache
@@ -108,7 +120,7 @@ def launch(
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(b, [tile.k, tile.n] if b_is_kn else [tile.n, tile.k]),
         *(
-            TensorDescriptor.from_tensor(out if t is None else t, [tile.m, tile.n])
+            TensorDescriptor.from_tensor(out if t is None else t, [tile.m, tile.n // 2])
             for t in (post, out, narrow)
         ),
         scales, M, N, K, programs, tile.m, tile.n, tile.k, GROUP, post is not None, b_is_kn,

@@ -1,4 +1,4 @@
-"""SLC2 in training: everything between the projections and c_proj (nanochat/slc2.py), one kernel each way.
+"""SLC2 in training: all between the projections and c_proj (nanochat/slc2.py), a kernel forwards, two back.
 
 `packed` (N, W) holds for each token x (E), B (E), A (D) and alpha (H), in this order, and zeros up to W: the
 result of one matrix product. With j counting back from the current token, w_j its tap, and only tokens of the
@@ -7,13 +7,14 @@ same document in sight:
     g = A * silu(alpha);  u = round(silu(g) * x);  c[t] = sum_j w_j u[t-j];  y = B * silu(c)
 
     dB = dy * silu(c)                                dc = dy * B * silu'(c)
-    du[t] = sum_j w_j dc[t+j]                        dw_j = sum_t u[t] dc[t+j]
+    du[t] = sum_j w_j dc[t+j]                        dw_j = sum_t u[t-j] dc[t]
     dx = du * silu(g);  dg = du * x * silu'(g)       dA = sum_heads dg * silu(alpha)
     dalpha = silu'(alpha) * sum_channels dg * A
 
 u is rounded to the dtype of the activations, as in decoding, whose state it is. Nothing but packed is saved
-for the backward, which computes u and c again: arithmetic is cheaper than memory here. A program owns a few
-tokens and all their heads, so every sum is taken in one order, and two runs agree bit for bit.
+for the backward, which computes u and c again: arithmetic is cheaper than memory here. It is cut in two where
+the taps turn from the past to the future: one kernel leaves dc, the other reads it. Every sum is taken in one
+order, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from torch import Tensor
 from nanochat.kernels.approx import is_approx_enough, round_to, sigmoid, silu
 from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
-BLOCK_T = 16  # tokens of a program
+BLOCK_T = 16  # tokens of a program at a time
+CONV_BLOCK_T, CONV_BLOCKS = (
+    8,
+    16,
+)  # of _slc2_backward_conv: one block after the other, for few partial sums of dw
 
 
 def slc2_reference(
@@ -106,13 +111,63 @@ def _slc2_forward(
 
 
 @triton.jit
-def _slc2_backward(
+def _slc2_backward_conv(
     dy_ptr,
     packed_ptr,
     conv_ptr,
     positions_ptr,
     dpacked_ptr,
+    dc_ptr,
     dconv_ptr,
+    N,
+    T,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """From dy back to dB and dc, and the program's share of dw."""
+    head = tl.program_id(0)
+    c = head * D + tl.arange(0, D)[None, :]
+    taps, dtaps = (), ()
+    for j in tl.static_range(TAPS):
+        taps += (tl.load(conv_ptr + c * TAPS + TAPS - 1 - j),)
+        dtaps += (tl.zeros((BLOCK_T, D), tl.float32),)
+    for block in range(BLOCKS):
+        t = (tl.program_id(1) * BLOCKS + block) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+        rows = packed_ptr + t.to(tl.int64) * WIDTH
+        us = ()
+        z = tl.zeros((BLOCK_T, D), tl.float32)
+        for j in tl.static_range(TAPS):
+            seen = _linked(positions_ptr, t, j, N, T, HAS_POSITIONS)
+            us += (_gate(rows - j * WIDTH, head, D, E, seen, packed_ptr.dtype.element_ty, APPROX),)
+            z += us[j] * taps[j]
+        silu_z, slope = _silu_and_slope(z, APPROX)
+        dy = tl.load(dy_ptr + t.to(tl.int64) * E + c, mask=t < N, other=0.0).to(tl.float32)
+        b = tl.load(rows + E + c, mask=t < N, other=0.0).to(tl.float32)
+        dc = dy * b * slope
+        tl.store(dpacked_ptr + t.to(tl.int64) * WIDTH + E + c, dy * silu_z, mask=t < N)
+        tl.store(dc_ptr + t.to(tl.int64) * E + c, dc, mask=t < N)
+        sums = ()
+        for j in tl.static_range(TAPS):
+            sums += (dtaps[j] + us[j] * dc,)
+        dtaps = sums
+    dconv_ptr += tl.program_id(1).to(tl.int64) * TAPS * E
+    for j in tl.static_range(TAPS):
+        tl.store(dconv_ptr + (TAPS - 1 - j) * E + c, tl.sum(dtaps[j], 0)[None, :])
+
+
+@triton.jit
+def _slc2_backward_gate(
+    dc_ptr,
+    packed_ptr,
+    conv_ptr,
+    positions_ptr,
+    dpacked_ptr,
     N,
     T,
     H: tl.constexpr,
@@ -124,51 +179,29 @@ def _slc2_backward(
     HAS_POSITIONS: tl.constexpr,
     APPROX: tl.constexpr,
 ):
+    """From dc back to dx, dA and dalpha; zeros in the columns that nobody reads."""
     E: tl.constexpr = H * D
-    dtype: tl.constexpr = packed_ptr.dtype.element_ty
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     d = tl.arange(0, D)[None, :]
     rows = packed_ptr + t.to(tl.int64) * WIDTH
     drows = dpacked_ptr + t.to(tl.int64) * WIDTH
-    dys = dy_ptr + t.to(tl.int64) * E
-    dconv = dconv_ptr + tl.program_id(0).to(tl.int64) * TAPS * E
+    dcs = dc_ptr + t.to(tl.int64) * E
+    a = tl.load(rows + 2 * E + d, mask=t < N, other=0.0).to(tl.float32)
     dA = tl.zeros((BLOCK_T, D), tl.float32)
     for head in range(H):
         c = head * D + d
-        taps, us = (), ()  # us: of tokens t-(TAPS-1) ... t+(TAPS-1), 0 in another document
-        for j in tl.static_range(TAPS):
-            taps += (tl.load(conv_ptr + c * TAPS + TAPS - 1 - j),)
+        du = tl.zeros((BLOCK_T, D), tl.float32)
+        for k in tl.static_range(TAPS):
+            near = _linked(positions_ptr, t + k, k, N, T, HAS_POSITIONS)
+            dc = tl.load(dcs + k * E + c, mask=near, other=0.0).to(tl.float32)
+            du += dc * tl.load(conv_ptr + c * TAPS + TAPS - 1 - k)
         alpha = tl.load(rows + 2 * E + D + head, mask=t < N, other=0.0).to(tl.float32)
-        a = tl.load(rows + 2 * E + d, mask=t < N, other=0.0).to(tl.float32)
         x = tl.load(rows + c, mask=t < N, other=0.0).to(tl.float32)
         silu_alpha, alpha_slope = _silu_and_slope(alpha, APPROX)
         silu_g, g_slope = _silu_and_slope(a * silu_alpha, APPROX)
-        own_u = round_to(silu_g * x, dtype, APPROX)
-        for j in tl.static_range(TAPS - 1, 0, -1):
-            before = _linked(positions_ptr, t, j, N, T, HAS_POSITIONS)
-            us += (_gate(rows - j * WIDTH, head, D, E, before, dtype, APPROX),)
-        us += (own_u,)
-        for k in tl.static_range(1, TAPS):
-            after = _linked(positions_ptr, t + k, k, N, T, HAS_POSITIONS)
-            us += (_gate(rows + k * WIDTH, head, D, E, after, dtype, APPROX),)
-        du = tl.zeros((BLOCK_T, D), tl.float32)
-        for k in tl.static_range(TAPS):  # what u of token t is to the output of token t+k
-            z = tl.zeros((BLOCK_T, D), tl.float32)
-            for j in tl.static_range(TAPS):
-                z += us[TAPS - 1 + k - j] * taps[j]
-            silu_z, z_slope = _silu_and_slope(z, APPROX)
-            near = _linked(positions_ptr, t + k, k, N, T, HAS_POSITIONS)
-            dy = tl.load(dys + k * E + c, mask=near, other=0.0).to(tl.float32)
-            b = tl.load(rows + k * WIDTH + E + c, mask=near, other=0.0).to(tl.float32)
-            dz = dy * b * z_slope
-            if k == 0:
-                tl.store(drows + E + c, dy * silu_z, mask=t < N)
-            du += dz * taps[k]
-            dtap = tl.sum(own_u * dz, 0)[None, :]
-            tl.store(dconv + (TAPS - 1 - k) * E + c, dtap)
+        tl.store(drows + c, du * silu_g, mask=t < N)
         dg = du * x * g_slope
         dA += dg * silu_alpha
-        tl.store(drows + c, du * silu_g, mask=t < N)
         dalpha = alpha_slope * tl.sum(dg * a, 1)[:, None]
         tl.store(drows + 2 * E + D + head, dalpha, mask=t < N)
     tl.store(drows + 2 * E + d, dA, mask=t < N)
@@ -188,7 +221,7 @@ def slc2_mix(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: in
     y = packed.new_empty(N, E)
     _slc2_forward[(n_head, triton.cdiv(N, BLOCK_T))](
         packed, conv, positions, y, N, seq_len, E, E // n_head, packed.size(1), conv.size(-1), BLOCK_T,
-        positions is not None, is_approx_enough(packed), num_warps=4,
+        positions is not None, is_approx_enough(packed), num_warps=8,
     )  # fmt: skip
     return y
 
@@ -204,11 +237,17 @@ def slc2_mix_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of packed (N,W), in its dtype, and of conv (E,1,K), float32."""
     (N, W), (E, _, K) = packed.shape, conv.shape
-    blocks = triton.cdiv(N, BLOCK_T)
-    dpacked, dconv = torch.empty_like(packed), conv.new_empty(blocks, K, E)
-    _slc2_backward[(blocks,)](
-        dy, packed, conv, positions, dpacked, dconv, N, seq_len, n_head, E // n_head, W, K, PACKED_ALIGN,
-        BLOCK_T, positions is not None, is_approx_enough(packed), num_warps=8,
+    D, is_approx = E // n_head, is_approx_enough(packed)
+    dpacked, dc = torch.empty_like(packed), torch.empty_like(dy)
+    programs = triton.cdiv(N, CONV_BLOCK_T * CONV_BLOCKS)
+    dconv = conv.new_empty(programs, K, E)
+    _slc2_backward_conv[(n_head, programs)](
+        dy, packed, conv, positions, dpacked, dc, dconv, N, seq_len, E, D, W, K, CONV_BLOCK_T, CONV_BLOCKS,
+        positions is not None, is_approx, num_warps=4,
+    )  # fmt: skip
+    _slc2_backward_gate[(triton.cdiv(N, BLOCK_T),)](
+        dc, packed, conv, positions, dpacked, N, seq_len, n_head, D, W, K, PACKED_ALIGN, BLOCK_T,
+        positions is not None, is_approx, num_warps=8,
     )  # fmt: skip
     return dpacked, dconv.sum(0).T.unsqueeze(1).contiguous()
 

@@ -1,0 +1,35 @@
+"""RMSNorm in training: its backward is made from what it gave, not from what it was given.
+
+With r = 1 / rms(x) and h = r x (Zhang & Sennrich 2019, without weights),
+
+    dx = r (dh - h mean(dh h))
+
+and the products after a norm keep h anyway: so nothing but r is kept for the norm itself, and of the residual
+stream nothing at all. torch.compile makes one kernel each way of it, with the sums around it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Return h (..., E) in x's dtype, each row of x (..., E) over the root of its mean square + eps."""
+    return _RMSNorm.apply(x, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        h = (wide * r).to(x.dtype)
+        ctx.save_for_backward(h, r)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh: Tensor):
+        h, r = (t.float() for t in ctx.saved_tensors)
+        dh, dtype = dh.float(), dh.dtype
+        return (r * (dh - h * (dh * h).mean(-1, keepdim=True))).to(dtype), None

@@ -1,0 +1,171 @@
+"""The kernels of Muon against float64: interpreted on a CPU in float32, compiled on a GPU in bfloat16."""
+
+import pytest
+import torch
+
+from nanochat import optim
+from nanochat.kernels import muon, newton_schulz
+from nanochat.kernels.mlp import Tile
+from nanochat.kernels.newton_schulz import fits, iterate, symmetric_product
+from tests.kernels import error, poison
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # a rounding of the result
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """Tiles that the interpreter can take its time with; numbers that are the same in each run."""
+    torch.manual_seed(0)
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(newton_schulz, "TILE", Tile(16, 16, 16, 4, 1))
+        monkeypatch.setattr(muon, "BLOCK", 512)
+
+
+def polynomials(n, m, device, dtype):
+    """R (n,m,m) and another symmetric matrix that commutes with it."""
+    half = torch.randn(n, m, m + 5, device=device, dtype=torch.float64)
+    R = half @ half.mT / m
+    return R.to(dtype), (3 * torch.eye(m, device=device) - R).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 48, 48), (3, 32, 80), (2, 80, 32), (1, 16, 16)])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
+def test_symmetric_product_of_a_matrix_with_itself(shape, out_dtype):
+    check_square(torch.randn(shape), out_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(3, 1280, 1280), (2, 1280, 5120), (2, 5120, 1280), (13, 128, 1280), (1, 384, 1536)]
+)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_symmetric_product_of_a_matrix_with_itself_on_a_gpu(shape, out_dtype):
+    check_square(torch.randn(shape, device="cuda").bfloat16(), out_dtype)
+
+
+def check_square(X, out_dtype):
+    scale = 0.01 * torch.rand(len(X), device=X.device)
+    m = min(X.shape[1:])
+    poison(len(X), m, m, dtype=out_dtype, device=X.device)  # freed: the op is likely to be given it
+    R = symmetric_product(X, X, out_dtype, scale)
+    wide = X.double().mT if X.size(1) > X.size(2) else X.double()
+    assert R.dtype == out_dtype
+    assert error(R, scale.double()[:, None, None] * (wide @ wide.mT)) < TOLERANCE[out_dtype]
+    assert torch.equal(R, R.mT)
+
+
+@pytest.mark.parametrize("m", [16, 48, 80])
+def test_symmetric_polynomials(m):
+    check_polynomials(m, "cpu", torch.float32, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [128, 384, 1280])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_symmetric_polynomials_on_a_gpu(m, out_dtype):
+    check_polynomials(m, "cuda", torch.float16, out_dtype)
+
+
+def check_polynomials(m, device, dtype, out_dtype):
+    R, other = polynomials(2, m, device, dtype)
+    Q = symmetric_product(R, R, out_dtype, alpha=0.5, beta=-2.5, gamma=1.75)
+    exact = 0.5 * R.double() @ R.double() - 2.5 * R.double() + 1.75 * torch.eye(m, device=device)
+    assert error(Q, exact) < TOLERANCE[out_dtype]
+    assert torch.equal(Q, Q.mT)
+    product = symmetric_product(R, other, out_dtype)
+    assert error(product, R.double() @ other.double()) < TOLERANCE[out_dtype] + TOLERANCE[dtype]
+    assert torch.equal(product, product.mT)
+
+
+def test_tiles_above_the_diagonal_mirror_those_below_it():
+    """Of a product that is not symmetric; tiles on the diagonal are the mean of both halves."""
+    a, b = torch.randn(2, 1, 48, 64)
+    exact, tile = a @ b.mT, torch.arange(48) // 16
+    lower, upper = tile[:, None] > tile, tile[:, None] < tile
+    expected = torch.where(lower, exact, torch.where(upper, exact.mT, (exact + exact.mT) / 2))
+    torch.testing.assert_close(symmetric_product(a, b, torch.float32), expected)
+
+
+def ill_conditioned(n, rows, cols, device):
+    """Matrices whose singular values fall from 1 to 1e-3, of very different sizes."""
+    U, _, Vh = torch.linalg.svd(torch.randn(n, rows, cols, device=device), full_matrices=False)
+    values = torch.logspace(0, -3, min(rows, cols), device=device)
+    return (U * values) @ Vh * torch.logspace(-6, 6, n, device=device)[:, None, None]
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 48), (3, 48, 16), (2, 48, 32)])
+def test_iterate_is_orthogonalize(shape):
+    """Also of a matrix of zeros, which stays so."""
+    X = ill_conditioned(*shape, "cpu")
+    X[0] = 0
+    norm = X.norm(dim=(1, 2)) + 1e-7
+    out = iterate(X, norm) / norm[:, None, None]
+    exact = optim.orthogonalize(X.double(), torch.float64)
+    assert not out[0].any()
+    assert error(out, exact) < 1e-3  # its small singular values are amplified a thousandfold
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 1280, 1280), (2, 1280, 5120), (2, 5120, 1280), (13, 128, 1280)])
+def test_iterate_in_bfloat16_is_as_exact_as_orthogonalize(shape):
+    X = ill_conditioned(*shape, "cuda")
+    X[0] = 0
+    exact = optim.orthogonalize(X.double(), torch.float64)
+    plain = optim.orthogonalize(X, torch.bfloat16)
+    X = X.bfloat16()
+    norm = X.float().norm(dim=(1, 2)) + 1e-7
+    out = iterate(X, norm) / norm[:, None, None]
+    assert not out[0].any()
+    assert error(out, exact) < 1.2 * error(plain, exact)
+
+
+@pytest.mark.parametrize("rows_cols", [(16, 16), (16, 48), (48, 16)])
+def test_muon_step(rows_cols):
+    check_muon_step("cpu", muon.muon_step, *rows_cols, torch.float32, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows_cols", [(128, 128), (128, 384), (384, 128), (10, 1280)])
+def test_muon_step_of_the_optimizer(rows_cols):
+    """Compiled, by the kernels where they fit."""
+    step = optim.fastest_muon_step(torch.empty(1, *rows_cols, device="cuda", dtype=torch.bfloat16))
+    check_muon_step("cuda", step, *rows_cols, torch.bfloat16, 0.03)
+
+
+def check_muon_step(device, step, rows, cols, dtype, tolerance):
+    """What two steps change in weights, which lie among those of another rank, and momentum."""
+    start = torch.randn(3, 2, 2, rows, cols, device=device)
+    weights = start.clone()
+    buffer = torch.randn(3, 2, rows, cols, device=device)
+    expected, expected_buffer = start[:, 1].double(), buffer.double()
+    for rate, momentum in ((0.1, 0.85), (0.05, 0.9)):
+        grads = torch.randn(3, 2, rows, cols, device=device).to(dtype)
+        numbers = torch.tensor(rate), torch.tensor(momentum)
+        step(weights[:, 1], grads, buffer, *numbers)
+        optim.muon_step(expected, grads.double(), expected_buffer, *numbers)
+    assert error(buffer, expected_buffer) < 1e-6
+    assert error(weights[:, 1] - start[:, 1], expected - start[:, 1]) < tolerance
+    assert torch.equal(weights[:, 0], start[:, 0])
+
+
+def test_muon_operators():
+    """torch.compile may rely on what they declare: shapes, dtypes and what is changed in place."""
+    R, other = polynomials(2, 32, "cpu", torch.float32)
+    torch.library.opcheck(symmetric_product, (R, other, torch.float16, torch.rand(2), 0.5))
+    torch.library.opcheck(symmetric_product, (torch.randn(2, 32, 16), torch.randn(2, 32, 16), torch.float32))
+    torch.library.opcheck(
+        muon.look_ahead, (torch.randn(2, 16, 24), torch.randn(2, 16, 24), torch.tensor(0.9))
+    )
+
+
+@pytest.mark.parametrize("shape", [(1280, 1280), (1280, 5120), (5120, 1280), (128, 1280), (128, 192)])
+def test_whole_tiles_fit(shape, monkeypatch):
+    monkeypatch.setattr(newton_schulz, "TILE", Tile(128, 128, 64, 8, 3))
+    assert fits(*shape)
+
+
+@pytest.mark.parametrize("shape", [(10, 1280), (1280, 10), (128, 1300), (320, 1280)])
+def test_others_do_not_fit(shape, monkeypatch):
+    """A tile that reaches beyond a matrix would be read from, and written to, the next one."""
+    monkeypatch.setattr(newton_schulz, "TILE", Tile(128, 128, 64, 8, 3))
+    assert not fits(*shape)
