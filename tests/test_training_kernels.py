@@ -22,7 +22,7 @@ SMALL_TILE = mlp.Tile(16, 16, 16, 4, 1)
 def small_tiles(monkeypatch):
     """Tiles that the interpreter can take its time with."""
     monkeypatch.setattr(mlp, "FORWARD", SMALL_TILE)
-    monkeypatch.setattr(mlp, "BACKWARD", SMALL_TILE)
+    monkeypatch.setattr(mlp, "BACKWARD", SMALL_TILE._replace(halves=True))
 
 
 def documents(lengths, device):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanochat.kernels.mlp import Tile, launch
 
-FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3)
+FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
 H_SCALE, POST_SCALE = 8.0, 0.25
 LOGIT_GRADIENT_SCALE = 1024.0
 WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # where the largest element is brought to

@@ -28,9 +28,10 @@ class Tile(NamedTuple):
     k: int
     num_warps: int
     num_stages: int
+    halves: bool = False  # written one after the other: leaves memory for more to be loaded ahead, takes time
 
 
-FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3)
+FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 256, 32, 8, 4)
 GROUP = 8  # row tiles that take turns with a column of tiles, so that both stay in the cache
 
 
@@ -68,6 +69,7 @@ def _linear_relu2(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    HALVES: tl.constexpr,
     GROUP: tl.constexpr,
     IS_BACKWARD: tl.constexpr,
     B_IS_KN: tl.constexpr,
@@ -86,11 +88,14 @@ def _linear_relu2(
                 acc = tl.dot(a, b_desc.load([k, n]), acc)
             else:
                 acc = tl.dot(a, b_desc.load([n, k]).T, acc)
-        # by halves: what they are written through leaves memory for one more tile to be loaded ahead
-        halves = tl.permute(tl.reshape(acc, (TILE_M, 2, TILE_N // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        _finish(left, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
-        _finish(right, m, n + TILE_N // 2, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
+        if HALVES:
+            halves = tl.permute(tl.reshape(acc, (TILE_M, 2, TILE_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            _finish(left, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
+            n += TILE_N // 2
+            _finish(right, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
+        else:
+            _finish(acc, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
 
 
 @cache
@@ -120,10 +125,10 @@ def launch(
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(b, [tile.k, tile.n] if b_is_kn else [tile.n, tile.k]),
         *(
-            TensorDescriptor.from_tensor(out if t is None else t, [tile.m, tile.n // 2])
+            TensorDescriptor.from_tensor(out if t is None else t, [tile.m, tile.n // (1 + tile.halves)])
             for t in (post, out, narrow)
         ),
-        scales, M, N, K, programs, tile.m, tile.n, tile.k, GROUP, post is not None, b_is_kn,
+        scales, M, N, K, programs, tile.m, tile.n, tile.k, tile.halves, GROUP, post is not None, b_is_kn,
         None if narrow is None else torch.finfo(narrow.dtype).max,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -31,10 +31,7 @@ from nanochat.kernels.approx import is_approx_enough, round_to, sigmoid, silu
 from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
 BLOCK_T = 16  # tokens of a program at a time
-CONV_BLOCK_T, CONV_BLOCKS = (
-    8,
-    16,
-)  # of _slc2_backward_conv: one block after the other, for few partial sums of dw
+CONV_BLOCK_T, CONV_BLOCKS = 8, 32  # the same of _slc2_backward_conv, and how often: few partial sums of dw
 
 
 def slc2_reference(
