@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels import fp8 as fp8_kernels
-from nanochat.kernels.approx import is_approx_enough, tanh
+from nanochat.kernels.instructions import has_instructions, tanh
 
 CHUNK_BYTES = 2**31  # of logits
 BLOCK_V = 8192
@@ -77,7 +77,7 @@ def cross_entropy_(
     rows are under way than the L2 cache holds: each is read twice.
     """
     N, V = logits.shape
-    block, is_approx = min(BLOCK_V, triton.next_power_of_2(V)), has_grad and is_approx_enough(logits)
+    block, is_approx = min(BLOCK_V, triton.next_power_of_2(V)), has_grad and has_instructions(logits)
     _cross_entropy[(N,)](
         logits, narrow, targets, losses, N, V, fp8_kernels.LOGIT_GRADIENT_SCALE, cap, block, has_grad,
         is_approx, num_warps=16,

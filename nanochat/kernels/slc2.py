@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.approx import is_approx_enough, round_to, sigmoid, silu
+from nanochat.kernels.instructions import has_instructions, round_to, sigmoid
 from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
 BLOCK_T = 16  # tokens of a program at a time
@@ -47,6 +47,11 @@ def slc2_reference(
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(u)]
     z = [short_conv(u[None, i:j], conv)[0] for i, j in pairwise(starts)]
     return b * F.silu(torch.cat(z))
+
+
+@triton.jit
+def _silu(v, APPROX: tl.constexpr):
+    return v * sigmoid(v, APPROX)
 
 
 @triton.jit
@@ -74,7 +79,7 @@ def _gate(row, head, D: tl.constexpr, E: tl.constexpr, mask, dtype: tl.constexpr
     alpha = tl.load(row + 2 * E + D + head, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(row + 2 * E + d, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(row + head * D + d, mask=mask, other=0.0).to(tl.float32)
-    return round_to(silu(a * silu(alpha, APPROX), APPROX) * x, dtype, APPROX)
+    return round_to(_silu(a * _silu(alpha, APPROX), APPROX) * x, dtype, APPROX)
 
 
 @triton.jit
@@ -104,7 +109,7 @@ def _slc2_forward(
         u = _gate(rows - j * WIDTH, head, D, E, seen, y_ptr.dtype.element_ty, APPROX)
         z += u * tl.load(conv_ptr + c * TAPS + TAPS - 1 - j)
     b = tl.load(rows + E + c, mask=t < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + t.to(tl.int64) * E + c, b * silu(z, APPROX), mask=t < N)
+    tl.store(y_ptr + t.to(tl.int64) * E + c, b * _silu(z, APPROX), mask=t < N)
 
 
 @triton.jit
@@ -218,7 +223,7 @@ def slc2_mix(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: in
     y = packed.new_empty(N, E)
     _slc2_forward[(n_head, triton.cdiv(N, BLOCK_T))](
         packed, conv, positions, y, N, seq_len, E, E // n_head, packed.size(1), conv.size(-1), BLOCK_T,
-        positions is not None, is_approx_enough(packed), num_warps=8,
+        positions is not None, has_instructions(packed), num_warps=8,
     )  # fmt: skip
     return y
 
@@ -234,7 +239,7 @@ def slc2_mix_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of packed (N,W), in its dtype, and of conv (E,1,K), float32."""
     (N, W), (E, _, K) = packed.shape, conv.shape
-    D, is_approx = E // n_head, is_approx_enough(packed)
+    D, is_approx = E // n_head, has_instructions(packed)
     dpacked, dc = torch.empty_like(packed), torch.empty_like(dy)
     programs = triton.cdiv(N, CONV_BLOCK_T * CONV_BLOCKS)
     dconv = conv.new_empty(programs, K, E)
