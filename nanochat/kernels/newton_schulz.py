@@ -9,8 +9,8 @@ not to touch it in every step: what is made of R alone commutes, so
     X <- Q_3 Q_2 Q_1 X             once for three steps
 
 An error in a small eigenvalue of R, which may make it negative, grows by a^2 a step. So R is made of X anew
-after three, and what is made of R is in float16, whose 3 more bits it needs. The result is then nearer to what
-float32 gives than if all were done in bfloat16 (dev/LOG.md, 2026-11-24).
+after three, and what is made of R is in float16, whose 3 more bits it needs. The result is then nearer to
+what float32 gives than if all were done in bfloat16 (dev/LOG.md, 2026-11-24).
 """
 
 from __future__ import annotations
