@@ -3,7 +3,7 @@
 Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal one: with G = U S V^T it
 steps along U V^T, which five steps of a quintic Newton-Schulz iteration approximate by matrix products alone.
 Matrices of one shape are stacked and updated together: a few large batched products instead of hundreds of
-small ones.
+small ones. On Hopper and newer, nanochat/kernels/muon.py does it with fewer and cheaper products.
 
 AdamW (Loshchilov & Hutter 2019) without weight decay takes the embedding, the head and the convolutions: rows
 of a table and taps of a filter are not linear maps whose singular values mean something.

@@ -124,6 +124,11 @@ def test_muon_step(rows_cols):
     check_muon_step("cpu", muon.muon_step, *rows_cols, torch.float32, 1e-4)
 
 
+def test_muon_step_is_one_graph():
+    step = torch.compile(muon.muon_step, backend="aot_eager", fullgraph=True, dynamic=False)
+    check_muon_step("cpu", step, 48, 16, torch.float32, 1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows_cols", [(128, 128), (128, 384), (384, 128), (10, 1280)])
 def test_muon_step_of_the_optimizer(rows_cols):
