@@ -45,7 +45,12 @@ def gradients(function, dy, *inputs):
 
 
 def bounded(bound, rounded, expected):
-    """The error allowed for: bound, or that of PyTorch with the same roundings."""
+    """The error allowed for: bound, or that of PyTorch with the same roundings.
+
+    Of few elements one may be larger than all others, and so its rounding, to bfloat16 at most 2^-8 twice.
+    """
+    if rounded.dtype == torch.bfloat16 and rounded.numel() < 2000:
+        bound = 2**-7
     return max(bound, 1.2 * error(rounded, expected))
 
 
@@ -71,10 +76,10 @@ def test_slc2(device, dtype, H, D, K, B, T, lengths):
     poison(*packed.shape, device=device, dtype=dtype)  # freed: the op is likely to be given it
     y, (dpacked, dconv) = gradients(lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv)
     expected_y, (expected, expected_conv) = gradients(
-        lambda p, c: slc2_reference(p, c, positions, T, H), dy.double(), packed.double(), conv.double()
+        lambda p, c: slc2_reference(p, c, positions, T, H, dtype), dy.double(), packed.double(), conv.double()
     )
-    rounded_y, (rounded, rounded_conv) = gradients(
-        lambda p, c: slc2_reference(p, c, positions, T, H), dy, packed, conv
+    rounded_y, (rounded, _) = gradients(
+        lambda p, c: slc2_reference(p, c, positions, T, H, dtype), dy, packed, conv
     )
     used = 2 * H * D + D + H
     bound, sum_bound = TOLERANCE[dtype]
@@ -83,7 +88,7 @@ def test_slc2(device, dtype, H, D, K, B, T, lengths):
     for part, rounded_part, expected_part in zip(*parts, strict=True):
         assert error(part, expected_part) < bounded(bound, rounded_part, expected_part)
     assert not dpacked[:, used:].any()
-    assert error(dconv, expected_conv) < bounded(sum_bound, rounded_conv, expected_conv)
+    assert error(dconv, expected_conv) < sum_bound
     again, (dpacked_again, dconv_again) = gradients(
         lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv
     )

@@ -80,7 +80,7 @@ def cross_entropy_(
     block, is_approx = min(BLOCK_V, triton.next_power_of_2(V)), has_grad and has_instructions(logits)
     _cross_entropy[(N,)](
         logits, narrow, targets, losses, N, V, fp8_kernels.LOGIT_GRADIENT_SCALE, cap, block, has_grad,
-        is_approx, num_warps=16,
+        is_approx, num_warps=16 if narrow is None else 32,
     )  # fmt: skip
 
 

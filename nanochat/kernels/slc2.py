@@ -35,13 +35,14 @@ CONV_BLOCK_T, CONV_BLOCKS = 8, 32  # the same of _slc2_backward_conv, and how of
 
 
 def slc2_reference(
-    packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int
+    packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int, dtype: torch.dtype
 ) -> Tensor:
-    """y (N,E) by the equations of nanochat/slc2.py, one document after the other."""
+    """y (N,E) by the equations of nanochat/slc2.py, one document after the other, with u rounded to dtype."""
     E = conv.size(0)
     D = E // n_head
     x, b, a, alpha = packed[:, : 2 * E + D + n_head].split([E, E, D, n_head], dim=1)
     u = gate(x, alpha, a)
+    u = u + (u.to(dtype).to(u.dtype) - u).detach()
     if positions is None:
         positions = torch.arange(len(u), device=u.device) % seq_len
     starts = [*(positions == 0).nonzero().flatten().tolist(), len(u)]
