@@ -13,10 +13,20 @@ def d(depth, vocab_size=65_536):
     return GPTConfig.from_depth(depth, vocab_size=vocab_size)
 
 
-@pytest.mark.parametrize(("config", "measured"), [(d(12, 32_768), 29.3), (d(20, 32_768), 67.3)])
-def test_estimate_is_near_what_was_measured_without_kernels(config, measured):
-    """32 rows on an H100, dev/LOG.md."""
-    estimate = training_bytes(config, 32, checkpointing=False, fused=False) / GIB
+@pytest.mark.parametrize(
+    ("config", "rows", "fused", "measured"),
+    [
+        (d(12, 32_768), 32, False, 29.3),
+        (d(20, 32_768), 32, False, 67.3),
+        (d(12), 32, True, 16.1),
+        (d(20), 32, True, 40.2),
+        (d(26), 16, True, 42.0),
+        (d(20), 8, True, 17.5),
+    ],
+)
+def test_estimate_is_near_what_was_measured(config, rows, fused, measured):
+    """On an H100, dev/LOG.md."""
+    estimate = training_bytes(config, rows, checkpointing=False, fused=fused) / GIB
     assert measured <= estimate * 1.05
     assert estimate < 1.15 * measured
 
