@@ -92,6 +92,7 @@ def kill_once(text, num_steps, target, rng):
     assert "trying the checkpoint before" not in output, output
     if launcher.returncode == 0:
         return None
+    assert "SIGKILL" in output, output  # it was the kill that ended the run
     done, saved = steps_done(), steps_saved()
     for stage, last, steps, old in zip(STAGES, done, saved, before, strict=True):
         assert not old or (steps and steps[-1] >= old[-1]), (stage, old, steps)
