@@ -64,12 +64,13 @@ $python -m scripts.doctor "--data=$data" "--depth=$depth" "--vocab-size=$vocab" 
 # ---- stages
 
 # stage NAME MODULE RANKS FLAGS...: run a command unless it ended well before with the same flags; once one stage
-# has run, all after it run too
+# has run, all after it run too, and begin anew, again so if cut off before their first save: until then the
+# checkpoints of before may be there
 redone=no
 stage() {
     local name=$1 module=$2 ranks=$3
     shift 3
-    local done_file=$state/$name.done again=""
+    local done_file=$state/$name.done anew=$state/$name.anew log=$state/$name.log again=""
     if [ "$redone" = no ] && [ "$(cat "$done_file" 2>/dev/null)" = "$ranks $*" ]; then
         echo "== $name: done before"
         return
@@ -77,14 +78,20 @@ stage() {
     echo "== $name"
     rm -f "$done_file"
     case $name in base_train | mid_train | chat_sft | chat_rl)
-        again=$([ "$redone" = yes ] && echo --overwrite || echo --resume) ;;
+        if [ "$redone" = yes ]; then
+            rm -f "$log"
+            touch "$anew"
+        elif grep -qs "saved to" "$log"; then
+            rm -f "$anew"
+        fi
+        again=$([ -e "$anew" ] && echo --overwrite || echo --resume) ;;
     esac
     local launch=("$python" -m "$module")
     if [ "$ranks" -gt 1 ]; then
         launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module" --)
     fi
-    "${launch[@]}" "$@" ${again:+"$again"} | tee "$state/$name.log" || return 1
-    if [ -n "$again" ] && ! tail -n 1 "$state/$name.log" | grep -q "^$name:"; then
+    "${launch[@]}" "$@" ${again:+"$again"} | tee "$log" || return 1
+    if [ -n "$again" ] && ! tail -n 1 "$log" | grep -q "^$name:"; then
         fail "$name was told to stop and has saved; run again to go on"
     fi
     echo "$ranks $*" >"$done_file"

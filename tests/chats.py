@@ -88,6 +88,11 @@ def records(stage, tag="d2"):
     return read_metrics(checkpoint_dir(stage, tag) / "metrics.jsonl")
 
 
+def untimed_records(stage, tag="d2"):
+    """The lines of metrics.jsonl, but for what is measured by the clock."""
+    return [{key: r[key] for key in r if "second" not in key and key != "mfu"} for r in records(stage, tag)]
+
+
 def losses(stage, tag="d2"):
     return [r["loss"] for r in records(stage, tag) if "loss" in r]
 

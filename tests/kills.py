@@ -1,6 +1,7 @@
 """Kill a rank of a run again and again, and see that nothing is lost but the steps since the last checkpoint.
 
-python -m tests.kills 30        an hour's worth of bad luck in some minutes; the suite runs a short form
+python -m tests.kills 70        four stages of 70 steps, killed until one run gets through: about 70 times, a
+                                week's worth of bad luck in some minutes; the suite runs a short form
 """
 
 import contextlib
@@ -16,21 +17,14 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_tensors, model_path
+from nanochat.checkpoint_manager import check_bytes, checkpoint_dir, complete_steps, load_tensors, model_path
+from nanochat.common import Runtime
 from nanochat.metrics import read_metrics
+from tests.chats import untimed_records
+from tests.stages import SAVE_EVERY, STAGES
 from tests.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SAVE_EVERY = 3
-FLAGS = [
-    "--device-type=cpu",
-    "--depth=2",
-    "--max-seq-len=16",
-    "--device-batch-size=2",
-    "--total-batch-size=64",
-]
-FLAGS += ["--eval-every=0", "--eval-tokens=64", "--sample-every=0", f"--save-every={SAVE_EVERY}"]
-FLAGS += ["--log-every=1000000"]
 
 
 def prepare(folder):
@@ -44,10 +38,10 @@ def prepare(folder):
 
 def launch(text, num_steps, tag="killed"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "scripts.base_train", *FLAGS, f"--data={text}", f"--num-iterations={num_steps}"]
+    command += ["-m", "tests.stages", str(text), str(num_steps), tag]
     environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1", "NANOCHAT_TIMEOUT_S": "20"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, f"--model-tag={tag}", "--resume"], cwd=ROOT, env=environment, **pipe)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
 
 
 def rank_pids(launcher):
@@ -61,39 +55,51 @@ def rank_pids(launcher):
     return found
 
 
-def last_step(directory):
-    path = directory / "metrics.jsonl"
-    return max([r["step"] + 1 for r in read_metrics(path) if "loss" in r], default=0) if path.exists() else 0
+def steps_done():
+    """How many steps each stage has told of."""
+    paths = [checkpoint_dir(stage, "killed") / "metrics.jsonl" for stage in STAGES]
+    records = [read_metrics(path) if path.exists() else [] for path in paths]
+    return [max((r["step"] + 1 for r in lines if "loss" in r), default=0) for lines in records]
 
 
-def kill_once(text, num_steps, rng):
-    """Start or go on, kill a random rank at a random moment, check what is left, and say what that is."""
-    directory = checkpoint_dir("base", "killed")
-    begun = last_step(directory)
+def steps_saved():
+    """The checkpoints that count, by stage."""
+    return [complete_steps(checkpoint_dir(stage, "killed")) for stage in STAGES]
+
+
+def kill_once(text, num_steps, target, rng):
+    """Start or go on, kill a random rank when the stages have done `target` steps in all, check what is left.
+
+    Returns what that is, or None if the run got through before. A target of 0 is some moment after the start.
+    """
+    begun, before = sum(steps_done()), steps_saved()
     launcher = launch(text, num_steps)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(pids := rank_pids(launcher)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    if rng.random() < 0.2:
+    if target == 0:
         time.sleep(rng.uniform(0, 5))  # perhaps before the first step
     else:
-        ahead = rng.randint(1, 3 * SAVE_EVERY)
-        while launcher.poll() is None and not begun < last_step(directory) >= min(
-            begun + ahead, num_steps - 1
-        ):
+        while launcher.poll() is None and not begun < sum(steps_done()) >= target:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.06))
     victim = rng.randrange(2)
-    before = complete_steps(directory)
-    os.kill(pids[victim], signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it may have ended
+        os.kill(pids[victim], signal.SIGKILL)
     output, _ = launcher.communicate(timeout=60)
-    done, steps = last_step(directory), complete_steps(directory)
-    assert launcher.returncode != 0, output
-    assert not before or (steps and steps[-1] >= before[-1])
-    assert done - (steps[-1] if steps else 0) <= SAVE_EVERY, (done, steps)
-    return f"rank {victim} killed after step {done}; checkpoints {steps}"
+    assert "trying the checkpoint before" not in output, output
+    if launcher.returncode == 0:
+        return None
+    assert "SIGKILL" in output, output  # it was the kill that ended the run
+    done, saved = steps_done(), steps_saved()
+    for stage, last, steps, old in zip(STAGES, done, saved, before, strict=True):
+        assert not old or (steps and steps[-1] >= old[-1]), (stage, old, steps)
+        assert last - (steps[-1] if steps else 0) <= SAVE_EVERY, (stage, last, steps)
+        for step in steps:
+            check_bytes(checkpoint_dir(stage, "killed"), step, Runtime.cpu())
+    return f"rank {victim} killed after steps {done}; checkpoints {saved}"
 
 
 def check_end(text, num_steps):
@@ -102,24 +108,32 @@ def check_end(text, num_steps):
         launcher = launch(text, num_steps, tag)
         output, _ = launcher.communicate(timeout=240)
         assert launcher.returncode == 0, output
-    killed, whole = (checkpoint_dir("base", tag) for tag in ("killed", "whole"))
-    one, two = (load_tensors(model_path(directory, num_steps), "cpu") for directory in (whole, killed))
-    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
-    losses = [[r["loss"] for r in read_metrics(d / "metrics.jsonl") if "loss" in r] for d in (whole, killed)]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == num_steps
-    assert not list(killed.glob(".*.partial"))
+    for stage in STAGES:
+        killed, whole = (checkpoint_dir(stage, tag) for tag in ("killed", "whole"))
+        one, two = (load_tensors(model_path(directory, num_steps), "cpu") for directory in (whole, killed))
+        assert all(torch.equal(weight, two[name]) for name, weight in one.items()), stage
+        records = untimed_records(stage, "whole")
+        assert records == untimed_records(stage, "killed")
+        losses = [record["loss"] for record in records if "loss" in record]
+        assert len(losses) == num_steps
+        assert len(set(losses)) > num_steps / 2  # there was something to learn
+        assert not list(killed.glob(".*.partial"))
 
 
 if __name__ == "__main__":
-    n_kills = int(sys.argv[1])
+    num_steps = int(sys.argv[1])
     rng = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    n_kills = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = f"{folder}/base"
         text = prepare(Path(folder))
-        num_steps = 60 * n_kills
-        for _ in range(n_kills):
-            sys.stdout.write(kill_once(text, num_steps, rng) + "\n")
+        while True:
+            ahead = rng.randint(1, 3 * SAVE_EVERY)
+            target = 0 if rng.random() < 0.2 else sum(steps_done()) + ahead
+            if (found := kill_once(text, num_steps, target, rng)) is None:
+                break
+            n_kills += 1
+            sys.stdout.write(found + "\n")
             sys.stdout.flush()
         check_end(text, num_steps)
     sys.stdout.write(f"{n_kills} kills, nothing lost\n")

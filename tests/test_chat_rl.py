@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_tensors, model_path
-from nanochat.metrics import read_metrics
 from scripts import chat_rl
 from tasks import recipes
+from tests.chats import untimed_records
 from tests.wordtask import WordTask, write_sft_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -31,16 +31,10 @@ def weights(step, tag="d2"):
     return load_tensors(model_path(checkpoint_dir("rl", tag), step), "cpu")
 
 
-def steps_of(tag="d2"):
-    """The lines of metrics.jsonl, but for what is measured by the clock."""
-    records = read_metrics(checkpoint_dir("rl", tag) / "metrics.jsonl")
-    return [{key: r[key] for key in r if "second" not in key} for r in records]
-
-
 def test_train_and_report(base_dir, capsys):
     assert chat_rl.main([*SMALL, "--num-steps=20", "--eval-every=10"]) == 0
     result = json.loads((base_dir / "report" / "chat_rl.json").read_text())
-    records = steps_of()
+    records = untimed_records("rl")
     rewards = [r["reward"] for r in records if "reward" in r]
     assert len(rewards) == 20
     assert result["steps"] == 20
@@ -68,8 +62,8 @@ def test_resume_is_bitwise():
         path.unlink()
     chat_rl.main([*flags, "--resume"])
     assert all(torch.equal(one, weights(4)[key]) for key, one in weights(4, "whole").items())
-    assert steps_of("whole") == steps_of()
-    assert len(steps_of()) == 7
+    assert untimed_records("rl", "whole") == untimed_records("rl")
+    assert len(untimed_records("rl")) == 7
 
 
 def test_steps_of_an_epoch():
@@ -92,6 +86,7 @@ import sys
 from nanochat import common, rl
 from scripts import chat_rl
 from tasks import recipes
+from tests.chats import untimed_records
 from tests.wordtask import WordTask
 recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=6))
 step = rl._train_step
@@ -109,7 +104,7 @@ common.run(lambda: chat_rl.main(sys.argv[1:]))
     command += [str(script), *SMALL, "--examples-per-step=3", "--num-steps=12"]
     env = {**os.environ, "RANK": "", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, check=True, env=env, timeout=120)
-    rewards = [r["reward"] for r in steps_of() if "reward" in r]
+    rewards = [r["reward"] for r in untimed_records("rl") if "reward" in r]
     assert len(rewards) == 12
     assert rewards[0] * 24 == pytest.approx(round(rewards[0] * 24), abs=1e-4)  # the samples of both ranks
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.5

@@ -6,8 +6,9 @@ from tests import kills
 
 
 def test_killed_ranks_lose_nothing(tmp_path, base_dir):
-    rng = random.Random(9)  # kills rank 0, then rank 1
+    """One kill in each stage, the last at its end: of rank 0 and of rank 1."""
+    rng = random.Random(9)
     text = kills.prepare(tmp_path)
-    for _ in range(2):
-        kills.kill_once(text, 30, rng)
-    kills.check_end(text, 30)
+    for target in (5, 12, 18, 28):  # 8 steps a stage
+        assert kills.kill_once(text, 8, target, rng)
+    kills.check_end(text, 8)

@@ -13,22 +13,16 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, delete_checkpoint, load_tensors, model_path
-from nanochat.metrics import read_metrics
 from tests import ranks
+from tests.chats import untimed_records
 from tests.core_bundles import write_bundle
 from tests.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
 
-def records(stage, tag):
-    """The lines of metrics.jsonl, but for what is measured by the clock."""
-    lines = read_metrics(checkpoint_dir(stage, tag) / "metrics.jsonl")
-    return [{key: line[key] for key in line if "second" not in key and key != "mfu"} for line in lines]
-
-
 def assert_same_run(stage, tag, other):
-    for one, two in zip(records(stage, tag), records(stage, other), strict=True):
+    for one, two in zip(untimed_records(stage, tag), untimed_records(stage, other), strict=True):
         assert one.pop("grad_norm", 0) == pytest.approx(two.pop("grad_norm", 0), rel=1e-4)
         assert one == pytest.approx(two, rel=1e-5), (stage, one, two)
     one, two = (load_tensors(model_path(checkpoint_dir(stage, t), 20), "cpu") for t in (tag, other))

@@ -286,16 +286,18 @@ PYTHON = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 case $1 in
     -c) echo "$MACHINE" ;;
-    -m) while [ "$1" != -m ] || [[ $2 == torch.* ]]; do shift; done; echo "${2#*.}: done" ;;
+    -m)
+        while [ "$1" != -m ] || [[ $2 == torch.* ]]; do shift; done
+        [ "${2#*.}" != "${CUT:-}" ] || { echo "$LAST_WORDS"; exit 1; }
+        echo "${2#*.}: done" ;;
 esac
 """
 MACHINES = {"no GPU": "0 0", "one of 24 GiB": "1 23", "eight of 80 GiB": "8 79"}
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("setting", ["", "DEPTH=8", "DEVICE_BATCH_SIZE=4", "DATA=PATH"])
-def test_speedrun_gives_flags_that_are_read(machine, setting, tmp_path):
-    """The script with a Python that only notes what it is told."""
+@pytest.fixture
+def speedrun(tmp_path):
+    """The script with a Python that only notes what it is told; returns how it ends and the scripts run."""
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "setup.sh").touch()
     shutil.copy(ROOT / "speedrun.sh", tmp_path)
@@ -303,22 +305,38 @@ def test_speedrun_gives_flags_that_are_read(machine, setting, tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
-    own = dict([setting.split("=")] if setting else [])
-    notes = {"CALLS": str(tmp_path / "calls"), "MACHINE": MACHINES[machine]}
-    done = subprocess.run(
-        ["bash", "speedrun.sh"],
-        cwd=tmp_path,
-        env={**os.environ, **own, **notes},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    calls = [
-        shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines() if "scripts." in line
-    ]
+    calls = tmp_path / "calls"
+
+    def start(*arguments, machine="no GPU", **settings):
+        calls.unlink(missing_ok=True)
+        environment = {**os.environ, **settings, "CALLS": str(calls), "MACHINE": MACHINES[machine]}
+        done = subprocess.run(["bash", "speedrun.sh", *arguments], cwd=tmp_path, env=environment)
+        lines = calls.read_text().splitlines()
+        return done.returncode, [shlex.split(line) for line in lines if "scripts." in line]
+
+    return start
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("setting", ["", "DEPTH=8", "DEVICE_BATCH_SIZE=4", "DATA=PATH"])
+def test_speedrun_gives_flags_that_are_read(machine, setting, speedrun):
+    status, calls = speedrun(machine=machine, **dict([setting.split("=")] if setting else []))
+    assert status == 0
     for words in calls:
         read_flags(*module_and_arguments(words))
     assert len(calls) >= 8
+
+
+def test_speedrun_goes_on_only_with_what_it_began(speedrun):
+    """Cut off while it started anew, before old checkpoints were deleted, a stage went on with those."""
+    cut = {"CUT": "mid_train", "LAST_WORDS": "step 00000 | validation bpb 3.1"}
+    saved = {**cut, "LAST_WORDS": "step 00040 | saved to there"}
+    found = []
+    for arguments, settings in (([], {}), (["--fresh"], cut), ([], cut), ([], saved), ([], cut), ([], {})):
+        status, calls = speedrun(*arguments, **settings)
+        found += [(status, words[-1]) for words in calls if "scripts.mid_train" in words]
+    again, anew = "--resume", "--overwrite"
+    assert found == [(0, anew), (1, anew), (1, anew), (1, anew), (1, again), (0, again)]
 
 
 # ---------------------------------------------------------------------------------------------------------

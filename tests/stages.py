@@ -1,0 +1,35 @@
+"""What kills.py runs under torchrun: the four training stages, one after the other, each by --resume.
+
+A stage starts from the model of the one before. All go on wherever they stand, so the command is the same
+after a kill in any of them.
+"""
+
+import sys
+
+from nanochat import common
+from scripts import base_train, chat_rl, chat_sft, mid_train
+from tasks import recipes
+from tests.chats import QUIET, ColourTask
+from tests.wordtask import WordTask
+
+SAVE_EVERY = 3
+STAGES = ("base", "mid", "sft", "rl")
+
+
+def work(text: str, num_steps: str, tag: str) -> int:
+    """Take each stage of this tag to so many steps; base learns the text, the others tasks of a few words."""
+    recipes.mid_tasks = recipes.sft_tasks = lambda data: (ColourTask(20), ColourTask(5, seed=1))
+    recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=4))
+    usual = [*QUIET, f"--save-every={SAVE_EVERY}", "--log-every=1000000", "--resume", f"--model-tag={tag}"]
+    learn = [*usual, f"--num-iterations={num_steps}", "--device-batch-size=2"]
+    shape = ["--depth=2", "--max-seq-len=16", "--eval-tokens=64"]
+    base_train.main([*learn, *shape, "--total-batch-size=64", f"--data={text}"])
+    mid_train.main([*learn, "--total-batch-size=64"])
+    chat_sft.main([*learn, "--conversations-per-step=8"])
+    try_out = ["--examples-per-step=4", "--num-samples=4", "--max-new-tokens=4", "--eval-examples=4"]
+    # hot, or else a model that is sure of its answers would have nothing to learn from them
+    return chat_rl.main([*usual, *try_out, "--temperature=9", f"--num-steps={num_steps}"])
+
+
+if __name__ == "__main__":
+    common.run(lambda: work(*sys.argv[1:]))
