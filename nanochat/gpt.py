@@ -159,7 +159,7 @@ class MLP(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Map h (B,T,E) to (B,T,E)."""
         if self.kernel is not None:
-            return self.kernel(h, self.c_fc.weight.to(h.dtype), self.c_proj.weight.to(h.dtype))
+            return self.kernel(h, self.c_fc.weight, self.c_proj.weight)
         return self.c_proj(F.relu(self.c_fc(h)).square())
 
 

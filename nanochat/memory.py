@@ -1,8 +1,8 @@
 """How much memory training takes, and so how many sequences a card can hold at a time.
 
 An estimate from shapes. Without the kernels of training it says 29.3 GiB at d12 and 67.6 at d20 where 29.3
-and 67.3 were measured (32 x 2,048 tokens, vocabulary 32,768), with them 16.5 and 41.4 where 16.1 and 40.2 were
-(vocabulary 65,536).
+and 67.3 were measured (32 x 2,048 tokens, vocabulary 32,768), with them 16.5 and 41.4 where 16.1 and 40.2
+were (vocabulary 65,536).
 """
 
 from __future__ import annotations

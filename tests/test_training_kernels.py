@@ -228,6 +228,19 @@ def fp8_case(device, M, E):
     return h, *weights, (1e-6 * torch.randn(M, E, device=device)).bfloat16()
 
 
+@pytest.mark.parametrize("to", [torch.float16, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("M", "N"), [(5, 70), (64, 128), on_gpu(1280, 5120)])
+def test_narrow_weight(device, to, M, N):
+    """Both ways round, clipped, and every element written; the interpreter knows no 8 bits."""
+    weight = torch.randn(M, N, device=device)
+    weight[0, 0], weight[-1, -1] = 1e6, -1e6
+    scale = torch.tensor(100.0, device=device)
+    poison(M, N, device=device, dtype=to)
+    out, transposed = fp8.narrow_weight(weight, scale, to)
+    assert torch.equal(out.float(), fp8.narrow(weight, scale, to).float())
+    assert torch.equal(transposed.float(), out.float().T)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("M", "E"), [(33, 256), (1000, 768), (4096, 1280)])
 def test_mlp_fp8_products(M, E):

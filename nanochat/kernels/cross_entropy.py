@@ -110,9 +110,9 @@ def head_loss(
 class _SummedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float, fp8: bool) -> Tensor:
-        losses, cast = x.new_empty(len(x), dtype=torch.float32), weight.to(x.dtype)
+        losses = x.new_empty(len(x), dtype=torch.float32)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-        head = fp8_kernels.Head(x, cast) if fp8 else None
+        head, cast = (fp8_kernels.Head(x, weight), None) if fp8 else (None, weight.to(x.dtype))
         for rows in _chunks(x, weight):
             if head is not None:
                 logits, narrow = head.logits(rows)

@@ -17,6 +17,8 @@ gradients of those that enter it.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.mlp import Tile, launch
@@ -25,6 +27,7 @@ FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
 H_SCALE, POST_SCALE = 8.0, 0.25
 LOGIT_GRADIENT_SCALE = 1024.0
 WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # where the largest element is brought to
+BLOCK = 64  # rows and columns of a weight that a program turns over
 
 
 def narrow(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -35,7 +38,39 @@ def narrow(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e
 
 def peak_scale(x: Tensor, peak: float) -> Tensor:
     """Return the scale, 0-D float32, that brings the largest element of x to peak."""
-    return peak / x.abs().amax().float().clamp(min=1e-12)
+    largest = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+    return peak / largest.clamp(min=1e-12)
+
+
+@triton.jit
+def _narrow_weight(x_ptr, scale_ptr, out_ptr, transposed_ptr, M, N, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (rows < M) & (columns < N)
+    x = tl.load(x_ptr + rows * N + columns, mask=inside).to(tl.float32) * tl.load(scale_ptr)
+    x = tl.clamp(x, -LIMIT, LIMIT).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows * N + columns, x, mask=inside)
+    tl.store(transposed_ptr + columns.T * M + rows.T, x.T, mask=inside.T)
+
+
+@torch.library.custom_op("nanochat::narrow_weight", mutates_args=())
+def narrow_weight(
+    weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
+    """Return weight (M,N) as narrow does, and transposed (N,M): operands of a product must lie in rows."""
+    M, N = weight.shape
+    out, transposed = (weight.new_empty(shape, dtype=dtype) for shape in ((M, N), (N, M)))
+    grid = triton.cdiv(M, BLOCK), triton.cdiv(N, BLOCK)
+    _narrow_weight[grid](
+        weight.contiguous(), scale, out, transposed, M, N, torch.finfo(dtype).max, BLOCK, num_warps=4
+    )
+    return out, transposed
+
+
+@narrow_weight.register_fake
+def _(weight, scale, dtype=torch.float8_e4m3fn):
+    M, N = weight.shape
+    return weight.new_empty(M, N, dtype=dtype), weight.new_empty(N, M, dtype=dtype)
 
 
 def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, is_fast: bool = True) -> Tensor:
@@ -85,7 +120,7 @@ def _(dy, weight, post, scales):
 
 
 def mlp(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
-    """Return y (...,E) of h (...,E), an rms_norm, w_fc (F,E) and w_proj (E,F), all bfloat16."""
+    """Return y (...,E) of h (...,E), an rms_norm in bfloat16, w_fc (F,E) and w_proj (E,F) of any dtype."""
     return _MLP.apply(h.flatten(0, -2), w_fc, w_proj).view_as(h)
 
 
@@ -93,22 +128,23 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
         fc_scale, proj_scale = peak_scale(w_fc, WEIGHT_PEAK), peak_scale(w_proj, WEIGHT_PEAK)
-        fc8, proj8 = narrow(w_fc, fc_scale), narrow(w_proj, proj_scale)
+        (fc8, fc8_t), (proj8, proj8_t) = narrow_weight(w_fc, fc_scale), narrow_weight(w_proj, proj_scale)
         one = torch.ones_like(fc_scale)
         scales = torch.stack([1 / (H_SCALE * fc_scale), one, POST_SCALE * one])
         post, post8 = linear_relu2_fp8(narrow(h, H_SCALE), fc8, scales)
-        ctx.save_for_backward(h, post, fc8, proj8, fc_scale, proj_scale)
+        ctx.save_for_backward(h, post, fc8_t, proj8_t, fc_scale, proj_scale)
+        ctx.dtype = w_fc.dtype
         return product(post8, proj8, scales[2], proj_scale)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        h, post, fc8, proj8, fc_scale, proj_scale = ctx.saved_tensors
+        h, post, fc8_t, proj8_t, fc_scale, proj_scale = ctx.saved_tensors
         dy_scale = peak_scale(dy, GRADIENT_PEAK)
         dy8 = narrow(dy, dy_scale, torch.float8_e5m2)
         scales = torch.stack([1 / proj_scale, 1 / dy_scale, torch.ones_like(dy_scale)])
-        dpre, dpre8 = linear_relu2_backward_fp8(dy8, proj8.T.contiguous(), post, scales)
-        dh = product(dpre8, fc8.T.contiguous(), dy_scale, fc_scale)
-        return dh, dpre.T @ h, dy.T @ post
+        dpre, dpre8 = linear_relu2_backward_fp8(dy8, proj8_t, post, scales)
+        dh = product(dpre8, fc8_t, dy_scale, fc_scale)
+        return dh, (dpre.T @ h).to(ctx.dtype), (dy.T @ post).to(ctx.dtype)
 
 
 def linear(h: Tensor, weight: Tensor) -> Tensor:
@@ -133,14 +169,13 @@ class _Linear(torch.autograd.Function):
 
 
 class Head:
-    """The output head, for chunks of rows of x (N,E), an rms_norm; weight (V,E) and x are bfloat16."""
+    """The output head, for chunks of rows of x (N,E), an rms_norm in bfloat16; weight (V,E) of any dtype."""
 
     def __init__(self, x: Tensor, weight: Tensor):
-        cast = torch.compile(narrow, dynamic=False)
         self.scale = peak_scale(weight, WEIGHT_PEAK)
+        self.weight, self.weight_t = narrow_weight(weight, self.scale)
         self.x_scale = torch.full_like(self.scale, H_SCALE)
-        self.x, self.weight = cast(x, self.x_scale), cast(weight, self.scale)
-        self.weight_t = self.weight.T.contiguous()
+        self.x = torch.compile(narrow, dynamic=False)(x, self.x_scale)
 
     def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Return logits (n,V) in bfloat16, and memory (n,V) for their gradient in e5m2."""

@@ -161,8 +161,8 @@ def _(dy, weight, post):
 
 
 def mlp(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
-    """Return y (...,E) of h (...,E), w_fc (F,E) and w_proj (E,F), all of one dtype."""
-    return _MLP.apply(h.flatten(0, -2), w_fc, w_proj).view_as(h)
+    """Return y (...,E) of h (...,E), w_fc (F,E) and w_proj (E,F), cast to the dtype of h."""
+    return _MLP.apply(h.flatten(0, -2), w_fc.to(h.dtype), w_proj.to(h.dtype)).view_as(h)
 
 
 class _MLP(torch.autograd.Function):
