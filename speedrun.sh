@@ -20,10 +20,14 @@ export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 export PYTHONUNBUFFERED=1
 state=$NANOCHAT_BASE_DIR/speedrun
 mkdir -p "$state" 2>/dev/null && [ -w "$state" ] || fail "cannot write to $NANOCHAT_BASE_DIR; set NANOCHAT_BASE_DIR"
-[ -z "${1:-}" ] || rm -f "$state"/*.done
+[ -z "${1:-}" ] || rm -f "$state"/*.done "$state/seed"
+seed=${SEED:-42}
+begun=$(cat "$state/seed" 2>/dev/null || echo "$seed")
+[ "$seed" = "$begun" ] || fail "SEED=$seed, but the run in $NANOCHAT_BASE_DIR began with SEED=$begun: \
+say so, set NANOCHAT_BASE_DIR to another folder, or do every stage again with --fresh"
+echo "$seed" >"$state/seed"
 bash dev/setup.sh
 python=.venv/bin/python
-seed=${SEED:-42}
 
 # ---- the machine and the run it is good for
 

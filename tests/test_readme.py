@@ -311,7 +311,7 @@ def speedrun(tmp_path):
         calls.unlink(missing_ok=True)
         environment = {**os.environ, **settings, "CALLS": str(calls), "MACHINE": MACHINES[machine]}
         done = subprocess.run(["bash", "speedrun.sh", *arguments], cwd=tmp_path, env=environment)
-        lines = calls.read_text().splitlines()
+        lines = calls.read_text().splitlines() if calls.exists() else []
         return done.returncode, [shlex.split(line) for line in lines if "scripts." in line]
 
     return start
@@ -337,6 +337,17 @@ def test_speedrun_goes_on_only_with_what_it_began(speedrun):
         found += [(status, words[-1]) for words in calls if "scripts.mid_train" in words]
     again, anew = "--resume", "--overwrite"
     assert found == [(0, anew), (1, anew), (1, anew), (1, anew), (1, again), (0, again)]
+
+
+def test_speedrun_does_not_pass_over_another_seed(speedrun, capfd):
+    """A finished stage would not be trained again, and the seed be without effect."""
+    assert speedrun(SEED="7")[0] == 0
+    assert speedrun(SEED="8") == (1, [])
+    assert "SEED=7" in capfd.readouterr().err
+    assert speedrun(SEED="7")[0] == 0
+    status, calls = speedrun("--fresh", SEED="8")
+    assert status == 0
+    assert any("--seed=8" in words for words in calls)
 
 
 # ---------------------------------------------------------------------------------------------------------
