@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT
 
 PARTS = (  # the first pattern that a kernel's name fits
-    ("attention", "sdpa|flash|fmha"),
-    ("slc2", "slc2"),
+    ("attention", "sdpa|flash|fmha|cudnn::fusion"),
+    ("slc2", "^_slc2"),
+    ("rope", "^_rope"),
     ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),
     ("mlp_product", "linear_relu2"),
     ("product", "gemm|nvjet|cutlass|xmma|splitK"),
