@@ -279,6 +279,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
 
 
 def test_other_threads_run_during_training() -> None:
+    """If they could not, there would be no tick while merges are learned, however often that is tried."""
     ticks = itertools.count()
     is_done = threading.Event()
 
@@ -292,13 +293,15 @@ def test_other_threads_run_during_training() -> None:
         ticks_before.append(next(ticks))
 
     ticks_before: list[int] = []
+    n_ticks: list[int] = []
     thread = threading.Thread(target=tick)
     thread.start()
-    trained(texts(), 20_000)  # the iterator is exhausted before the merges are learned
-    n_ticks = next(ticks) - ticks_before[0]
+    while len(n_ticks) < 20 and max(n_ticks, default=0) <= 3:  # on a busy machine the thread waits for a core
+        trained(texts(), 20_000)  # the iterator is exhausted before the merges are learned
+        n_ticks.append(next(ticks) - ticks_before.pop())
     is_done.set()
     thread.join()
-    assert n_ticks > 3, n_ticks
+    assert max(n_ticks) > 3, n_ticks
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child")
