@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,12 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         by = "kernels in 8 bits" if fp8 else "kernels" if fused else "plain PyTorch"
         how = f"{by}, compiled" if compile else by
         logger.info(f"training by {how}; attention by {attention_backend(model)}")
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """Return a function compiled for fixed shapes, the same one whenever it is asked for."""
+    return torch.compile(function, dynamic=False)
 
 
 def attention_backend(model: GPT) -> str:

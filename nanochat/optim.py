@@ -21,12 +21,12 @@ One rank runs the same code without the collectives. nanochat/stack.py lays the 
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanochat.accelerate import compiled
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.schedule import LearningRates
@@ -89,11 +89,6 @@ def adamw_step(
     exp_avg.lerp_(grads, 1 - betas[0])
     exp_avg_sq.lerp_(grads.square(), 1 - betas[1])
     weights.sub_(rate * exp_avg / ((exp_avg_sq / bias_sq).sqrt() + eps))
-
-
-@cache
-def _compiled(function):
-    return torch.compile(function, dynamic=False)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -216,8 +211,8 @@ def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
         from nanochat.kernels import muon, newton_schulz
 
         if newton_schulz.fits(*grads.shape[-2:]):
-            return _compiled(muon.muon_step)
-    return _compiled(muon_step)
+            return compiled(muon.muon_step)
+    return compiled(muon_step)
 
 
 def _update_muon(stack: Stack, group: dict) -> None:
@@ -227,7 +222,7 @@ def _update_muon(stack: Stack, group: dict) -> None:
 
 
 def _update_adamw(stack: Stack, group: dict) -> None:
-    step = _compiled(adamw_step) if stack.weights.is_cuda else adamw_step
+    step = compiled(adamw_step) if stack.weights.is_cuda else adamw_step
     bias, bias_sq = (1 - beta ** (stack.n_steps + 1) for beta in group["betas"])
     rate, bias_sq = torch.tensor(group["lr"] / bias), torch.tensor(bias_sq)
     step(

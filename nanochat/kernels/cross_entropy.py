@@ -30,7 +30,6 @@ def _cross_entropy(
     narrow_ptr,
     targets_ptr,
     losses_ptr,
-    N,
     V,
     NARROW_SCALE: tl.constexpr,
     CAP: tl.constexpr,
@@ -39,32 +38,32 @@ def _cross_entropy(
     APPROX: tl.constexpr,
 ):
     v = tl.arange(0, BLOCK)
-    for row in range(tl.program_id(0), N, tl.num_programs(0)):
-        at = logits_ptr + V.to(tl.int64) * row
-        target = tl.load(targets_ptr + row)
-        is_counted = target >= 0
-        at_target = tl.load(at + tl.maximum(target, 0)).to(tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    at = logits_ptr + row * V
+    target = tl.load(targets_ptr + row)
+    is_counted = target >= 0
+    at_target = tl.load(at + tl.maximum(target, 0)).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        inside = start + v < V
+        logits = tl.load(at + start + v, mask=inside, other=0.0, eviction_policy="evict_last")
+        total += tl.where(inside, tl.exp(CAP * tanh(logits.to(tl.float32) / CAP, APPROX)), 0.0)
+    log_total = tl.log(tl.sum(total, 0))
+    loss = log_total - CAP * tanh(at_target / CAP, APPROX)
+    tl.store(losses_ptr + row, tl.where(is_counted, loss, 0.0))
+    if HAS_GRAD:
+        tl.debug_barrier()  # all have read the target's logit before one writes there
         for start in range(0, V, BLOCK):
             inside = start + v < V
-            logits = tl.load(at + start + v, mask=inside, other=0.0, eviction_policy="evict_last")
-            total += tl.where(inside, tl.exp(CAP * tanh(logits.to(tl.float32) / CAP, APPROX)), 0.0)
-        log_total = tl.log(tl.sum(total, 0))
-        loss = log_total - CAP * tanh(at_target / CAP, APPROX)
-        tl.store(losses_ptr + row, tl.where(is_counted, loss, 0.0))
-        if HAS_GRAD:
-            tl.debug_barrier()  # all have read the target's logit before one writes there
-            for start in range(0, V, BLOCK):
-                inside = start + v < V
-                logits = tl.load(at + start + v, mask=inside, other=0.0, eviction_policy="evict_first")
-                capped = tanh(logits.to(tl.float32) / CAP, APPROX)
-                p = tl.exp(CAP * capped - log_total)
-                grad = tl.where(start + v == target, p - 1.0, p) * (1.0 - capped * capped)
-                grad = tl.where(is_counted, grad, 0.0)
-                tl.store(at + start + v, grad, mask=inside, eviction_policy="evict_first")
-                if narrow_ptr is not None:
-                    narrow = narrow_ptr + V.to(tl.int64) * row + start + v
-                    tl.store(narrow, grad * NARROW_SCALE, mask=inside, eviction_policy="evict_first")
+            logits = tl.load(at + start + v, mask=inside, other=0.0, eviction_policy="evict_first")
+            capped = tanh(logits.to(tl.float32) / CAP, APPROX)
+            p = tl.exp(CAP * capped - log_total)
+            grad = tl.where(start + v == target, p - 1.0, p) * (1.0 - capped * capped)
+            grad = tl.where(is_counted, grad, 0.0)
+            tl.store(at + start + v, grad, mask=inside, eviction_policy="evict_first")
+            if narrow_ptr is not None:
+                narrow = narrow_ptr + row * V + start + v
+                tl.store(narrow, grad * NARROW_SCALE, mask=inside, eviction_policy="evict_first")
 
 
 def cross_entropy_(
@@ -79,7 +78,7 @@ def cross_entropy_(
     N, V = logits.shape
     block, is_approx = min(BLOCK_V, triton.next_power_of_2(V)), has_grad and has_instructions(logits)
     _cross_entropy[(N,)](
-        logits, narrow, targets, losses, N, V, fp8_kernels.LOGIT_GRADIENT_SCALE, cap, block, has_grad,
+        logits, narrow, targets, losses, V, fp8_kernels.LOGIT_GRADIENT_SCALE, cap, block, has_grad,
         is_approx, num_warps=16 if narrow is None else 32,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat.accelerate import compiled
 from nanochat.kernels.mlp import Tile, launch
 
 FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
@@ -175,7 +176,7 @@ class Head:
         self.scale = peak_scale(weight, WEIGHT_PEAK)
         self.weight, self.weight_t = narrow_weight(weight, self.scale)
         self.x_scale = torch.full_like(self.scale, H_SCALE)
-        self.x = torch.compile(narrow, dynamic=False)(x, self.x_scale)
+        self.x = compiled(narrow)(x, self.x_scale)
 
     def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Return logits (n,V) in bfloat16, and memory (n,V) for their gradient in e5m2."""
