@@ -503,16 +503,18 @@ def test_stats_and_metrics(backend):
 def test_no_request_breaks_the_server():
     """Requests made up from the app's own description, and what is next to them, and a model to answer.
 
-    What is made up seldom passes the rules that no description can tell; so half of it is mended there.
+    What is made up seldom passes the rules that no description can tell; so half of it is mended there: a
+    request that can be answered, and one field of what was made up.
     """
     tokenizer = train_tokenizer()
     model = random_model(small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=64)).eval()
+    needed = {**HELLO, "prompt": "the river"}
+    answered = set()
     with serve(Worker(model, tokenizer, "random", slots=8)) as client:
         schema = schemathesis.openapi.from_url(f"{client.url}/openapi.json")
-        operations = [result.ok() for result in schema.get_all_operations()]
-        for operation in operations:
+        for operation in [result.ok() for result in schema.get_all_operations()]:
 
-            @given(case=operation.as_strategy(), is_mended=strategies.booleans())
+            @given(case=operation.as_strategy(), is_mended=strategies.booleans(), pick=strategies.randoms())
             @hypothesis_settings(
                 max_examples=25,
                 derandomize=True,
@@ -520,15 +522,16 @@ def test_no_request_breaks_the_server():
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
             )
-            def check(case, is_mended):
+            def check(case, is_mended, pick):
                 if is_mended and isinstance(case.body, dict):
-                    case.body.pop("model", None)
-                    case.body.update({name: HELLO[name] for name in case.body.keys() & {"messages"}})
-                case.call_and_validate(checks=[not_a_server_error])
+                    options = sorted(case.body.keys() - needed.keys() - {"model"})
+                    kept = {name: case.body[name] for name in pick.sample(options, min(len(options), 1))}
+                    case.body = {name: needed[name] for name in needed.keys() & case.body.keys()} | kept
+                response = case.call_and_validate(checks=[not_a_server_error])
+                if response.status_code == 200:
+                    answered.add(case.operation.path)
 
             check()
         stats = client.get("/stats").json()
-    paths = {operation.path for operation in operations}
-    assert paths >= {"/chat/completions", "/v1/chat/completions", "/v1/completions", "/stats"}
-    assert stats["requests_finished"] > 20
+    assert answered >= {"/chat/completions", "/v1/chat/completions", "/v1/completions", "/stats"}
     assert (stats["requests_failed"], stats["running"], stats["waiting"]) == (0, 0, 0)
