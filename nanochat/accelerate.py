@@ -64,6 +64,9 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         raise ValueError(f"fused={fused}, fp8={fp8}: the kernels of training do not run here: {reason}")
     if fp8 and not fused:
         raise ValueError("fp8=True with fused=False: products in 8 bits are kernels of training, too")
+    T, V = model.config.sequence_len, model.config.vocab_size
+    if fp8 and (T % 16 or V % 16):
+        raise ValueError(f"fp8=True with sequences of {T} and a vocabulary of {V}: 16 must divide both")
     if fused:
         fuse(model, fp8)
     if compile:

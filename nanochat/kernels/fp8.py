@@ -1,4 +1,4 @@
-"""Matrix products in 8 bits: twice the rate of bfloat16 on Hopper, for forwards and for gradients of inputs.
+"""Matrix products in 8 bits: twice the rate of bfloat16 on Hopper, in the MLP and the output head.
 
 A tensor is multiplied by a scale, rounded to float8 and divided by the scale after the product: e4m3 (3 bits
 of mantissa, at most 448) for values, e5m2 (2 bits, at most 57,344) for gradients, whose range is wider
@@ -10,8 +10,9 @@ the gradient that comes in need their largest element found. The other scales ar
     dpre   2 (dy W2) sqrt(post): with dy's own scale, 56 times its largest element is not clipped
     dl     the gradient of a logit is a probability, less 1 at the target; up to 56 is not clipped
 
-Gradients of weights, sums over all tokens, stay in bfloat16; so do the products that leave a mixer and the
-gradients of those that enter it.
+The tensor cores want both operands in 8 bits with what is summed over in rows, so what takes part in two
+products is also turned over. Of the head's weight the gradient stays in bfloat16; so do products that leave
+a mixer and all gradients of those that enter it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
 H_SCALE, POST_SCALE = 8.0, 0.25
 LOGIT_GRADIENT_SCALE = 1024.0
 WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # where the largest element is brought to
-BLOCK = 64  # rows and columns of a weight that a program turns over
+BLOCK = 128  # rows and columns that a program turns over
 
 
 def narrow(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -44,80 +45,96 @@ def peak_scale(x: Tensor, peak: float) -> Tensor:
 
 
 @triton.jit
-def _narrow_weight(x_ptr, scale_ptr, out_ptr, transposed_ptr, M, N, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+def _turn(x_ptr, scale_ptr, out_ptr, turned_ptr, M, N, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (rows < M) & (columns < N)
-    x = tl.load(x_ptr + rows * N + columns, mask=inside).to(tl.float32) * tl.load(scale_ptr)
-    x = tl.clamp(x, -LIMIT, LIMIT).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows * N + columns, x, mask=inside)
-    tl.store(transposed_ptr + columns.T * M + rows.T, x.T, mask=inside.T)
+    x = tl.load(x_ptr + rows * N + columns, mask=inside)
+    if scale_ptr is not None:
+        x = tl.clamp(x.to(tl.float32) * tl.load(scale_ptr), -LIMIT, LIMIT).to(turned_ptr.dtype.element_ty)
+    if out_ptr is not None:
+        tl.store(out_ptr + rows * N + columns, x, mask=inside)
+    tl.store(turned_ptr + columns.T * M + rows.T, x.T, mask=inside.T)
 
 
-@torch.library.custom_op("nanochat::narrow_weight", mutates_args=())
-def narrow_weight(
-    weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
-    """Return weight (M,N) as narrow does, and transposed (N,M): operands of a product must lie in rows."""
-    M, N = weight.shape
-    out, transposed = (weight.new_empty(shape, dtype=dtype) for shape in ((M, N), (N, M)))
+def _launch_turn(x: Tensor, scale: Tensor | None, out: Tensor | None, turned: Tensor) -> None:
+    M, N = x.shape
     grid = triton.cdiv(M, BLOCK), triton.cdiv(N, BLOCK)
-    _narrow_weight[grid](
-        weight.contiguous(), scale, out, transposed, M, N, torch.finfo(dtype).max, BLOCK, num_warps=4
-    )
-    return out, transposed
+    limit = None if scale is None else torch.finfo(turned.dtype).max
+    _turn[grid](x.contiguous(), scale, out, turned, M, N, limit, BLOCK, num_warps=8)
 
 
-@narrow_weight.register_fake
-def _(weight, scale, dtype=torch.float8_e4m3fn):
-    M, N = weight.shape
-    return weight.new_empty(M, N, dtype=dtype), weight.new_empty(N, M, dtype=dtype)
+@torch.library.custom_op("nanochat::turn", mutates_args=())
+def turn(x: Tensor) -> Tensor:
+    """Return x (M,N), of 8 bits, turned over: (N,M)."""
+    turned = x.new_empty(x.shape[::-1])
+    _launch_turn(x.view(torch.uint8), None, None, turned.view(torch.uint8))
+    return turned
 
 
-def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, is_fast: bool = True) -> Tensor:
-    """Return a b^T / (a_scale b_scale) in bfloat16; a (M,K) and b (N,K) are float8, rows contiguous.
+@turn.register_fake
+def _(x):
+    return x.new_empty(x.shape[::-1])
+
+
+@torch.library.custom_op("nanochat::narrow_turn", mutates_args=())
+def narrow_turn(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """Return x (M,N) as narrow does, from the same read also turned over: (N,M)."""
+    out, turned = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
+    _launch_turn(x, scale, out, turned)
+    return out, turned
+
+
+@narrow_turn.register_fake
+def _(x, scale, dtype=torch.float8_e4m3fn):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    *,
+    is_fast: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Return a b^T / (a_scale b_scale) in dtype; a (M,K) and b (N,K) are float8, rows contiguous.
 
     The tensor cores sum with 14 bits; unless is_fast, these sums are added up in float32 every few terms.
     """
     return torch._scaled_mm(
-        a, b.T, scale_a=1 / a_scale, scale_b=1 / b_scale, out_dtype=torch.bfloat16, use_fast_accum=is_fast
+        a, b.T, scale_a=1 / a_scale, scale_b=1 / b_scale, out_dtype=dtype, use_fast_accum=is_fast
     )
 
 
 @torch.library.custom_op("nanochat::linear_relu2_fp8", mutates_args=())
-def linear_relu2_fp8(h: Tensor, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return post = relu(scales[0] h weight^T)^2 (M,N) twice.
-
-    In bfloat16 times scales[1], and in e4m3 times scales[2]; h (M,K) and weight (N,K) are e4m3.
-    """
-    post = h.new_empty(len(h), len(weight), dtype=torch.bfloat16)
-    post8 = torch.empty_like(post, dtype=torch.float8_e4m3fn)
-    launch(h, weight, post, FORWARD, narrow=post8, scales=scales)
-    return post, post8
+def linear_relu2_fp8(h: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return relu(scale h weight^T)^2 (M,N) in e4m3; h (M,K) and weight (N,K) are e4m3, scale 0-D float32."""
+    post = h.new_empty(len(h), len(weight))
+    launch(h, weight, post, FORWARD, scale=scale)
+    return post
 
 
 @linear_relu2_fp8.register_fake
-def _(h, weight, scales):
-    post = h.new_empty(len(h), len(weight), dtype=torch.bfloat16)
-    return post, torch.empty_like(post, dtype=torch.float8_e4m3fn)
+def _(h, weight, scale):
+    return h.new_empty(len(h), len(weight))
 
 
 @torch.library.custom_op("nanochat::linear_relu2_backward_fp8", mutates_args=())
-def linear_relu2_backward_fp8(
-    dy: Tensor, weight: Tensor, post: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dpre = 2 scales[0] (dy weight^T) sqrt(post) (M,N), as linear_relu2_fp8 does, but in e5m2.
+def linear_relu2_backward_fp8(dy: Tensor, weight: Tensor, post: Tensor, scale: Tensor) -> Tensor:
+    """Return 2 scale (dy weight^T) sqrt(post) (M,N) in e5m2.
 
-    dy (M,K) is e5m2, weight (N,K) e4m3, post (M,N) bfloat16.
+    dy (M,K) is e5m2, weight (N,K) and post (M,N) are e4m3, scale is 0-D float32.
     """
-    dpre, dpre8 = torch.empty_like(post), torch.empty_like(post, dtype=torch.float8_e5m2)
-    launch(dy, weight, dpre, BACKWARD, post=post, narrow=dpre8, scales=scales)
-    return dpre, dpre8
+    dpre = torch.empty_like(post, dtype=dy.dtype)
+    launch(dy, weight, dpre, BACKWARD, post=post, scale=scale)
+    return dpre
 
 
 @linear_relu2_backward_fp8.register_fake
-def _(dy, weight, post, scales):
-    return torch.empty_like(post), torch.empty_like(post, dtype=torch.float8_e5m2)
+def _(dy, weight, post, scale):
+    return torch.empty_like(post, dtype=dy.dtype)
 
 
 def mlp(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
@@ -129,23 +146,27 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
         fc_scale, proj_scale = peak_scale(w_fc, WEIGHT_PEAK), peak_scale(w_proj, WEIGHT_PEAK)
-        (fc8, fc8_t), (proj8, proj8_t) = narrow_weight(w_fc, fc_scale), narrow_weight(w_proj, proj_scale)
-        one = torch.ones_like(fc_scale)
-        scales = torch.stack([1 / (H_SCALE * fc_scale), one, POST_SCALE * one])
-        post, post8 = linear_relu2_fp8(narrow(h, H_SCALE), fc8, scales)
-        ctx.save_for_backward(h, post, fc8_t, proj8_t, fc_scale, proj_scale)
+        h_scale, post_scale = torch.full_like(fc_scale, H_SCALE), torch.full_like(fc_scale, POST_SCALE)
+        fc, fc_turned = narrow_turn(w_fc, fc_scale)
+        proj, proj_turned = narrow_turn(w_proj, proj_scale)
+        h, h_turned = narrow_turn(h, h_scale)
+        post = linear_relu2_fp8(h, fc, post_scale.sqrt() / (h_scale * fc_scale))
+        ctx.save_for_backward(
+            h_turned, post, fc_turned, proj_turned, h_scale, post_scale, fc_scale, proj_scale
+        )
         ctx.dtype = w_fc.dtype
-        return product(post8, proj8, scales[2], proj_scale)
+        return product(post, proj, post_scale, proj_scale)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        h, post, fc8_t, proj8_t, fc_scale, proj_scale = ctx.saved_tensors
-        dy_scale = peak_scale(dy, GRADIENT_PEAK)
-        dy8 = narrow(dy, dy_scale, torch.float8_e5m2)
-        scales = torch.stack([1 / proj_scale, 1 / dy_scale, torch.ones_like(dy_scale)])
-        dpre, dpre8 = linear_relu2_backward_fp8(dy8, proj8_t, post, scales)
-        dh = product(dpre8, fc8_t, dy_scale, fc_scale)
-        return dh, (dpre.T @ h).to(ctx.dtype), (dy.T @ post).to(ctx.dtype)
+        h_turned, post, fc_turned, proj_turned, h_scale, post_scale, fc_scale, proj_scale = ctx.saved_tensors
+        scale = peak_scale(dy, GRADIENT_PEAK)
+        dy, dy_turned = narrow_turn(dy, scale, torch.float8_e5m2)
+        dpre = linear_relu2_backward_fp8(dy, proj_turned, post, 1 / (proj_scale * post_scale.sqrt()))
+        dh = product(dpre, fc_turned, scale, fc_scale)
+        dw_fc = product(turn(dpre), h_turned, scale, h_scale, is_fast=False, dtype=ctx.dtype)
+        dw_proj = product(dy_turned, turn(post), scale, post_scale, is_fast=False, dtype=ctx.dtype)
+        return dh, dw_fc, dw_proj
 
 
 def linear(h: Tensor, weight: Tensor) -> Tensor:
@@ -174,7 +195,7 @@ class Head:
 
     def __init__(self, x: Tensor, weight: Tensor):
         self.scale = peak_scale(weight, WEIGHT_PEAK)
-        self.weight, self.weight_t = narrow_weight(weight, self.scale)
+        self.weight, self.weight_turned = narrow_turn(weight, self.scale)
         self.x_scale = torch.full_like(self.scale, H_SCALE)
         self.x = compiled(narrow)(x, self.x_scale)
 
@@ -186,4 +207,4 @@ class Head:
     def gradient(self, dlogits: Tensor) -> Tensor:
         """Return dx (n,E) in bfloat16 of dlogits (n,V) in e5m2, as cross_entropy_ leaves it."""
         scale = torch.full_like(self.scale, LOGIT_GRADIENT_SCALE)
-        return product(dlogits, self.weight_t, scale, self.scale, is_fast=False)
+        return product(dlogits, self.weight_turned, scale, self.scale, is_fast=False)

@@ -36,21 +36,17 @@ GROUP = 8  # row tiles that take turns with a column of tiles, so that both stay
 
 
 @triton.jit
-def _finish(
-    acc, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD: tl.constexpr, MAX: tl.constexpr
-):
+def _finish(acc, m, n, post_desc, out_desc, scale_ptr, IS_BACKWARD: tl.constexpr, LIMIT: tl.constexpr):
     """What is left to do with a part of the product, at row m and column n."""
-    if scales_ptr is not None:
-        acc *= tl.load(scales_ptr)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr)
     if IS_BACKWARD:
         acc *= 2.0 * tl.sqrt(post_desc.load([m, n]).to(tl.float32))
     else:
         acc = tl.maximum(acc, 0.0)
         acc *= acc
-    if scales_ptr is not None:  # a second result, in 8 bits
-        narrow = tl.clamp(acc * tl.load(scales_ptr + 2), -MAX, MAX)
-        narrow_desc.store([m, n], narrow.to(narrow_desc.dtype))
-        acc *= tl.load(scales_ptr + 1)
+    if LIMIT is not None:
+        acc = tl.clamp(acc, -LIMIT, LIMIT)
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
@@ -60,8 +56,7 @@ def _linear_relu2(
     b_desc,
     post_desc,
     out_desc,
-    narrow_desc,
-    scales_ptr,
+    scale_ptr,
     M,
     N,
     K,
@@ -73,7 +68,7 @@ def _linear_relu2(
     GROUP: tl.constexpr,
     IS_BACKWARD: tl.constexpr,
     B_IS_KN: tl.constexpr,
-    MAX: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
@@ -91,11 +86,11 @@ def _linear_relu2(
         if HALVES:
             halves = tl.permute(tl.reshape(acc, (TILE_M, 2, TILE_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
-            _finish(left, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
+            _finish(left, m, n, post_desc, out_desc, scale_ptr, IS_BACKWARD, LIMIT)
             n += TILE_N // 2
-            _finish(right, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
+            _finish(right, m, n, post_desc, out_desc, scale_ptr, IS_BACKWARD, LIMIT)
         else:
-            _finish(acc, m, n, post_desc, out_desc, narrow_desc, scales_ptr, IS_BACKWARD, MAX)
+            _finish(acc, m, n, post_desc, out_desc, scale_ptr, IS_BACKWARD, LIMIT)
 
 
 @cache
@@ -104,32 +99,26 @@ def _multiprocessors(index: int) -> int:
 
 
 def launch(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    tile: Tile,
-    *,
-    post: Tensor | None = None,
-    narrow: Tensor | None = None,
-    scales: Tensor | None = None,
+    a: Tensor, b: Tensor, out: Tensor, tile: Tile, *, post: Tensor | None = None, scale: Tensor | None = None
 ) -> None:
     """Write relu(a b^T)^2 to out (M,N), or with post (M,N) the gradient 2 (a b) sqrt(post); a (M,K).
 
-    With narrow (M,N) and scales (3,) float32 in 8 bits, as kernels/fp8.py says; b is then (N,K) both ways.
+    In 8 bits, as kernels/fp8.py says, the product is multiplied by scale, 0-D float32, and the result clipped
+    to what out can hold; b is then (N,K) both ways.
     """
     (M, K), N = a.shape, out.size(1)
-    b_is_kn = post is not None and narrow is None
+    b_is_kn = post is not None and scale is None
     tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     programs = min(tiles, _multiprocessors(a.device.index)) if a.is_cuda else tiles
     _linear_relu2[(programs,)](
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(b, [tile.k, tile.n] if b_is_kn else [tile.n, tile.k]),
         *(
-            TensorDescriptor.from_tensor(out if t is None else t, [tile.m, tile.n // (1 + tile.halves)])
-            for t in (post, out, narrow)
+            TensorDescriptor.from_tensor(t, [tile.m, tile.n // (1 + tile.halves)])
+            for t in (out if post is None else post, out)
         ),
-        scales, M, N, K, programs, tile.m, tile.n, tile.k, tile.halves, GROUP, post is not None, b_is_kn,
-        None if narrow is None else torch.finfo(narrow.dtype).max,
+        scale, M, N, K, programs, tile.m, tile.n, tile.k, tile.halves, GROUP, post is not None, b_is_kn,
+        None if scale is None else torch.finfo(out.dtype).max,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
