@@ -10,13 +10,15 @@ ever lost. Row b of the micro-batch is its b-th piece of T tokens.
     stream 1:  <bos> b b <bos> d d d d d ...      rank 1 of 2, or the second half
 
 Rank r of W serves the streams r, r + W, ... in turn. So what a step trains on depends on S, B and T but not
-on W: one rank that accumulates sees the data of eight ranks that do not. A state says where each stream
+on W: one rank that accumulates sees the data of eight ranks that do not. Row groups may come in an order
+drawn from a seed, as shards of one's own are often sorted by what they hold. A state says where each stream
 stands as (epoch, document, offset in its tokens); to resume, that document is tokenised again. Row counts in
 the parquet footers turn a document's number into a place to read, so nothing before it is decoded.
 """
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
@@ -55,13 +57,15 @@ def packed_batches(
     device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
+    seed: int | None = None,
     state: State | None = None,
     epochs: int | None = None,
     num_threads: int = 4,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
     """Return an iterator of (inputs, targets, state): two contiguous int64 (batch_size, seq_len) on `device`.
 
-    `streams` is the number of micro-batches in one optimizer step over all ranks. `state` is made of plain
+    `streams` is the number of micro-batches in one optimizer step over all ranks. The documents come as they
+    lie in the shards, or with a seed in an order of row groups drawn from it. `state` is made of plain
     JSON values; given back, it goes on with the batch after the one that it came with. A rank's state has
     the positions of its own streams; `merge_states` makes one of them that any number of ranks can use.
 
@@ -79,13 +83,19 @@ def packed_batches(
     if streams % world_size:
         suggestion = max(1, round(streams / world_size)) * world_size
         raise ValueError(f"{streams=} must be a multiple of {world_size=}; try {suggestion}")
-    documents = _Documents(shards)
+    documents = _Documents(shards, seed)
     if len(documents) < streams:
         raise ValueError(
             f"the shards hold {len(documents)} documents, fewer than the {streams=} that need one each; "
             "use more text, a smaller total batch or a larger device batch"
         )
-    fixed = {"streams": streams, "batch_size": batch_size, "seq_len": seq_len, "documents": len(documents)}
+    fixed = {
+        "streams": streams,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "documents": len(documents),
+        "seed": seed,
+    }
     state = state or {**fixed, "next_stream": 0, "positions": {str(s): [0, s, 0] for s in range(streams)}}
     own = range(rank, streams, world_size)
     _check_state(state, fixed, own, world_size)
@@ -154,11 +164,11 @@ def merge_states(states: Sequence[State]) -> State:
     return merged
 
 
-def _check_state(state: State, fixed: dict[str, int], own: range, world_size: int) -> None:
+def _check_state(state: State, fixed: dict[str, int | None], own: range, world_size: int) -> None:
     for name, value in fixed.items():
-        if state[name] != value:
+        if state.get(name) != value:
             raise ValueError(
-                f"the loader state was saved with {name}={state[name]}, not {value}; resume with the same"
+                f"the loader state was saved with {name}={state.get(name)}, not {value}; resume with the same"
             )
     if state["next_stream"] % world_size:
         raise ValueError(
@@ -252,14 +262,15 @@ class _Stream:
 class _Documents:
     """Read documents by their number in the epoch; keeps the row groups that were used last."""
 
-    def __init__(self, shards: Sequence[Path]) -> None:
-        self.row_groups: list[tuple[Path, int]] = []
-        n_rows = [0]
+    def __init__(self, shards: Sequence[Path], seed: int | None) -> None:
+        self.row_groups: list[tuple[Path, int, int]] = []  # shard, index in it, documents
         for path in shards:
             with open_shard(path) as shard:
-                self.row_groups.extend((path, index) for index in range(shard.num_row_groups))
-                n_rows.extend(shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups))
-        self.starts = np.cumsum(n_rows)  # of each row group, and the end of the last
+                rows = [shard.metadata.row_group(i).num_rows for i in range(shard.num_row_groups)]
+                self.row_groups.extend((path, index, n) for index, n in enumerate(rows))
+        if seed is not None:
+            random.Random(seed).shuffle(self.row_groups)
+        self.starts = np.cumsum([0, *(n for _, _, n in self.row_groups)])  # and the end of the last
         self.cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
@@ -278,7 +289,7 @@ class _Documents:
     def _column(self, group: int) -> pa.ChunkedArray:
         column = self.cache.pop(group, None)
         if column is None:
-            column = read_row_group(*self.row_groups[group])
+            column = read_row_group(*self.row_groups[group][:2])
             while self.cache and column.nbytes + sum(c.nbytes for c in self.cache.values()) > CACHE_BYTES:
                 self.cache.popitem(last=False)
         self.cache[group] = column

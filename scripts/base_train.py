@@ -38,7 +38,7 @@ class BaseTrainConfig:
     fp8: bool = False
     """products in 8 bits where they pay; faster, and a little less exact (dev/LOG.md)"""
     seed: int = 42
-    """of the initial weights"""
+    """of the initial weights, and of the order that row groups of text come in"""
 
     depth: int = 20
     """number of layers; the width is 64 times that"""
@@ -134,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=runtime.device,
             rank=runtime.rank,
             world_size=runtime.world_size,
+            seed=config.seed,
             state=progress.loader_state,
             **sizes,
         ),

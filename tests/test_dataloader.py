@@ -117,6 +117,22 @@ def test_documents_are_tokenised_once_and_little_ahead(shards, texts, monkeypatc
     assert sum(len(text) + 1 for text in tokenizer.seen[:-2]) < 3 * 16 + 1
 
 
+def test_a_seed_draws_the_order_of_row_groups(shards, texts):
+    """Shards sorted by what they hold were trained on in that order, and the last of them at the end."""
+
+    def order(seed):
+        tokenizer = ByteTokenizer()
+        list(batches(shards, tokenizer=tokenizer, streams=1, seed=seed, epochs=1))
+        return tokenizer.seen
+
+    groups = [texts[0:2], texts[2:4], texts[4:5], texts[5:6], *(texts[i : i + 3] for i in range(6, 37, 3))]
+    starts = sorted(groups, key=lambda group: order(1).index(group[0]))
+    assert order(1) == [text for group in starts for text in group]
+    assert order(None) == texts
+    assert len({str(order(seed)) for seed in (None, 1, 2)}) == 3
+    assert global_order(shards, 4, 12, seed=1) == global_order(shards, 1, 12, seed=1)
+
+
 @pytest.mark.gpu
 def test_cuda_batches_equal_cpu_batches(shards):
     on_cuda = batches(shards, device="cuda")
@@ -248,7 +264,7 @@ def test_no_shards(tmp_path):
         batches([tmp_path / "empty.parquet"])
 
 
-@pytest.mark.parametrize("settings", [{"streams": 2}, {"batch_size": 1}, {"seq_len": 4}])
+@pytest.mark.parametrize("settings", [{"streams": 2}, {"batch_size": 1}, {"seq_len": 4}, {"seed": 1}])
 def test_a_state_of_other_sizes(shards, settings):
     state = next(batches(shards))[2]
     with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
@@ -284,14 +300,14 @@ def test_row_groups_are_decoded_once_while_streams_stay_near(shards, texts, monk
     read = []
     real_read = dataloader.read_row_group
     monkeypatch.setattr(dataloader, "read_row_group", lambda *place: read.append(place) or real_read(*place))
-    documents = dataloader._Documents(shards)
+    documents = dataloader._Documents(shards, None)
     for stream in range(4):
         assert documents.read(list(range(stream, len(texts), 4))) == texts[stream::4]
     assert len(read) == len(set(read)) == len(documents.row_groups)
 
     read.clear()
     monkeypatch.setattr(dataloader, "CACHE_BYTES", 100)
-    documents = dataloader._Documents(shards)
+    documents = dataloader._Documents(shards, None)
     order = np.random.default_rng(0).permutation(len(texts)).tolist()
     assert documents.read(order) == [texts[i] for i in order]
     assert sum(column.nbytes for column in documents.cache.values()) <= 100 or len(documents.cache) == 1
