@@ -8,7 +8,7 @@
 #   bash speedrun.sh --fresh    do every stage again
 #
 # Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE, WANDB_RUN, DATA (hub, embedded or a path of your own texts), DEPTH,
-# DEVICE_BATCH_SIZE (rows of one forward), SEED (of the initial weights), RL (1: reinforcement learning, too, which
+# DEVICE_BATCH_SIZE (rows of one forward), SEED (of weights and order of text), RL (1: reinforcement learning, too, which
 # the small run does unless it is 0), CORE_BUNDLE (folder or address of the CORE evaluation bundle; without it CORE is
 # not measured), DOLLARS_PER_HOUR.
 set -euo pipefail

@@ -14,24 +14,36 @@ from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
 from nanochat.kernels.norm import rms_norm
 
 logger = logging.getLogger(__name__)
-SHARED_MEMORY = 226 * 1024  # bytes that a tile of the MLP takes; Hopper and data-centre Blackwell have 227 KB
+SHARED_MEMORY = (
+    226 * 1024
+)  # bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB
 MAX_TAPS = 4  # of a convolution: the kernel holds a row of them in registers
 
 
-def lacking(model: GPT) -> str:
+def lacking(model: GPT, fp8: bool = False) -> str:
     """Say what is in the way of training this model by the kernels; "" if nothing is."""
-    D, K = model.config.head_dim, model.config.n_kernel
-    if model.device.type != "cuda":
+    config = model.config
+    T, V, D, K = config.sequence_len, config.vocab_size, config.head_dim, config.n_kernel
+    if model.device.type != "cuda" or torch.version.hip:
         return "they need an NVIDIA GPU"
-    if torch.cuda.get_device_properties(model.device).shared_memory_per_block_optin < SHARED_MEMORY:
-        return "they are for Hopper and data-centre Blackwell cards"
     if model.activation_dtype != torch.bfloat16:
         return f"activations are {model.activation_dtype}, not bfloat16"
     if D < 16 or D & (D - 1):
         return f"heads of {D} channels are not a power of two, 16 or more"
     if K > MAX_TAPS:
         return f"n_kernel={K} is more than {MAX_TAPS}"
+    if fp8 and not has_large_tiles(model.device):
+        return "in 8 bits they are for Hopper and data-centre Blackwell cards"
+    if fp8 and (T % 16 or V % 16):
+        return f"in 8 bits 16 must divide the length of sequences, {T}, and the vocabulary, {V}"
     return ""
+
+
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether kernels of large matrix products run: on a card with memory for their tiles, or interpreted."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_MEMORY
 
 
 def uses_kernels(asked: bool | None, model: GPT) -> bool:
@@ -46,7 +58,8 @@ def fuse(model: GPT, fp8: bool = False) -> None:
 
     for block in model.transformer.h:
         block.attn.product = kernels_fp8.linear if fp8 else F.linear
-        block.mlp.kernel = kernels_fp8.mlp if fp8 else mlp.mlp
+        if has_large_tiles(model.device):
+            block.mlp.kernel = kernels_fp8.mlp if fp8 else mlp.mlp
         if block.is_attention:
             block.attn.rope = rope.rope
         else:
@@ -59,14 +72,11 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
 
     Raises ValueError if the kernels are asked for and do not run here: fp8 is one of theirs.
     """
-    reason, fused = lacking(model), uses_kernels(fused, model)
+    reason, fused = lacking(model, fp8), uses_kernels(fused, model)
     if (fused or fp8) and reason:
         raise ValueError(f"fused={fused}, fp8={fp8}: the kernels of training do not run here: {reason}")
     if fp8 and not fused:
         raise ValueError("fp8=True with fused=False: products in 8 bits are kernels of training, too")
-    T, V = model.config.sequence_len, model.config.vocab_size
-    if fp8 and (T % 16 or V % 16):
-        raise ValueError(f"fp8=True with sequences of {T} and a vocabulary of {V}: 16 must divide both")
     if fused:
         fuse(model, fp8)
     if compile:
@@ -75,6 +85,7 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         model.compile_blocks()
     if model.device.type == "cuda":
         by = "kernels in 8 bits" if fp8 else "kernels" if fused else "plain PyTorch"
+        by += ", the MLP by plain PyTorch" if fused and not has_large_tiles(model.device) else ""
         how = f"{by}, compiled" if compile else by
         logger.info(f"training by {how}; attention by {attention_backend(model)}")
 

@@ -39,7 +39,7 @@ class ChatTrainConfig:
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
     fused: bool | None = None
-    """train by the kernels of nanochat/kernels; None: where they run, on Hopper cards"""
+    """train by the kernels of nanochat/kernels; None: where they run, with bfloat16 on NVIDIA cards"""
     model_tag: str = ""
     """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
     step: int = -1

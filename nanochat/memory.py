@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from nanochat.accelerate import uses_kernels
+from nanochat.accelerate import has_large_tiles, uses_kernels
 from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 
@@ -20,32 +20,40 @@ SPARE = 0.92  # of the free memory: the allocator, libraries and their workspace
 HEAD_BYTES = 2**31  # at most, for the logits of a chunk; without the kernels there is one chunk, twice
 
 
-def training_bytes(config: GPTConfig, rows: int, *, checkpointing: bool, fused: bool = True) -> int:
-    """Return the bytes that training takes at its peak with `rows` sequences a forward, bfloat16 on CUDA."""
+def training_bytes(
+    config: GPTConfig, rows: int, *, checkpointing: bool, fused: bool = True, fused_mlp: bool = True
+) -> int:
+    """Return the bytes that training takes at its peak with `rows` sequences a forward, bfloat16 on CUDA.
+
+    fused and fused_mlp say whether the kernels are used, and whether those of the MLP are among them.
+    """
     E, V, tokens = config.n_embd, config.vocab_size, rows * config.sequence_len
     # by layer: weights in float32, gradients, one running mean, bfloat16 copies of weights and gradients
     matrices = {"attention": 12 * E * E, "slc2": 11 * E * E + E * (config.head_dim + config.n_head)}
     weights = sum(matrices[kind] for kind in config.layer_kinds) * 16 + 2 * V * E * 20
     # what a layer keeps of a token, in bytes: residual stream, norms, projections, mixer, hidden layer
     kept = {"attention": 20 * E, "slc2": 18 * E + 2 * config.head_dim}
+    if not fused_mlp:
+        kept = {kind: size + 8 * E for kind, size in kept.items()}  # the hidden layer before relu^2
     layers = [(kept[kind] if fused else 33 * E) * tokens for kind in config.layer_kinds]
     activations = max(layers) + len(layers) * 4 * E * tokens if checkpointing else sum(layers)
     head = min(HEAD_BYTES, 2 * V * tokens) if fused else 4 * V * tokens
     return weights + activations + head + 8 * V * E + 8 * E * tokens
 
 
-def fit(config: GPTConfig, free_bytes: int, *, fused: bool = True) -> tuple[int, bool]:
+def fit(config: GPTConfig, free_bytes: int, **kernels: bool) -> tuple[int, bool]:
     """Return rows of a forward, a power of two up to 32, and whether activations must be computed again.
 
-    They are only if not even one row fits else. ValueError if that does not do either.
+    They are only if not even one row fits else. ValueError if that does not do either. kernels: those of
+    training_bytes.
     """
     for checkpointing in (False, True):
         rows = MAX_ROWS
         while rows:
-            if training_bytes(config, rows, checkpointing=checkpointing, fused=fused) <= SPARE * free_bytes:
+            if training_bytes(config, rows, checkpointing=checkpointing, **kernels) <= SPARE * free_bytes:
                 return rows, checkpointing
             rows //= 2
-    needed = training_bytes(config, 1, checkpointing=True, fused=fused) / SPARE
+    needed = training_bytes(config, 1, checkpointing=True, **kernels) / SPARE
     raise ValueError(
         f"training {config.n_layer} layers on sequences of {config.sequence_len} takes about "
         f"{needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} GiB are free: "
@@ -66,5 +74,6 @@ def choose_rows(asked: int, model: GPT, rows_per_step: int, runtime: Runtime, *,
         free, total = torch.cuda.mem_get_info(runtime.device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(runtime.device)
         free = min(free + torch.cuda.memory_reserved(runtime.device), allowed)
-        rows, model.checkpoints_activations = fit(model.config, round(free), fused=uses_kernels(fused, model))
+        kernels = {"fused": uses_kernels(fused, model), "fused_mlp": has_large_tiles(runtime.device)}
+        rows, model.checkpoints_activations = fit(model.config, round(free), **kernels)
     return math.gcd(min(runtime.gather(rows)), max(1, rows_per_step // runtime.world_size))

@@ -3,7 +3,7 @@
 Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal one: with G = U S V^T it
 steps along U V^T, which five steps of a quintic Newton-Schulz iteration approximate by matrix products alone.
 Matrices of one shape are stacked and updated together: a few large batched products instead of hundreds of
-small ones. On Hopper and newer, nanochat/kernels/muon.py does it with fewer and cheaper products.
+small ones. On Hopper, nanochat/kernels/muon.py does it with fewer and cheaper products.
 
 AdamW (Loshchilov & Hutter 2019) without weight decay takes the embedding, the head and the convolutions: rows
 of a table and taps of a filter are not linear maps whose singular values mean something.
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.accelerate import compiled
+from nanochat.accelerate import compiled, has_large_tiles
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.schedule import LearningRates
@@ -207,7 +207,7 @@ def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
     """Return a function that does what muon_step does, fast for such gradients (..., rows, cols)."""
     if not grads.is_cuda:
         return muon_step
-    if grads.dtype == torch.bfloat16 and torch.cuda.get_device_capability(grads.device) >= (9, 0):
+    if grads.dtype == torch.bfloat16 and has_large_tiles(grads.device):
         from nanochat.kernels import muon, newton_schulz
 
         if newton_schulz.fits(*grads.shape[-2:]):

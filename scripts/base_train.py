@@ -34,7 +34,7 @@ class BaseTrainConfig:
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
     fused: bool | None = None
-    """train by the kernels of nanochat/kernels; None: where they run, on Hopper cards"""
+    """train by the kernels of nanochat/kernels; None: where they run, with bfloat16 on NVIDIA cards"""
     fp8: bool = False
     """products in 8 bits where they pay; faster, and a little less exact (dev/LOG.md)"""
     seed: int = 42

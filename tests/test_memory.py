@@ -36,6 +36,7 @@ def test_small_cards_train_small_models():
     assert fit(d(20), 23 * GIB)[1] is False
     assert fit(d(20), 79 * GIB) == (32, False)
     assert fit(d(20), 11 * GIB) == (1, True)
+    assert fit(d(20), 23 * GIB, fused_mlp=False)[0] < fit(d(20), 23 * GIB)[0]
 
 
 def test_memory_that_is_too_small_says_how_much_is_needed():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat import accelerate as acceleration
 from nanochat.accelerate import accelerate, fuse, lacking
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig
 from nanochat.gpt import head_loss as plain_head_loss
@@ -310,8 +311,10 @@ def test_mlp_fp8(device, emulated_fp8, M, E):
     assert error(dweight, expected_dweight) < 4e-3
 
 
-def test_fused_model_is_the_plain_one(small_tiles):
+@pytest.mark.parametrize("has_large_tiles", [True, False])
+def test_fused_model_is_the_plain_one(has_large_tiles, small_tiles, monkeypatch):
     """Loss and gradients of every parameter, in float32; the decode state is kept as before."""
+    monkeypatch.setattr(acceleration, "has_large_tiles", lambda device: has_large_tiles)
     torch.manual_seed(0)
     model = random_model(GPTConfig(16, 50, 3, 2, 2, 32, 3, 3))
     idx = torch.randint(0, 50, (2, 6))
@@ -325,6 +328,7 @@ def test_fused_model_is_the_plain_one(small_tiles):
     plain_loss, plain_gradients = run()
     logits = model(idx).detach()
     fuse(model)
+    assert (model.transformer.h[0].mlp.kernel is not None) == has_large_tiles
     loss, grads = run()
     assert error(loss, plain_loss) < 1e-5
     for gradient, expected in zip(grads, plain_gradients, strict=True):
@@ -347,13 +351,13 @@ def test_kernels_that_do_not_run_here_are_refused():
 
 @pytest.mark.gpu
 def test_models_that_the_kernels_do_not_serve():
-    def reason(dtype=torch.bfloat16, **shape):
-        config = GPTConfig(16, 64, 2, **{"n_head": 3, "n_kv_head": 3, "n_embd": 384, **shape})
-        return lacking(GPT(config, dtype).cuda())
+    def reason(dtype=torch.bfloat16, fp8=False, T=24, **shape):
+        config = GPTConfig(T, 64, 2, **{"n_head": 3, "n_kv_head": 3, "n_embd": 384, **shape})
+        return lacking(GPT(config, dtype).cuda(), fp8)
 
     assert not reason()
-    with pytest.raises(ValueError, match="sequences of 24"):
-        accelerate(GPT(GPTConfig(24, 64, 2, 3, 3, 384)).cuda(), compile=False, fused=True, fp8=True)
+    assert not reason(fp8=True, T=32)
+    assert "sequences, 24" in reason(fp8=True)
     assert "n_kernel=5" in reason(n_kernel=5)
     assert "96 channels" in reason(n_embd=288)
     assert "float32" in reason(torch.float32)
