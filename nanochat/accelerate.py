@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from nanochat.chunked_loss import head_loss
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
 from nanochat.kernels.norm import rms_norm
 
@@ -64,7 +65,12 @@ def fuse(model: GPT, fp8: bool = False) -> None:
             block.attn.rope = rope.rope
         else:
             block.attn.mix = slc2.slc2_mix
-    model.loss = partial(cross_entropy.head_loss, cap=SOFTCAP, fp8=fp8)
+    model.loss = partial(
+        head_loss,
+        cap=SOFTCAP,
+        cross_entropy_=cross_entropy.cross_entropy_,
+        narrow_head=kernels_fp8.Head if fp8 else None,
+    )
 
 
 def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
@@ -72,13 +78,15 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
 
     Raises ValueError if the kernels are asked for and do not run here: fp8 is one of theirs.
     """
-    reason, fused = lacking(model, fp8), uses_kernels(fused, model)
+    asked, reason, fused = fused, lacking(model, fp8), uses_kernels(fused, model)
     if (fused or fp8) and reason:
         raise ValueError(f"fused={fused}, fp8={fp8}: the kernels of training do not run here: {reason}")
     if fp8 and not fused:
         raise ValueError("fp8=True with fused=False: products in 8 bits are kernels of training, too")
     if fused:
         fuse(model, fp8)
+    elif asked is None and model.device.type == "cpu":
+        model.loss = partial(head_loss, cap=SOFTCAP)
     if compile:
         for block in model.transformer.h if fused else ():
             block.norm = partial(rms_norm, eps=NORM_EPS)  # not compiled it would be many passes
