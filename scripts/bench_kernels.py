@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -124,15 +125,14 @@ def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dic
     import torch
 
     from nanochat import gpt
-    from nanochat.kernels.cross_entropy import head_loss
+    from nanochat.chunked_loss import head_loss
+    from nanochat.kernels.cross_entropy import cross_entropy_
 
+    fused = partial(head_loss, cap=gpt.SOFTCAP, cross_entropy_=cross_entropy_)
     x = torch.randn(1, config.tokens, shape.n_embd, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(shape.vocab_size, shape.n_embd, device="cuda") * shape.n_embd**-0.5
     targets = torch.randint(0, shape.vocab_size, (1, config.tokens), device="cuda")
-    yield {
-        "by": "kernel",
-        **both_ways(lambda x, w: head_loss(x, w, targets, "sum", gpt.SOFTCAP), x, weight),
-    }
+    yield {"by": "kernel", **both_ways(lambda x, w: fused(x, w, targets, "sum"), x, weight)}
     few = config.tokens // 8
     plain = torch.compile(gpt.head_loss, dynamic=False)
     yield {
@@ -143,11 +143,11 @@ def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dic
 
 
 def time_mlp(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
-    """The whole MLP, by kernels and by cuBLAS with compiled relu^2."""
+    """The whole MLP, by kernels, by those in 8 bits and by cuBLAS with compiled relu^2."""
     import torch
     import torch.nn.functional as F
 
-    from nanochat.kernels.mlp import mlp
+    from nanochat.kernels import fp8, mlp
 
     E = shape.n_embd
     h, w_fc, w_proj = (
@@ -159,7 +159,8 @@ def time_mlp(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     def plain(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
         return F.linear(F.linear(h, w_fc).relu().square(), w_proj)
 
-    yield {"by": "kernel", **both_ways(mlp, h, w_fc, w_proj)}
+    yield {"by": "kernel", **both_ways(mlp.mlp, h, w_fc, w_proj)}
+    yield {"by": "kernel in 8 bits", **both_ways(torch.compile(fp8.mlp, dynamic=False), h, w_fc, w_proj)}
     yield {"by": "compiled", **both_ways(plain, h, w_fc, w_proj)}
 
 
