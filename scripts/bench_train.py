@@ -34,7 +34,7 @@ PARTS = (  # the first pattern that a kernel's name fits
     ("rope", "^_rope"),
     ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),
     ("mlp_product", "linear_relu2"),
-    ("turn", "^_turn"),
+    ("transpose", "^_transpose"),
     ("product", "gemm|nvjet|cutlass|xmma|splitK"),
     ("compiled", "^triton_"),
 )

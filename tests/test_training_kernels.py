@@ -245,22 +245,22 @@ def fp8_case(device, M, E):
 
 @pytest.mark.parametrize("to", [torch.float16, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("M", "N"), [(5, 130), (128, 256), on_gpu(1280, 5120), on_gpu(70_000, 1280)])
-def test_narrow_turn(device, to, M, N):
+def test_narrow_and_transpose(device, to, M, N):
     """Both ways round, clipped, and every element written; the interpreter knows no floats of 8 bits."""
     x = torch.randn(N, M, device=device).T
     x[0, 0], x[-1, -1] = 1e6, -1e6
     scale = torch.tensor(100.0, device=device)
     poison(M, N, device=device, dtype=to)
-    out, turned = fp8.narrow_turn(x, scale, to)
+    out, transposed = fp8.narrow_and_transpose(x, scale, to)
     assert torch.equal(out.float(), fp8.narrow(x, scale, to).float())
-    assert torch.equal(turned.float(), out.float().T)
+    assert torch.equal(transposed.float(), out.float().T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize(("M", "N"), [(5, 130), (128, 256), on_gpu(65_536, 5120)])
-def test_turn(device, dtype, M, N):
+def test_transpose(device, dtype, M, N):
     x = torch.randn(M, N, device=device).to(dtype)
-    assert torch.equal(fp8.turn(x).float(), x.float().T)
+    assert torch.equal(fp8.transpose(x).float(), x.float().T)
 
 
 @pytest.mark.gpu
@@ -293,14 +293,14 @@ def emulated_fp8(device, monkeypatch):
     def launch(a, b, out, tile, post=None, *, scale):
         out.copy_(fp8.narrow(fp8_launch(a, b, post, scale=scale), 1.0, out.dtype))
 
-    def launch_turn(x, scale, out, turned):
+    def launch_transpose(x, scale, out, transposed):
         out.copy_(fp8.narrow(x, scale, out.dtype))
-        turned.copy_(out.T)
+        transposed.copy_(out.T)
 
-    launch_bytes = fp8._launch_turn
+    launch_bytes = fp8._launch_transpose
     monkeypatch.setattr(fp8, "launch", launch)
     monkeypatch.setattr(
-        fp8, "_launch_turn", lambda *args: (launch_bytes if args[1] is None else launch_turn)(*args)
+        fp8, "_launch_transpose", lambda *args: (launch_bytes if args[1] is None else launch_transpose)(*args)
     )
 
 

@@ -11,7 +11,7 @@ the gradient that comes in need their largest element found. The other scales ar
     dl     the gradient of a logit is a probability, less 1 at the target; up to 56 is not clipped
 
 The tensor cores want both operands in 8 bits with what is summed over in rows, so what takes part in two
-products is also turned over. Of the head's weight the gradient stays in bfloat16; so do products that leave
+products is also transposed. Of the head's weight the gradient stays in bfloat16; so do products that leave
 a mixer and all gradients of those that enter it.
 """
 
@@ -29,7 +29,7 @@ FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
 H_SCALE, POST_SCALE = 8.0, 0.25
 LOGIT_GRADIENT_SCALE = 1024.0
 WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # where the largest element is brought to
-BLOCK = 128  # rows and columns that a program turns over
+BLOCK = 128  # rows and columns that a program transposes
 
 
 def narrow(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -45,47 +45,49 @@ def peak_scale(x: Tensor, peak: float) -> Tensor:
 
 
 @triton.jit
-def _turn(x_ptr, scale_ptr, out_ptr, turned_ptr, M, N, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+def _transpose(x_ptr, scale_ptr, out_ptr, transposed_ptr, M, N, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (rows < M) & (columns < N)
     x = tl.load(x_ptr + rows * N + columns, mask=inside)
     if scale_ptr is not None:
-        x = tl.clamp(x.to(tl.float32) * tl.load(scale_ptr), -LIMIT, LIMIT).to(turned_ptr.dtype.element_ty)
+        x = tl.clamp(x.to(tl.float32) * tl.load(scale_ptr), -LIMIT, LIMIT).to(transposed_ptr.dtype.element_ty)
     if out_ptr is not None:
         tl.store(out_ptr + rows * N + columns, x, mask=inside)
-    tl.store(turned_ptr + columns.T * M + rows.T, x.T, mask=inside.T)
+    tl.store(transposed_ptr + columns.T * M + rows.T, x.T, mask=inside.T)
 
 
-def _launch_turn(x: Tensor, scale: Tensor | None, out: Tensor | None, turned: Tensor) -> None:
+def _launch_transpose(x: Tensor, scale: Tensor | None, out: Tensor | None, transposed: Tensor) -> None:
     M, N = x.shape
     grid = triton.cdiv(M, BLOCK), triton.cdiv(N, BLOCK)
-    limit = None if scale is None else torch.finfo(turned.dtype).max
-    _turn[grid](x.contiguous(), scale, out, turned, M, N, limit, BLOCK, num_warps=8)
+    limit = None if scale is None else torch.finfo(transposed.dtype).max
+    _transpose[grid](x.contiguous(), scale, out, transposed, M, N, limit, BLOCK, num_warps=8)
 
 
-@torch.library.custom_op("nanochat::turn", mutates_args=())
-def turn(x: Tensor) -> Tensor:
-    """Return x (M,N), of 8 bits, turned over: (N,M)."""
-    turned = x.new_empty(x.shape[::-1])
-    _launch_turn(x.view(torch.uint8), None, None, turned.view(torch.uint8))
-    return turned
+@torch.library.custom_op("nanochat::transpose", mutates_args=())
+def transpose(x: Tensor) -> Tensor:
+    """Return x (M,N), of 8 bits, transposed (N,M)."""
+    transposed = x.new_empty(x.shape[::-1])
+    _launch_transpose(x.view(torch.uint8), None, None, transposed.view(torch.uint8))
+    return transposed
 
 
-@turn.register_fake
+@transpose.register_fake
 def _(x):
     return x.new_empty(x.shape[::-1])
 
 
-@torch.library.custom_op("nanochat::narrow_turn", mutates_args=())
-def narrow_turn(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
-    """Return x (M,N) as narrow does, from the same read also turned over: (N,M)."""
-    out, turned = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
-    _launch_turn(x, scale, out, turned)
-    return out, turned
+@torch.library.custom_op("nanochat::narrow_and_transpose", mutates_args=())
+def narrow_and_transpose(
+    x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
+    """Return x (M,N) as narrow does, from the same read also transposed: (N,M)."""
+    out, transposed = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
+    _launch_transpose(x, scale, out, transposed)
+    return out, transposed
 
 
-@narrow_turn.register_fake
+@narrow_and_transpose.register_fake
 def _(x, scale, dtype=torch.float8_e4m3fn):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
 
@@ -147,25 +149,23 @@ class _MLP(torch.autograd.Function):
     def forward(ctx, h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
         fc_scale, proj_scale = peak_scale(w_fc, WEIGHT_PEAK), peak_scale(w_proj, WEIGHT_PEAK)
         h_scale, post_scale = torch.full_like(fc_scale, H_SCALE), torch.full_like(fc_scale, POST_SCALE)
-        fc, fc_turned = narrow_turn(w_fc, fc_scale)
-        proj, proj_turned = narrow_turn(w_proj, proj_scale)
-        h, h_turned = narrow_turn(h, h_scale)
+        fc, fc_t = narrow_and_transpose(w_fc, fc_scale)
+        proj, proj_t = narrow_and_transpose(w_proj, proj_scale)
+        h, h_t = narrow_and_transpose(h, h_scale)
         post = linear_relu2_fp8(h, fc, post_scale.sqrt() / (h_scale * fc_scale))
-        ctx.save_for_backward(
-            h_turned, post, fc_turned, proj_turned, h_scale, post_scale, fc_scale, proj_scale
-        )
+        ctx.save_for_backward(h_t, post, fc_t, proj_t, h_scale, post_scale, fc_scale, proj_scale)
         ctx.dtype = w_fc.dtype
         return product(post, proj, post_scale, proj_scale)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        h_turned, post, fc_turned, proj_turned, h_scale, post_scale, fc_scale, proj_scale = ctx.saved_tensors
+        h_t, post, fc_t, proj_t, h_scale, post_scale, fc_scale, proj_scale = ctx.saved_tensors
         scale = peak_scale(dy, GRADIENT_PEAK)
-        dy, dy_turned = narrow_turn(dy, scale, torch.float8_e5m2)
-        dpre = linear_relu2_backward_fp8(dy, proj_turned, post, 1 / (proj_scale * post_scale.sqrt()))
-        dh = product(dpre, fc_turned, scale, fc_scale)
-        dw_fc = product(turn(dpre), h_turned, scale, h_scale, is_fast=False, dtype=ctx.dtype)
-        dw_proj = product(dy_turned, turn(post), scale, post_scale, is_fast=False, dtype=ctx.dtype)
+        dy, dy_t = narrow_and_transpose(dy, scale, torch.float8_e5m2)
+        dpre = linear_relu2_backward_fp8(dy, proj_t, post, 1 / (proj_scale * post_scale.sqrt()))
+        dh = product(dpre, fc_t, scale, fc_scale)
+        dw_fc = product(transpose(dpre), h_t, scale, h_scale, is_fast=False, dtype=ctx.dtype)
+        dw_proj = product(dy_t, transpose(post), scale, post_scale, is_fast=False, dtype=ctx.dtype)
         return dh, dw_fc, dw_proj
 
 
@@ -195,7 +195,7 @@ class Head:
 
     def __init__(self, x: Tensor, weight: Tensor):
         self.scale = peak_scale(weight, WEIGHT_PEAK)
-        self.weight, self.weight_turned = narrow_turn(weight, self.scale)
+        self.weight, self.weight_t = narrow_and_transpose(weight, self.scale)
         self.x_scale = torch.full_like(self.scale, H_SCALE)
         self.x = compiled(narrow)(x, self.x_scale)
 
@@ -207,4 +207,4 @@ class Head:
     def gradient(self, dlogits: Tensor) -> Tensor:
         """Return dx (n,E) in bfloat16 of dlogits (n,V) in e5m2, as cross_entropy_ leaves it."""
         scale = torch.full_like(self.scale, LOGIT_GRADIENT_SCALE)
-        return product(dlogits, self.weight_turned, scale, self.scale, is_fast=False)
+        return product(dlogits, self.weight_t, scale, self.scale, is_fast=False)
