@@ -105,10 +105,9 @@ def train_on_conversations(
     from nanochat.conversations import Conversations, by_width
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.memory import choose_rows
-    from nanochat.metrics import MetricsLog
     from nanochat.samples import print_replies
     from nanochat.train_loop import train
-    from nanochat.train_state import report_training, save_progress, start_from, start_or_resume
+    from nanochat.train_state import begin, report_training, save_progress, start_from, start_or_resume
 
     model, tokenizer, optimizer, tag = start_from(source, config, runtime)
     seq_len = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len
@@ -137,14 +136,7 @@ def train_on_conversations(
         batches = val_set.batches(val_rows, device_batch_size, runtime, stop=len(val_rows))
         return evaluate_bpb(model, batches, val_steps, token_bytes)
 
-    settings = asdict(config)
-    log = MetricsLog(
-        directory / "metrics.jsonl",
-        runtime,
-        resume_step=progress.step,
-        wandb_run=config.run,
-        config=settings,
-    )
+    log = begin(directory, tokenizer, runtime, config, progress)
     is_finished = train(
         model,
         optimizer,
@@ -168,7 +160,7 @@ def train_on_conversations(
     if not (is_finished and runtime.is_main):
         return None
     name = {"mid": "mid_train", "sft": "chat_sft"}[stage]
-    return report_training(name, plan, model, progress, directory, settings)
+    return report_training(name, plan, model, progress, directory, asdict(config))
 
 
 def accumulation_steps(rows_per_step: int, device_batch_size: int, runtime: Runtime) -> int:

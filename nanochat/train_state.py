@@ -36,7 +36,7 @@ from nanochat.common import Runtime, write_report
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT
 from nanochat.hardware import describe
-from nanochat.metrics import read_metrics
+from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.schedule import Plan
 from nanochat.tokenizer import RustBPETokenizer
@@ -94,8 +94,9 @@ def start_or_resume(
 ) -> Progress:
     """Start a run in directory, or load model and optimizer from its newest whole checkpoint and go on.
 
-    Raises ValueError when checkpoints are there and neither was asked for, or when they do not fit the model
-    or were made with another tokenizer.
+    With overwrite nothing is deleted yet: `begin` does that, once all else has been found to work. Raises
+    ValueError when checkpoints are there and neither was asked for, or when they do not fit the model or were
+    made with another tokenizer.
     """
     steps = complete_steps(directory)
     if any(found != steps for found in runtime.gather(steps)):
@@ -106,11 +107,6 @@ def start_or_resume(
     if runtime.is_main:
         remove_partial_files(directory)
     if not steps or overwrite:
-        with runtime.together():
-            if runtime.is_main:
-                for step in steps:
-                    delete_checkpoint(directory, step)
-                tokenizer.save(tokenizer_dir(directory))
         return Progress()
     if not resume:
         raise ValueError(
@@ -145,6 +141,25 @@ def _load(directory: Path, step: int, model: GPT, optimizer: MuonAdamW, runtime:
     load_weights(model, load_tensors(model_path(directory, step), model.device))
     optimizer.load_shards(load_optimizer_shards(directory, step))
     return Progress.from_dict(meta["progress"])
+
+
+def begin(
+    directory: Path, tokenizer: RustBPETokenizer, runtime: Runtime, config: Any, progress: Progress
+) -> MetricsLog:
+    """Open the metrics of a run that is ready to train; one from step 0 deletes what was there before it."""
+    with runtime.together():
+        log = MetricsLog(
+            directory / "metrics.jsonl",
+            runtime,
+            resume_step=progress.step,
+            wandb_run=config.run,
+            config=asdict(config),
+        )
+        if runtime.is_main and progress.step == 0:
+            for step in complete_steps(directory):
+                delete_checkpoint(directory, step)
+            tokenizer.save(tokenizer_dir(directory))
+    return log
 
 
 def start_from(source: str, config: Any, runtime: Runtime) -> tuple[GPT, RustBPETokenizer, MuonAdamW, str]:

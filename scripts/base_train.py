@@ -90,12 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.dataloader import packed_batches, validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
-    from nanochat.metrics import MetricsLog
     from nanochat.optim import build_optimizer
     from nanochat.samples import print_samples
     from nanochat.tokenizer import get_tokenizer
     from nanochat.train_loop import train
-    from nanochat.train_state import report_training, save_progress, start_or_resume
+    from nanochat.train_state import begin, report_training, save_progress, start_or_resume
 
     runtime = setup_runtime(config.device_type)
     tokenizer = get_tokenizer()
@@ -117,27 +116,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = validation_batches(tokenizer, val_shards, runtime, n_tokens=config.eval_tokens, **sizes)
         return evaluate_bpb(model, batches, None, token_bytes)
 
-    log = MetricsLog(
-        directory / "metrics.jsonl",
-        runtime,
-        resume_step=progress.step,
-        wandb_run=config.run,
-        config=asdict(config),
+    batches = packed_batches(
+        tokenizer,
+        shard_paths(config.data, "train"),
+        streams=plan.accumulation * runtime.world_size,
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        seed=config.seed,
+        state=progress.loader_state,
+        **sizes,
     )
+    log = begin(directory, tokenizer, runtime, config, progress)
     is_finished = train(
         model,
         optimizer,
-        packed_batches(
-            tokenizer,
-            shard_paths(config.data, "train"),
-            streams=plan.accumulation * runtime.world_size,
-            device=runtime.device,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            seed=config.seed,
-            state=progress.loader_state,
-            **sizes,
-        ),
+        batches,
         plan,
         config.cadence,
         runtime,

@@ -101,11 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.chat_eval import evaluate_task
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.engine import Engine
-    from nanochat.metrics import MetricsLog
     from nanochat.rl import report_rl, train
     from nanochat.rollouts import Rollouts
     from nanochat.samples import print_replies
-    from nanochat.train_state import save_progress, start_from, start_or_resume
+    from nanochat.train_state import begin, save_progress, start_from, start_or_resume
     from tasks.recipes import rl_tasks
 
     train_task, test_task = rl_tasks(config.data)
@@ -137,14 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens_per_step=config.examples_per_step * config.num_samples * max_new_tokens,  # at most
         lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
     )
-    settings = asdict(config)
-    log = MetricsLog(
-        directory / "metrics.jsonl",
-        runtime,
-        resume_step=progress.step,
-        wandb_run=config.run,
-        config=settings,
-    )
+    log = begin(directory, tokenizer, runtime, config, progress)
     is_finished = train(
         model,
         optimizer,
@@ -170,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     log.close()
     if is_finished and runtime.is_main:
-        print(report_rl(model, plan, progress, directory, settings))
+        print(report_rl(model, plan, progress, directory, asdict(config)))
     return 0
 
 

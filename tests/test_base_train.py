@@ -205,6 +205,25 @@ def test_checkpoints_are_never_mixed_or_overwritten_unasked(corpus, base_dir):
     assert complete_steps(base_dir / "base_checkpoints" / "d2") == [1]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data=typo"], "data='typo' is none of"),
+        (["--total-batch-size=3200"], "fewer than the streams=100"),
+        (["--fused=True"], "the kernels of training do not run here"),
+        (["--run=mine"], "wandb, which is not installed"),
+    ],
+)
+def test_nothing_is_overwritten_by_a_run_that_cannot_start(corpus, base_dir, monkeypatch, flags, message):
+    """A typo in another setting cost the checkpoints that --overwrite names."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    train(corpus, "--num-iterations=1")
+    directory = base_dir / "base_checkpoints" / "d2"
+    before = {path: path.read_bytes() for path in directory.rglob("*.*")}
+    assert message in error_of(lambda: train(corpus, "--overwrite", *flags))
+    assert {path: path.read_bytes() for path in directory.rglob("*.*")} == before
+
+
 def test_a_model_keeps_the_tokenizer_that_it_learned_with(corpus, base_dir, tmp_path):
     """Trained anew at the same size, the tokenizer passed every check, and older models fell silent."""
     train(corpus, "--num-iterations=1")

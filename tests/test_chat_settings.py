@@ -53,6 +53,8 @@ def error_of(main):
         ("sft", ["--num-epochs=0"], "num_epochs=0 must be at least 1"),
         ("sft", ["--val-conversations=0"], "val_conversations=0"),
         ("sft", ["--init-lr-frac=-1"], "init_lr_frac=-1.0 must be above 0"),
+        ("sft", ["--fused=True"], "the kernels of training do not run here"),
+        ("mid", ["--run=mine"], "wandb, which is not installed"),
         ("sft", ["--source=sft"], "invalid choice 'sft'"),
         ("sft", ["--source=mid"], "no model dN in .*mid_checkpoints"),
         ("sft", ["--step=7"], "no checkpoint of step 7"),
@@ -60,7 +62,8 @@ def error_of(main):
         ("sft", ["--epochs=2"], "Unrecognized options: --epochs=2"),
     ],
 )
-def test_settings_that_cannot_work(stage, flags, message):
+def test_settings_that_cannot_work(stage, flags, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     directory = checkpoint_dir(stage, "d2")
     directory.mkdir(parents=True)
     names = ("model_000001.pt", "meta_000001.json")
