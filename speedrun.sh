@@ -7,10 +7,10 @@
 #   bash speedrun.sh            run, or go on where the last run stopped
 #   bash speedrun.sh --fresh    do every stage again
 #
-# Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE, WANDB_RUN, DATA (hub, embedded or a path of your own texts), DEPTH,
-# DEVICE_BATCH_SIZE (rows of one forward), SEED (of weights and order of text), RL (1: reinforcement learning, too, which
-# the small run does unless it is 0), CORE_BUNDLE (folder or address of the CORE evaluation bundle; without it CORE is
-# not measured), DOLLARS_PER_HOUR.
+# Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE (1, 2, 4 or 8 ranks), WANDB_RUN, DATA (hub, embedded or a path of your own
+# texts), DEPTH, DEVICE_BATCH_SIZE (rows of one forward), SEED (of weights and order of text), RL (1: reinforcement
+# learning, too, which the small run does unless it is 0), CORE_BUNDLE (folder or address of the CORE evaluation bundle;
+# without it CORE is not measured), DOLLARS_PER_HOUR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -35,7 +35,8 @@ read -r gpus gib < <($python -c '
 import torch
 n = torch.cuda.device_count()
 print(n, min((torch.cuda.get_device_properties(i).total_memory for i in range(n)), default=0) >> 30)')
-ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+ranks=${NPROC_PER_NODE:-$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : gpus >= 2 ? 2 : 1))} # what the batches divide by
+case $ranks in 1 | 2 | 4 | 8) ;; *) fail "NPROC_PER_NODE=$ranks must be 1, 2, 4 or 8" ;; esac
 data=${DATA:-$([ "$gpus" -gt 0 ] && echo hub || echo embedded)}
 chat_data=$([ "$data" = hub ] && echo hub || echo embedded) # what is learned after pretraining
 if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
@@ -95,7 +96,7 @@ stage() {
         launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks" -m "$module" --)
     fi
     "${launch[@]}" "$@" ${again:+"$again"} | tee "$log" || return 1
-    if [ -n "$again" ] && ! tail -n 1 "$log" | grep -q "^$name:"; then
+    if [ -n "$again" ] && ! grep -q "^$name:" "$log"; then
         fail "$name was told to stop and has saved; run again to go on"
     fi
     echo "$ranks $*" >"$done_file"

@@ -289,10 +289,11 @@ case $1 in
     -m)
         while [ "$1" != -m ] || [[ $2 == torch.* ]]; do shift; done
         [ "${2#*.}" != "${CUT:-}" ] || { echo "$LAST_WORDS"; exit 1; }
-        echo "${2#*.}: done" ;;
+        echo "${2#*.}: done"
+        [ -z "${AFTER:-}" ] || echo "$AFTER" ;;
 esac
 """
-MACHINES = {"no GPU": "0 0", "one of 24 GiB": "1 23", "eight of 80 GiB": "8 79"}
+MACHINES = {"no GPU": "0 0", "one of 24 GiB": "1 23", "eight of 80 GiB": "8 79", "six of 80 GiB": "6 79"}
 
 
 @pytest.fixture
@@ -348,6 +349,20 @@ def test_speedrun_does_not_pass_over_another_seed(speedrun, capfd):
     status, calls = speedrun("--fresh", SEED="8")
     assert status == 0
     assert any("--seed=8" in words for words in calls)
+
+
+def test_speedrun_takes_as_many_ranks_as_batches_divide_by(speedrun, capfd):
+    """With six GPUs it ended after download and tokenizer: no batch of 524,288 tokens divides by six."""
+    status, calls = speedrun(machine="six of 80 GiB")
+    assert status == 0
+    assert {word for words in calls for word in words if "nproc_per_node" in word} == {"--nproc_per_node=4"}
+    assert speedrun(machine="six of 80 GiB", NPROC_PER_NODE="3") == (1, [])
+    assert "NPROC_PER_NODE=3 must be 1, 2, 4 or 8" in capfd.readouterr().err
+
+
+def test_speedrun_is_not_misled_by_what_libraries_print_at_the_end(speedrun):
+    """NCCL with NCCL_DEBUG=INFO, as some clouds set it, has the last word: a stage never counted as done."""
+    assert speedrun(AFTER="host:1:2 [0] NCCL INFO comm 0x5 rank 0 - Destroy COMPLETE")[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------
