@@ -53,8 +53,9 @@ class ChatRLConfig:
     """of sampling"""
     top_k: int = 50
     """sample from the so many likeliest tokens; 0: from all"""
-    rollout_batch_size: int = 256
-    """answers decoded at a time on one device; lower it when memory runs out in sampling or evaluation"""
+    rollout_batch_size: int = 128
+    """answers decoded at a time on one device, on a GPU fastest up to 128; lower it when memory runs out in
+    sampling or evaluation"""
     device_batch_size: int = 8
     """answers of one forward to learn from on one device; lower it when memory runs out in learning"""
 

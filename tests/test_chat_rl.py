@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_tensors, model_path
+from nanochat.gpt import GPTConfig
+from nanochat.graph_decoder import supports
 from scripts import chat_rl
 from tasks import recipes
 from tests.chats import untimed_records
@@ -84,6 +86,8 @@ def test_two_ranks():
     code = """
 import sys
 from nanochat import common, rl
+from nanochat.gpt import GPTConfig
+from nanochat.graph_decoder import supports
 from scripts import chat_rl
 from tasks import recipes
 from tests.chats import untimed_records
@@ -114,7 +118,7 @@ common.run(lambda: chat_rl.main(sys.argv[1:]))
     ("flags", "message"),
     [
         (["--num-samples=1"], "num_samples=1 must be at least 2"),
-        (["--num-samples=300"], "rollout_batch_size=256 must hold the num_samples=300"),
+        (["--num-samples=300"], "rollout_batch_size=128 must hold the num_samples=300"),
         (["--temperature=0"], "temperature=0.0 must be above 0"),
         (["--examples-per-step=0"], "examples_per_step=0 must be at least 1"),
         (["--num-steps=0"], "num_steps=0 must be at least 1, or -1"),
@@ -137,6 +141,11 @@ def test_checkpoints_are_not_overwritten_unasked():
     chat_rl.main([*SMALL, "--num-steps=1"])
     with pytest.raises(ValueError, match="--resume"):
         chat_rl.main([*SMALL, "--num-steps=2"])
+
+
+def test_rollouts_fit_the_graphs():
+    """256, the default before, was more than there are graphs for: one GPU decoded step by step in PyTorch."""
+    assert supports(GPTConfig.from_depth(20), chat_rl.ChatRLConfig().rollout_batch_size)
 
 
 def test_help_is_quick():
