@@ -35,7 +35,7 @@ HEAD_DIM = 128
 SOFTCAP = 15.0
 NORM_EPS = 2.0**-23  # float32's epsilon, for activations of every dtype
 # Attention kernels that serve all lengths alike: cuDNN's, the fastest in training, are planned anew for each,
-# for 0.09 s on an H100 (dev/LOG.md), which decoding and evaluation would pay with nearly every call.
+# for 0.09 s on an H100 (dev/LOG.md), which all but training on full rows would pay with nearly every call.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # the last 9 ids are the special tokens; these two end a document and an answer (nanochat/tokenizer.py)
 BOS_FROM_END, ASSISTANT_END_FROM_END = 9, 5
@@ -311,7 +311,9 @@ class GPT(nn.Module):
             start, end = embed, final_norm
         x = start(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
-        with nullcontext() if cache is None and self.training else sdpa_kernel(ANY_LENGTH):
+        # what is computed again in the backward must be by the same kernel, and the context has ended there
+        is_full = self.config.sequence_len == T or self.checkpoints_activations
+        with nullcontext() if cache is None and self.training and is_full else sdpa_kernel(ANY_LENGTH):
             for i, block in enumerate(self.transformer.h):
                 if cache is None and self.checkpoints_activations and torch.is_grad_enabled():
                     x, delta = checkpoint(block, x, delta, cos, sin, use_reentrant=False)

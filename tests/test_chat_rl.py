@@ -144,7 +144,7 @@ def test_checkpoints_are_not_overwritten_unasked():
 
 
 def test_rollouts_fit_the_graphs():
-    """256, the default before, was more than there are graphs for: one GPU decoded step by step in PyTorch."""
+    """256, the default before, was too many for them: one GPU decoded step by step in PyTorch."""
     assert supports(GPTConfig.from_depth(20), chat_rl.ChatRLConfig().rollout_batch_size)
 
 

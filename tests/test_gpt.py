@@ -484,3 +484,27 @@ def test_activation_checkpointing():
     fewer_bytes, gradients = kept_bytes(model, idx)
     assert fewer_bytes < plain_bytes / 3
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
+
+
+def test_cudnn_attends_on_full_rows_alone(monkeypatch):
+    """It plans a kernel for each length: finetuning, a new width every step, paid for a plan every step."""
+    model, attend, found = random_model(small_config(n_layer=2)), F.scaled_dot_product_attention, []
+
+    def noted(*args, **settings):
+        found.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **settings)
+
+    def may_use_cudnn(T, **settings):
+        found.clear()
+        model.hidden(torch.zeros(2, T, dtype=torch.int64), **settings)
+        return all(found)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    T = model.config.sequence_len
+    assert may_use_cudnn(T)
+    assert not may_use_cudnn(T - 1)
+    assert not may_use_cudnn(T, cache=model.new_cache(2, T))
+    model.checkpoints_activations = True  # the backward, outside of the context, must choose the same
+    assert may_use_cudnn(T - 1)
+    model.eval()
+    assert not may_use_cudnn(T)
