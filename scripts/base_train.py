@@ -73,6 +73,9 @@ class BaseTrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, depth=1, max_seq_len=1, device_batch_size=0, total_batch_size=1, eval_tokens=1)
+        for name in ("num_iterations", "target_flops"):
+            if not getattr(self, name) > 0 and getattr(self, name) != -1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, or -1")
         if not 0 < self.warmdown_ratio <= 1:
             raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
         if self.resume and self.overwrite:

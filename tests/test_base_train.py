@@ -169,6 +169,8 @@ def test_no_tokenizer(tmp_path):
         (["--total-batch-size=100"], "total_batch_size=100 must be a multiple of .* = 32; try 96"),
         (["--total-batch-size=16"], "must be a multiple of .* = 32; try 32"),
         (["--target-flops=1"], "a run of 0 steps"),
+        (["--num-iterations=0"], "num_iterations=0 must be above 0, or -1"),  # trained for days
+        (["--target-flops=0"], "target_flops=0.0 must be above 0, or -1"),
         (["--device-type=tpu"], "device_type='tpu' is not available"),
     ],
 )
