@@ -78,17 +78,22 @@ class Conversations:
         while True:
             mine = range(start + runtime.rank * batch_size, start + (runtime.rank + 1) * batch_size)
             start += batch_size * runtime.world_size
-            inputs, targets = self._lay_out(
+            batch = self._lay_out(
                 [rows[row % len(rows)] if stop is None or row < stop else [] for row in mine]
             )
+            if runtime.device.type == "cuda":  # or else the copy would wait until the GPU has nothing to do
+                batch = batch.pin_memory()
+            inputs, targets = batch.to(runtime.device, non_blocking=True)
             # no positions that are a rank's own
             state = {"next_row": start, "n_rows": len(rows), "positions": {}}
-            yield inputs.to(runtime.device), targets.to(runtime.device), state
+            yield inputs, targets, state
 
-    def _lay_out(self, rows: list[list[Piece]]) -> tuple[Tensor, Tensor]:
+    def _lay_out(self, rows: list[list[Piece]]) -> Tensor:
+        """Return inputs and targets, (2,B,T) int64."""
         width = self.seq_len if self.packed else max(1, *map(_places, rows))
-        inputs = torch.full((len(rows), width), self.tokenizer.get_bos_token_id())
-        targets = torch.full((len(rows), width), -1)
+        batch = torch.full((2, len(rows), width), -1)
+        inputs, targets = batch
+        inputs.fill_(self.tokenizer.get_bos_token_id())
         for i, row in enumerate(rows):
             place = 0
             for index, begin, end in row:
@@ -97,7 +102,7 @@ class Conversations:
                 inputs[i, there] = ids[begin:end]
                 targets[i, there] = ids[begin + 1 : end + 1].where(mask[begin + 1 : end + 1] == 1, -1)
                 place = there.stop
-        return inputs, targets
+        return batch
 
 
 def by_width(rows: Sequence[list[Piece]], rows_per_step: int) -> list[list[Piece]]:

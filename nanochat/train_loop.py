@@ -135,7 +135,7 @@ def _accumulate(
         loss.backward()
         total += loss.detach()
         upcoming += islice(batches, 1)
-    told_to_stop = torch.tensor(float(sigterm[0]), device=runtime.device)
+    told_to_stop = torch.full_like(total, float(sigterm[0]))  # torch.tensor would wait for the device
     sums = runtime.sum_(torch.stack([total, optimizer.finish_reduction(), told_to_stop]))
     loss, squared_norm, stop = sums.tolist()  # the step's one synchronisation
     return loss, squared_norm**0.5, stop > 0, upcoming
