@@ -24,6 +24,7 @@ from nanochat.checkpoint_manager import (
     checkpoint_dir,
     complete_steps,
     load_tensors,
+    load_tokenizer,
     load_weights,
     model_config,
     model_path,
@@ -31,11 +32,11 @@ from nanochat.checkpoint_manager import (
     read_meta,
     resolve_tag,
     save_checkpoint,
+    tokenizer_dir,
 )
-from nanochat.common import atomic_write, base_dir, write_json
+from nanochat.common import atomic_write, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 MODEL_TYPE = "saint_iberis"
 WEIGHTS_FILE = "model.safetensors"
@@ -45,7 +46,7 @@ CODE = Path(__file__).parent / "transformers_model"
 def export_checkpoint(
     source: str, model_tag: str | None, step: int | None, directory: Path
 ) -> tuple[str, int]:
-    """Write a checkpoint and the tokenizer into a folder for transformers; return its model tag and step.
+    """Write a checkpoint and its tokenizer into a folder for transformers; return its model tag and step.
 
     Defaults as in load_model. Raises FileNotFoundError or ValueError if the checkpoint cannot be used.
     """
@@ -55,7 +56,7 @@ def export_checkpoint(
     meta = read_meta(checkpoints, step)
     state = load_tensors(model_path(checkpoints, step), "cpu")
     model = _model(model_config(meta), state)
-    tokenizer = get_tokenizer()
+    tokenizer = load_tokenizer(checkpoints)
     check_vocabulary(model.config, tokenizer)
     bos, end = (tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
     ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": bos}
@@ -94,9 +95,9 @@ def import_checkpoint(
 ) -> tuple[str, str, int]:
     """Make a checkpoint of an exported folder; return its source, model tag and step.
 
-    All three default to those of the checkpoint that was exported. The tokenizer becomes the base directory's
-    if there is none. Raises FileNotFoundError or ValueError, with nothing written, if the folder holds
-    something else, the checkpoint exists, or the base directory has another tokenizer.
+    All three default to those of the checkpoint that was exported. The tokenizer stays beside it. Raises
+    FileNotFoundError or ValueError, with nothing written, if the folder holds something else, the checkpoint
+    exists, or others of its model tag have another tokenizer.
     """
     config = _read_config(directory)
     exported = config.get("checkpoint", {})
@@ -105,14 +106,17 @@ def import_checkpoint(
     if not source or not model_tag or step is None:
         raise ValueError(f"{directory} does not say what checkpoint it was; give source, model tag and step")
     checkpoints = checkpoint_dir(source, model_tag)
-    if step in complete_steps(checkpoints):
+    steps = complete_steps(checkpoints)
+    if step in steps:
         raise ValueError(f"{checkpoints} has a checkpoint of step {step}; give another model tag or step")
     names = {field.name for field in fields(GPTConfig)}
     shape = {name: value for name, value in config.items() if name in names}
     model = _model(model_config({"model_config": shape}), _read_weights(directory))
     tokenizer = load_hf_tokenizer(directory)
     check_vocabulary(model.config, tokenizer)
-    _keep_tokenizer(tokenizer)
+    if steps and not load_tokenizer(checkpoints).is_same_as(tokenizer):
+        raise ValueError(f"the checkpoints in {checkpoints} have another tokenizer; give another model tag")
+    tokenizer.save(tokenizer_dir(checkpoints))
     save_checkpoint(checkpoints, step, model, None, {})
     return source, model_tag, step
 
@@ -150,18 +154,3 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     if not state:
         raise FileNotFoundError(f"no model.safetensors in {directory}; export or download it again")
     return state
-
-
-def _keep_tokenizer(tokenizer: RustBPETokenizer) -> None:
-    """Save the tokenizer as the base directory's, or see that it is the same."""
-    directory = base_dir() / "tokenizer"
-    try:
-        present = RustBPETokenizer.from_directory(directory)
-    except FileNotFoundError:
-        tokenizer.save(directory)
-        return
-    if {**present.fields(), "name": ""} != {**tokenizer.fields(), "name": ""}:
-        raise ValueError(
-            f"{directory} holds another tokenizer than the imported model's; "
-            "set NANOCHAT_BASE_DIR to a folder of its own"
-        )

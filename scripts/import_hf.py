@@ -3,7 +3,7 @@
     python -m scripts.import_hf saint_iberis                  # under the stage, name and step that it had
     python -m scripts.import_hf saint_iberis -i sft -g tuned  # after finetuning in transformers
 
-The tokenizer comes with it, into a base directory that has none.
+The tokenizer comes with it and stays beside it.
 """
 
 from __future__ import annotations

@@ -10,17 +10,20 @@ from safetensors.torch import load_file
 
 from nanochat.checkpoint_manager import (
     checkpoint_dir,
+    complete_steps,
     load_model,
     load_tensors,
     model_path,
     read_meta,
     save_checkpoint,
+    tokenizer_dir,
 )
 from nanochat.export import export_checkpoint, import_checkpoint
+from nanochat.hf_tokenizer import load_hf_tokenizer
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import export_hf, import_hf
 from tests.models import random_model, small_config
-from tests.vocabulary import VOCAB_SIZE, train_tokenizer
+from tests.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
 
 @pytest.fixture
@@ -35,6 +38,12 @@ def folder(base_dir, tmp_path):
     torch.save(published, model_path(directory, 12))
     assert export_hf.main(["-i", "rl", "-o", str(tmp_path / "out")]) == 0
     return tmp_path / "out"
+
+
+def other_tokenizer():
+    """Of the same size, and of the same words in another case."""
+    texts = [text.upper() for text in training_texts()]
+    return RustBPETokenizer.train_from_iterator(texts, VOCAB_SIZE)
 
 
 def elsewhere(monkeypatch, tmp_path):
@@ -55,8 +64,8 @@ def test_there_and_back(folder, base_dir, tmp_path, monkeypatch, capsys):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
     assert read_meta(checkpoint_dir("rl", "d9"), 12)["model_config"] == meta["model_config"]
-    assert get_tokenizer().fields() == fields
-    model, _, _ = load_model("rl", torch.device("cpu"), "eval")
+    model, tokenizer, _ = load_model("rl", torch.device("cpu"), "eval")
+    assert tokenizer.fields() == fields
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -96,11 +105,23 @@ def test_under_another_name(folder):
 def test_nothing_is_overwritten(folder, base_dir):
     with pytest.raises(ValueError, match=r"d9 has a checkpoint of step 12; give another model tag or step"):
         import_checkpoint(folder)
-    other = RustBPETokenizer.train_from_iterator(["abab " * 9], 266)
-    other.save(base_dir / "tokenizer")
-    with pytest.raises(ValueError, match=r"holds another tokenizer .* set NANOCHAT_BASE_DIR"):
-        import_checkpoint(folder, "sft", "mine", 0)
-    assert not checkpoint_dir("sft", "mine").exists()
+    other_tokenizer().save(tokenizer_dir(checkpoint_dir("rl", "d9")))
+    with pytest.raises(ValueError, match=r"d9 have another tokenizer; give another model tag"):
+        import_checkpoint(folder, step=0)
+    assert complete_steps(checkpoint_dir("rl", "d9")) == [12]
+
+
+def test_a_model_goes_with_its_own_tokenizer(folder, base_dir, tmp_path):
+    """One from the hub has its own: it was exported with the base directory's, and spoke gibberish."""
+    own, directory = train_tokenizer(), checkpoint_dir("rl", "d9")
+    own.save(tokenizer_dir(directory))
+    other_tokenizer().save(base_dir / "tokenizer")
+    export_checkpoint("rl", "d9", None, tmp_path / "again")
+    assert load_hf_tokenizer(tmp_path / "again").is_same_as(own)
+    import_checkpoint(tmp_path / "again", "sft", "mine", 0)
+    _, tokenizer, _ = load_model("sft", torch.device("cpu"), "eval", "mine")
+    assert tokenizer.is_same_as(own)
+    assert get_tokenizer().is_same_as(other_tokenizer())
 
 
 def change_config(folder, **changes):
