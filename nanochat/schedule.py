@@ -4,6 +4,7 @@ The schedules are pure functions of progress or step, so that a resumed run foll
 here: commands build their help text from these classes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ class LearningRates:
     """learning rate of the convolution taps (AdamW)"""
     matrix_lr: float = 0.02
     """learning rate of all matrices (Muon)"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be 0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)

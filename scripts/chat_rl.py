@@ -9,6 +9,7 @@ metrics.jsonl go to $NANOCHAT_BASE_DIR/chatrl_checkpoints/<model tag>.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -89,6 +90,8 @@ class ChatRLConfig:
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0: greedy answers do not differ")
+        if not 0 < self.init_lr_frac < math.inf:
+            raise ValueError(f"init_lr_frac={self.init_lr_frac} must be above 0 and finite")
         if self.source not in ("mid", "sft"):
             raise ValueError(f"source={self.source!r} must be sft or mid; to go on with rl, --resume")
         if self.resume and self.overwrite:

@@ -169,6 +169,7 @@ def test_no_tokenizer(tmp_path):
         (["--total-batch-size=100"], "total_batch_size=100 must be a multiple of .* = 32; try 96"),
         (["--total-batch-size=16"], "must be a multiple of .* = 32; try 32"),
         (["--target-flops=1"], "a run of 0 steps"),
+        (["--matrix-lr=nan"], "matrix_lr=nan must be 0 or more"),
         (["--num-iterations=0"], "num_iterations=0 must be above 0, or -1"),  # trained for days
         (["--target-flops=0"], "target_flops=0.0 must be above 0, or -1"),
         (["--device-type=tpu"], "device_type='tpu' is not available"),
@@ -185,7 +186,7 @@ def test_not_a_number_stops_before_the_update(corpus, base_dir):
     """A loss of NaN used to poison the weights and every checkpoint after it."""
     train(corpus, "--num-iterations=2")
     good = weights(base_dir, 2)
-    flags = ["--num-iterations=6", "--resume", "--matrix-lr=inf", "--save-every=1"]
+    flags = ["--num-iterations=6", "--resume", "--matrix-lr=1e30", "--save-every=1"]
     message = error_of(lambda: train(corpus, *flags))
     assert "stopped before the update" in message
     steps = complete_steps(base_dir / "base_checkpoints" / "d2")

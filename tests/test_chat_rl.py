@@ -122,6 +122,7 @@ common.run(lambda: chat_rl.main(sys.argv[1:]))
         (["--temperature=0"], "temperature=0.0 must be above 0"),
         (["--examples-per-step=0"], "examples_per_step=0 must be at least 1"),
         (["--num-steps=0"], "num_steps=0 must be at least 1, or -1"),
+        (["--init-lr-frac=nan"], "init_lr_frac=nan must be above 0"),  # made NaN of the weights
         (["--source=rl"], "source='rl' must be sft or mid"),
         (["--resume", "--overwrite"], "exclude each other"),
     ],
