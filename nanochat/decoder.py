@@ -9,6 +9,7 @@ without Python in the loop.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 from nanochat.cache import HybridCache
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams, sample_rows
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder(ABC):
@@ -78,6 +81,7 @@ def decoder_for(model: GPT, slots: int, context: int | None = None) -> Decoder:
 
         if supports(model.config, slots):
             return GraphDecoder(model, slots, context)
+        logger.warning("warning: no CUDA graphs for %d rows at a time of this model: decoding is slow", slots)
     return PlainDecoder(model, slots, context)
 
 

@@ -1,8 +1,11 @@
 """Both decoders say what the model says, whoever else is there; the fast one without Python in the loop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from nanochat import decoder as decoder_module
 from nanochat.decoder import PlainDecoder, decoder_for
 from nanochat.gpt import GPTConfig
 from nanochat.graph_decoder import GraphDecoder
@@ -172,6 +175,14 @@ def test_context_is_not_left(device):
         decoder.feed(slot, [1, 2])
     with pytest.raises(ValueError, match="slots=129"):
         GraphDecoder(model, slots=129)
+
+
+def test_what_there_are_no_graphs_for_is_said(monkeypatch, caplog):
+    """chat_eval -b 256 and chat_web --slots=200 were several times slower than with half of that."""
+    monkeypatch.setattr(decoder_module, "PlainDecoder", lambda *_: "plain")
+    model = SimpleNamespace(device=torch.device("cuda"), config=SMALL)
+    assert decoder_for(model, 129) == "plain"
+    assert "no CUDA graphs for 129 rows" in caplog.text
 
 
 def test_decoder_for_a_cpu_is_plain():
