@@ -28,6 +28,8 @@ say so, set NANOCHAT_BASE_DIR to another folder, or do every stage again with --
 echo "$seed" >"$state/seed"
 bash dev/setup.sh
 python=.venv/bin/python
+[ -z "${WANDB_RUN:-}" ] || $python -c 'import wandb' 2>/dev/null \
+    || fail "WANDB_RUN=$WANDB_RUN needs wandb, which is not installed: uv pip install --python .venv wandb"
 
 # ---- the machine and the run it is good for
 

@@ -60,7 +60,7 @@ def _start_wandb(run: str, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError(
-            f"run={run!r} sends the numbers to wandb, which is not installed: pip install wandb, or leave "
+            f"run={run!r} sends the numbers to wandb, which is not installed: uv pip install wandb, or leave "
             "--run out; metrics.jsonl has them anyway"
         ) from error
     return wandb.init(project="nanochat", name=run, config=config)

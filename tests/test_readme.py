@@ -285,7 +285,7 @@ def test_the_task_of_the_readme():
 PYTHON = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 case $1 in
-    -c) echo "$MACHINE" ;;
+    -c) [[ $2 != *wandb* ]] || exit "${NO_WANDB:-0}"; echo "$MACHINE" ;;
     -m)
         while [ "$1" != -m ] || [[ $2 == torch.* ]]; do shift; done
         [ "${2#*.}" != "${CUT:-}" ] || { echo "$LAST_WORDS"; exit 1; }
@@ -358,6 +358,15 @@ def test_speedrun_takes_as_many_ranks_as_batches_divide_by(speedrun, capfd):
     assert {word for words in calls for word in words if "nproc_per_node" in word} == {"--nproc_per_node=4"}
     assert speedrun(machine="six of 80 GiB", NPROC_PER_NODE="3") == (1, [])
     assert "NPROC_PER_NODE=3 must be 1, 2, 4 or 8" in capfd.readouterr().err
+
+
+def test_speedrun_looks_for_wandb_before_it_needs_it(speedrun, capfd):
+    """It was missed after download and tokenizer, and `pip`, which .venv lacks, put it elsewhere."""
+    assert speedrun(WANDB_RUN="mine", NO_WANDB="1") == (1, [])
+    assert "uv pip install --python .venv wandb" in capfd.readouterr().err
+    status, calls = speedrun(WANDB_RUN="mine")
+    assert status == 0
+    assert any("--run=mine-base" in words for words in calls)
 
 
 def test_speedrun_is_not_misled_by_what_libraries_print_at_the_end(speedrun):
