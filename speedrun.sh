@@ -102,7 +102,8 @@ stage() {
         fail "$name was told to stop and has saved; run again to go on"
     fi
     echo "$ranks $*" >"$done_file"
-    [ "$name" = download ] || redone=yes # more shards do not change what was learnt from the first
+    # more shards do not change what was learnt from the first
+    case $name in download | chat_data) ;; *) redone=yes ;; esac
 }
 
 # name of a wandb run: one a stage
@@ -114,6 +115,7 @@ base_model=("--data=$data" "$tag")
 if [ "$data" = hub ]; then # a shard is about 50 M tokens, and 20 tokens a parameter are wanted
     stage download nanochat.dataset 1 -n $((depth * depth * 6 / 10 + 8)) -w 4 \
         || fail "no data from the hub; run again to go on, or start with DATA=embedded or DATA=<your texts>"
+    stage chat_data tasks.recipes 1
 fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"

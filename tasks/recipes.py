@@ -5,6 +5,8 @@
     a path      conversations of your own: a file, a folder or a glob of .jsonl; one in twenty is held out
     auto        hub where the hub's text was downloaded, else embedded
 
+    python -m tasks.recipes    # download the hub's sets, so that no stage after pretraining misses one
+
 Conversations that give the model a name and a character are learned with the hub's and with the embedded sets
 if they are there, as $NANOCHAT_BASE_DIR/identity_conversations.jsonl; dev/gen_identity.py writes some.
 """
@@ -15,7 +17,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 
-from nanochat.common import base_dir
+from nanochat.common import base_dir, run
 from nanochat.dataset import own_files, source
 from tasks.arc import ARC
 from tasks.arithmetic import FORMS, NEW_FORMS, Arithmetic
@@ -146,3 +148,17 @@ def _identity() -> list[Task]:
         return [CustomJSON(path)]
     logger.info(f"no {path}: the model learns no identity")
     return []
+
+
+def main() -> int:
+    """Read all sets of the hub once; what is read is there for ever after."""
+    train, _ = TaskMixture(mid_tasks("hub")), sft_tasks("hub")
+    rl_tasks("hub")
+    for make in eval_tasks("hub").values():
+        make()
+    logger.info(f"chat_data: {len(train):,} conversations of midtraining and validation are there")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""What stages learn from and are measured on, with the hub's sets in small: their names, columns, splits."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.chat_format import render_conversation
+from nanochat.dataset import VAL_SHARD, write_parquet
+from tasks import recipes
+from tests.vocabulary import train_tokenizer
+
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+ARC = {
+    "question": "Why?",
+    "choices": {"text": ["so", "thus", "no"], "label": ["1", "2", "3"]},
+    "answerKey": "2",
+}
+MMLU = {"question": "Which?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 3}
+GSM8K = {"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}
+HUMANEVAL = {"prompt": "def f():\n", "canonical_solution": "    pass\n", "test": "", "entry_point": "f"}
+# repository, subset, splits that we read, and a row, as the hub has them
+SETS = [
+    ("HuggingFaceTB/smol-smoltalk", "data", ["train", "test"], {"messages": TALK, "source": "x"}),
+    ("cais/mmlu", "all", ["auxiliary_train", "test"], MMLU),
+    ("openai/gsm8k", "main", ["train", "test"], GSM8K),
+    ("allenai/ai2_arc", "ARC-Easy", ["train", "test"], {"id": "1", **ARC}),
+    ("allenai/ai2_arc", "ARC-Challenge", ["train", "test"], {"id": "1", **ARC}),
+    ("openai/openai_humaneval", "openai_humaneval", ["test"], {"task_id": "0", **HUMANEVAL}),
+]
+
+
+@pytest.fixture
+def hub(base_dir):
+    """All that the recipes want of the hub, as it lies once downloaded."""
+    texts = [" ".join(f"{a}{b}{a}" for a in "abcdefgh" for b in "stuvwxyz")] * 8
+    (base_dir / "base_data").mkdir(parents=True)
+    for name in ("shard_00000.parquet", VAL_SHARD):
+        write_parquet(base_dir / "base_data" / name, texts)
+    for repo, subset, splits, row in SETS:
+        for split in splits:
+            folder = base_dir / "task_data" / "--".join([*repo.split("/"), subset, split]) / subset
+            folder.mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist([row] * 3), folder / f"{split}-00000-of-00001.parquet")
+    return base_dir
+
+
+def test_the_sets_of_the_hub(hub, monkeypatch):
+    """What was missing there was found out after pretraining only."""
+    tokenizer = train_tokenizer()
+    for (train, val), n in ((recipes.mid_tasks("hub"), 280_009), (recipes.sft_tasks("hub"), 612)):
+        assert len(train) == n
+        for task in (train, val):
+            for index in [*range(0, len(task), 997), len(task) - 1]:
+                assert render_conversation(tokenizer, task[index], 2048)[1][-1] == 1
+    assert recipes.main() == 0
+    gone = hub / "task_data" / "allenai--ai2_arc--ARC-Challenge--test"
+    gone.rename(hub / "elsewhere")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("tasks.hub.RETRY_AFTER_S", ())
+    with pytest.raises(OSError, match="cannot download ARC-Challenge/test"):
+        recipes.main()
