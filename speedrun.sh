@@ -30,6 +30,14 @@ bash dev/setup.sh
 python=.venv/bin/python
 [ -z "${WANDB_RUN:-}" ] || $python -c 'import wandb' 2>/dev/null \
     || fail "WANDB_RUN=$WANDB_RUN needs wandb, which is not installed: uv pip install --python .venv wandb"
+case ${CORE_BUNDLE:-} in
+    "") bundle="" ;;
+    *://*) bundle=--bundle-url=$CORE_BUNDLE ;;
+    *)
+        bundle=--bundle=$CORE_BUNDLE
+        [ -f "$CORE_BUNDLE/core.yaml" ] || fail "CORE_BUNDLE=$CORE_BUNDLE is no folder with a core.yaml"
+        ;;
+esac
 
 # ---- the machine and the run it is good for
 
@@ -122,10 +130,7 @@ stage tok_eval scripts.tok_eval 1 "--data=$data"
 stage base_train scripts.base_train "$ranks" "--depth=$depth" "--seed=$seed" "$(wandb base)" \
     "--device-batch-size=$rows" "${base_model[@]}" "${base[@]}"
 stage base_loss scripts.base_loss "$ranks" "${base_model[@]}" "${loss[@]}"
-if [ -n "${CORE_BUNDLE:-}" ]; then
-    case $CORE_BUNDLE in *://*) bundle=--bundle-url=$CORE_BUNDLE ;; *) bundle=--bundle=$CORE_BUNDLE ;; esac
-    stage base_eval scripts.base_eval "$ranks" "$tag" "$bundle"
-fi
+[ -z "$bundle" ] || stage base_eval scripts.base_eval "$ranks" "$tag" "$bundle"
 stage mid_train scripts.mid_train "$ranks" "--data=$chat_data" "$tag" "$(wandb mid)" \
     "--device-batch-size=$rows" "${mid[@]}"
 stage chat_eval_mid scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i mid "${evals[@]}"

@@ -369,6 +369,16 @@ def test_speedrun_looks_for_wandb_before_it_needs_it(speedrun, capfd):
     assert any("--run=mine-base" in words for words in calls)
 
 
+def test_speedrun_looks_for_the_core_bundle_before_it_needs_it(speedrun, tmp_path, capfd):
+    assert speedrun(CORE_BUNDLE=str(tmp_path)) == (1, [])
+    assert "is no folder with a core.yaml" in capfd.readouterr().err
+    (tmp_path / "core.yaml").touch()
+    for bundle, flag in ((str(tmp_path), "--bundle"), ("https://there/it.zip", "--bundle-url")):
+        status, calls = speedrun(CORE_BUNDLE=bundle)
+        assert status == 0
+        assert any(f"{flag}={bundle}" in words for words in calls if "scripts.base_eval" in words)
+
+
 def test_speedrun_is_not_misled_by_what_libraries_print_at_the_end(speedrun):
     """NCCL with NCCL_DEBUG=INFO, as some clouds set it, has the last word: a stage never counted as done."""
     assert speedrun(AFTER="host:1:2 [0] NCCL INFO comm 0x5 rank 0 - Destroy COMPLETE")[0] == 0
