@@ -54,19 +54,25 @@ if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     rows=${DEVICE_BATCH_SIZE:-0} # 0: as many as the memory holds
     vocab=65536
     seq_len=2048
-    base=() loss=() mid=() sft=("--device-batch-size=$((gib >= 22 ? 4 : 2))") evals=() rl=()
+    base=() loss=()
 else
     depth=${DEPTH:-4}
-    rows=${DEVICE_BATCH_SIZE:-8}
+    rows=${DEVICE_BATCH_SIZE:-$((ranks > 2 ? 16 / ranks : 8))}
     vocab=4096
     seq_len=256
     base=(--max-seq-len=$seq_len --total-batch-size=8192 --num-iterations=80)
     base+=(--warmdown-ratio=0.5 --eval-every=40 --save-every=40)
-    mid=(--total-batch-size=4096 --eval-every=0 --save-every=40)
-    sft=(--conversations-per-step=128 --device-batch-size=$((4 * rows)))
+    loss=("--device-batch-size=$rows" --split-tokens=200000)
+fi
+if [ "$chat_data" = hub ]; then
+    mid=("--device-batch-size=$rows") sft=("--device-batch-size=$((gib >= 22 ? 4 : 2))") evals=() rl=()
+else # a million tokens: small steps, whatever the model
+    chat_rows=$((rows == 0 || rows * ranks > 16 ? 16 / ranks : rows))
+    mid=(--max-seq-len=256 --total-batch-size=4096 "--device-batch-size=$chat_rows")
+    mid+=(--eval-every=0 --save-every=40)
+    sft=(--conversations-per-step=128 "--device-batch-size=$((4 * chat_rows))")
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     evals=(--max-new-tokens=40 --batch-size=128)
-    loss=("--device-batch-size=$rows" --split-tokens=200000)
     rl=(--num-steps=60 --max-new-tokens=40 --init-lr-frac=0.25 --eval-every=30 --save-every=20)
     RL=${RL:-1}
 fi
@@ -131,8 +137,7 @@ stage base_train scripts.base_train "$ranks" "--depth=$depth" "--seed=$seed" "$(
     "--device-batch-size=$rows" "${base_model[@]}" "${base[@]}"
 stage base_loss scripts.base_loss "$ranks" "${base_model[@]}" "${loss[@]}"
 [ -z "$bundle" ] || stage base_eval scripts.base_eval "$ranks" "$tag" "$bundle"
-stage mid_train scripts.mid_train "$ranks" "--data=$chat_data" "$tag" "$(wandb mid)" \
-    "--device-batch-size=$rows" "${mid[@]}"
+stage mid_train scripts.mid_train "$ranks" "--data=$chat_data" "$tag" "$(wandb mid)" "${mid[@]}"
 stage chat_eval_mid scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i mid "${evals[@]}"
 stage chat_sft scripts.chat_sft "$ranks" "--data=$chat_data" "$tag" "$(wandb sft)" "${sft[@]}"
 stage chat_eval_sft scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i sft "${evals[@]}"

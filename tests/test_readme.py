@@ -135,17 +135,18 @@ class Read(Exception):
 
 
 def read_flags(module, arguments):
-    """Let a command read its arguments, and no more; ValueError if they are wrong."""
-    script = importlib.import_module(module)
+    """Let a command read its arguments, and no more; return its config, ValueError if they are wrong."""
+    script, configs = importlib.import_module(module), []
     parse = script.parse
 
     def parse_only(config_class, argv):
-        parse(config_class, argv)
+        configs.append(parse(config_class, argv))
         raise Read
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Read):
         patch.setattr(script, "parse", parse_only)
         script.main(arguments)
+    return configs[0]
 
 
 def module_and_arguments(words):
@@ -294,6 +295,7 @@ case $1 in
 esac
 """
 MACHINES = {"no GPU": "0 0", "one of 24 GiB": "1 23", "eight of 80 GiB": "8 79", "six of 80 GiB": "6 79"}
+TRAINING = ("base_train", "mid_train", "chat_sft")
 
 
 @pytest.fixture
@@ -326,6 +328,30 @@ def test_speedrun_gives_flags_that_are_read(machine, setting, speedrun):
     for words in calls:
         read_flags(*module_and_arguments(words))
     assert len(calls) >= 8
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("data", ["hub", "embedded", "PATH"])
+@pytest.mark.parametrize("more", [{}, {"NPROC_PER_NODE": "4"}, {"DEVICE_BATCH_SIZE": "4"}])
+def test_speedrun_gives_batches_that_divide(machine, data, more, speedrun):
+    """DATA=embedded on four GPUs or more, or ranks, ended after pretraining, or before it."""
+    status, calls = speedrun(machine=machine, DATA=data, **more)
+    assert status == 0
+    for words in calls:
+        module, arguments = module_and_arguments(words)
+        stage = module.removeprefix("scripts.")
+        if stage not in TRAINING:
+            continue
+        n_ranks = next((int(w.partition("=")[2]) for w in words if w.startswith("--nproc_per_node")), 1)
+        config = read_flags(module, arguments)
+        if stage == "chat_sft":
+            n_rows = config.conversations_per_step
+        else:
+            seq_len = config.max_seq_len if config.max_seq_len > 0 else 2048
+            n_rows = config.total_batch_size // seq_len
+        assert n_rows % (n_ranks * max(1, config.device_batch_size)) == 0, (stage, n_ranks, config)
+        is_chat_of_embedded = data != "hub" and stage == "mid_train"
+        assert not is_chat_of_embedded or config.total_batch_size == 4096  # else two steps are all there are
 
 
 def test_speedrun_goes_on_only_with_what_it_began(speedrun):
