@@ -9,8 +9,8 @@
 #
 # Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE (1, 2, 4 or 8 ranks), WANDB_RUN, DATA (hub, embedded or a path of your own
 # texts), DEPTH, DEVICE_BATCH_SIZE (rows of one forward), SEED (of weights and order of text), RL (1: reinforcement
-# learning, too, which the small run does unless it is 0), CORE_BUNDLE (folder or address of the CORE evaluation bundle;
-# without it CORE is not measured), DOLLARS_PER_HOUR.
+# learning, too, which is done on embedded conversations unless it is 0), CORE_BUNDLE (folder or address of the CORE
+# evaluation bundle; without it CORE is not measured), DOLLARS_PER_HOUR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
