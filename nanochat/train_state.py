@@ -206,7 +206,7 @@ def report_training(
 ) -> str:
     """Write report/<stage>.json of a finished run and return its one-line result."""
     steps = [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
-    middle = sorted(steps, key=lambda record: record["seconds"])[len(steps) // 2]
+    middle = sorted(steps, key=lambda record: record["seconds"])[len(steps) // 2] if steps else {}
     parameters = model.num_parameters()
     tokens = plan.num_steps * plan.tokens_per_step
     is_cuda = model.device.type == "cuda"
@@ -219,8 +219,8 @@ def report_training(
         "steps": plan.num_steps,
         "tokens": tokens,
         "train_seconds": progress.train_seconds,
-        "median_tokens_per_second": middle["tokens_per_second"],
-        "median_mfu": middle["mfu"],
+        "median_tokens_per_second": middle.get("tokens_per_second"),
+        "median_mfu": middle.get("mfu"),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
         "train_loss": progress.ema.value,
         "first_val_bpb": progress.first_val_bpb,

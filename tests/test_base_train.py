@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import report
 from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors, model_path
 from nanochat.common import run
 from nanochat.metrics import read_metrics
@@ -115,6 +116,17 @@ def test_report_and_base_loss(corpus, base_dir, capsys):
     assert set(loss["bpb"]) == {"train", "val"}
     assert loss["bpb"]["val"] == pytest.approx(result["val_bpb"], rel=0.05)
     assert loss["samples"][1].startswith("The capital of France is")
+
+
+def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
+    """Copied from elsewhere, say: there is no speed to report, but all else."""
+    train(corpus, "--num-iterations=2")
+    (base_dir / "base_checkpoints" / "d2" / "metrics.jsonl").unlink()
+    assert train(corpus, "--num-iterations=2", "--resume") == 0
+    result = json.loads((base_dir / "report" / "base_train.json").read_text())
+    assert result["median_tokens_per_second"] is None
+    assert result["val_bpb"] > 0
+    report.generate(0)
 
 
 def test_sigterm_saves_and_exits_with_zero_and_the_run_goes_on(corpus, base_dir):
