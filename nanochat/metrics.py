@@ -63,4 +63,7 @@ def _start_wandb(run: str, config: dict[str, Any]) -> Any:
             f"run={run!r} sends the numbers to wandb, which is not installed: uv pip install wandb, or leave "
             "--run out; metrics.jsonl has them anyway"
         ) from error
-    return wandb.init(project="nanochat", name=run, config=config)
+    try:
+        return wandb.init(project="nanochat", name=run, config=config)
+    except wandb.Error as error:  # no key, no network
+        raise ValueError(f"run={run!r}: wandb says: {error}; or leave --run out") from error

@@ -70,6 +70,20 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     open_log(tmp_path / "m.jsonl", 0).close()
 
 
+def test_wandb_that_is_not_logged_in(tmp_path, monkeypatch):
+    """It was a traceback. All errors of the real one's are wandb.Errors."""
+    fake = types.ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
+
+    def init(**settings):
+        raise fake.Error("No API key configured. Use `wandb login` to log in.")
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(ValueError, match=r"run='d4': wandb says: No API key .*; or leave --run out"):
+        MetricsLog(tmp_path / "m.jsonl", Runtime.cpu(), resume_step=0, wandb_run="d4", config={})
+
+
 def test_nothing_imports_wandb_before_it_is_asked_for():
     root = Path(__file__).parent.parent
     files = [path for folder in ("nanochat", "scripts", "tasks") for path in (root / folder).glob("*.py")]
