@@ -54,7 +54,7 @@ if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     rows=${DEVICE_BATCH_SIZE:-0} # 0: as many as the memory holds
     vocab=65536
     seq_len=2048
-    base=() loss=()
+    base=("--save-every=$((250 * ranks))") loss=() # at d20 every eleven minutes, however many ranks
 else
     depth=${DEPTH:-4}
     rows=${DEVICE_BATCH_SIZE:-$((ranks > 2 ? 16 / ranks : 8))}
