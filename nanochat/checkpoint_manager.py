@@ -42,6 +42,8 @@ def checkpoint_dir(stage: str, model_tag: str) -> Path:
     """Return base_dir()/<stage>_checkpoints/<model_tag>."""
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    if model_tag in ("", "..") or Path(model_tag).name != model_tag:
+        raise ValueError(f"model_tag={model_tag!r} must be the name of a folder, with no path before it")
     return base_dir() / f"{STAGES[stage]}_checkpoints" / model_tag
 
 

@@ -166,3 +166,10 @@ def test_a_name_goes_before_the_deepest_model(base_dir):
         cm.checkpoint_dir(stage, name).mkdir(parents=True)
     tags = [cm.resolve_tag("mid", tag) for tag in (None, "", "mine", "d4", "new")]
     assert tags == ["d12", "d12", "mine", "d4", "new"]
+
+
+@pytest.mark.parametrize("model_tag", ["../d4", "/tmp/d4", "a/b", "..", ""])
+def test_a_model_tag_is_no_path(model_tag):
+    """Checkpoints were written, and with --overwrite deleted, outside the base directory."""
+    with pytest.raises(ValueError, match="model_tag="):
+        cm.checkpoint_dir("base", model_tag)
