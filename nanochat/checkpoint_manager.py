@@ -39,10 +39,10 @@ class DamagedError(ValueError):
 
 
 def checkpoint_dir(stage: str, model_tag: str) -> Path:
-    """Return base_dir()/<stage>_checkpoints/<model_tag>."""
+    """Return base_dir()/<stage>_checkpoints/<model_tag>; with tag "" the folder of all of the stage."""
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    if model_tag in ("", "..") or Path(model_tag).name != model_tag:
+    if model_tag == ".." or Path(model_tag).name != model_tag:
         raise ValueError(f"model_tag={model_tag!r} must be the name of a folder, with no path before it")
     return base_dir() / f"{STAGES[stage]}_checkpoints" / model_tag
 

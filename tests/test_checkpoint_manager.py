@@ -168,7 +168,7 @@ def test_a_name_goes_before_the_deepest_model(base_dir):
     assert tags == ["d12", "d12", "mine", "d4", "new"]
 
 
-@pytest.mark.parametrize("model_tag", ["../d4", "/tmp/d4", "a/b", "..", ""])
+@pytest.mark.parametrize("model_tag", ["../d4", "/tmp/d4", "a/b", ".."])
 def test_a_model_tag_is_no_path(model_tag):
     """Checkpoints were written, and with --overwrite deleted, outside the base directory."""
     with pytest.raises(ValueError, match="model_tag="):
