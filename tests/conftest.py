@@ -8,8 +8,12 @@ import tempfile
 import pytest
 import torch
 
-# models in tests are tiny: threads would only wait for one another. Also for the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = "1"
+# models in tests are tiny: threads would only wait for one another
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: torch has read it here
+
+# processes that tests start would compile the same libraries again and again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # where transformers and datasets put what they load; read when they are imported
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nanochat-tests-")
