@@ -25,7 +25,9 @@ def assert_same_run(stage, tag, other):
     for one, two in zip(untimed_records(stage, tag), untimed_records(stage, other), strict=True):
         assert one.pop("grad_norm", 0) == pytest.approx(two.pop("grad_norm", 0), rel=1e-4)
         assert one == pytest.approx(two, rel=1e-5), (stage, one, two)
-    one, two = (load_tensors(model_path(checkpoint_dir(stage, t), ranks.NUM_STEPS), "cpu") for t in (tag, other))
+    one, two = (
+        load_tensors(model_path(checkpoint_dir(stage, t), ranks.NUM_STEPS), "cpu") for t in (tag, other)
+    )
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
 
