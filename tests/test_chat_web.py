@@ -44,7 +44,7 @@ def test_from_start_to_end(checkpoint):
         try:
             greeting = process.stdout.readline()
             assert greeting.startswith("d4-sft, step 3, on cpu: http://127.0.0.1:")
-            client = httpx2.Client(base_url=greeting.split()[-1], timeout=20, trust_env=False)
+            client = httpx2.Client(base_url=greeting.split()[-1], timeout=60, trust_env=False)
             body = {"messages": [{"role": "user", "content": "the river"}]}
             assert client.post("/chat/completions", json=body).status_code == 401
             client.headers["authorization"] = "Bearer secret"
@@ -54,7 +54,7 @@ def test_from_start_to_end(checkpoint):
             assert 0 < usage["completion_tokens"] <= 18
             client.close()
             process.send_signal(signal.SIGTERM)
-            out = process.communicate(timeout=20)[0]
+            out = process.communicate(timeout=60)[0]
         finally:
             process.kill()
     assert process.returncode == 0

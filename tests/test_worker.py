@@ -71,7 +71,7 @@ class Reader:
         self.ends = {}
 
     def next(self):
-        event = self.events.get(timeout=20)
+        event = self.events.get(timeout=60)
         if isinstance(event, Token):
             assert event.sample not in self.ends
             self.tokens[event.sample].append(event.token)
