@@ -3,13 +3,22 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from functools import cache
 
 import pytest
 import torch
 
-# models in tests are tiny: threads would only wait for one another. Also for the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = "1"
+from nanochat import embedded
+
+# models in tests are tiny: threads would only wait for one another
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: torch has read it here
+
+# else each of them would compile the same libraries again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # where transformers and datasets put what they load; read when they are imported
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nanochat-tests-")
@@ -40,6 +49,15 @@ def base_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library_is_parsed_once():
+    """Python's own library, for all tests that make text or tasks of it."""
+    parse = embedded._source_modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "_source_modules", cache(lambda: [list(entries) for entries in parse()]))
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,7 +11,7 @@ import uvicorn
 from nanochat.server import Settings, create_app
 from nanochat.serving import End, Token
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 class Pause:

@@ -14,13 +14,14 @@ from tasks import recipes
 from tests.chats import QUIET, ColourTask
 
 TASK = ColourTask(20), ColourTask(5, seed=1)
-SHORT = [*QUIET, "--num-iterations=20", "--device-batch-size=1"]
+NUM_STEPS, HALF = 20, 10
+SHORT = [*QUIET, f"--num-iterations={NUM_STEPS}", "--device-batch-size=1"]
 
 
 def pretrain(corpus, *flags):
     """Twelve micro-batches a step, which 1, 2, 3 and 4 ranks can share."""
     shape = ["--depth=2", "--max-seq-len=16", "--total-batch-size=192", "--eval-tokens=800"]
-    base_train.main([*SHORT, *shape, f"--data={corpus}", "--save-every=10", "--keep-last=0", *flags])
+    base_train.main([*SHORT, *shape, f"--data={corpus}", f"--save-every={HALF}", "--keep-last=0", *flags])
 
 
 def work(corpus, tag, begun):

@@ -32,4 +32,5 @@ def work(text: str, num_steps: str, tag: str) -> int:
 
 
 if __name__ == "__main__":
-    common.run(lambda: work(*sys.argv[1:]))
+    text, num_steps, *tags = sys.argv[1:]
+    common.run(lambda: max(work(text, num_steps, tag) for tag in tags))

@@ -4,10 +4,8 @@ import json
 import logging
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -129,24 +127,33 @@ def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
     report.generate(0)
 
 
+SIGTERM_AT_A_STEP = """
+import os, signal, sys
+from nanochat import train_loop
+from nanochat.common import run
+from scripts import base_train
+step, *flags = sys.argv[1:]
+set_schedule = train_loop.set_schedule
+def send_sigterm(optimizer, plan, number):
+    if number == int(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return set_schedule(optimizer, plan, number)
+train_loop.set_schedule = send_sigterm
+run(lambda: base_train.main(flags))
+"""
+
+
 def test_sigterm_saves_and_exits_with_zero_and_the_run_goes_on(corpus, base_dir):
-    train(corpus, "--num-iterations=60", "--model-tag=whole", "--eval-every=0")
-    command = [sys.executable, "-m", "scripts.base_train", f"--data={corpus}", *SMALL]
-    command += ["--num-iterations=60", "--eval-every=0"]
-    metrics = base_dir / "base_checkpoints" / "d2" / "metrics.jsonl"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (metrics.exists() and len(read_metrics(metrics)) > 3):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "SIGTERM: saved step" in out
-    (step,) = complete_steps(metrics.parent)
-    assert 0 < step < 60
-    train(corpus, "--num-iterations=60", "--resume", "--eval-every=0")
-    whole, resumed = weights(base_dir, 60, "whole"), weights(base_dir, 60)
+    """It comes in the middle of the fourth step."""
+    flags = [f"--data={corpus}", *SMALL, "--num-iterations=9", "--eval-every=0"]
+    base_train.main([*flags, "--model-tag=whole"])
+    command = [sys.executable, "-c", SIGTERM_AT_A_STEP, "3", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM: saved step 4, stopping" in done.stdout
+    assert complete_steps(base_dir / "base_checkpoints" / "d2") == [4]
+    base_train.main([*flags, "--resume"])
+    whole, resumed = weights(base_dir, 9, "whole"), weights(base_dir, 9)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert losses(base_dir, "whole") == losses(base_dir)
 

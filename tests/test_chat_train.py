@@ -219,7 +219,7 @@ def test_two_ranks_learn_what_one_does(tmp_path, monkeypatch):
     flags = [f"--data={path}", "--num-iterations=4"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "scripts.chat_sft", *chats.SCRIPTS["sft"][1], *flags]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "RANK": ""}, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "RANK": ""}, timeout=300)
     two = losses("sft")
     monkeypatch.setattr(recipes, "sft_tasks", SFT_TASKS)
     train("sft", *flags, "--overwrite")

@@ -25,16 +25,18 @@ def assert_same_run(stage, tag, other):
     for one, two in zip(untimed_records(stage, tag), untimed_records(stage, other), strict=True):
         assert one.pop("grad_norm", 0) == pytest.approx(two.pop("grad_norm", 0), rel=1e-4)
         assert one == pytest.approx(two, rel=1e-5), (stage, one, two)
-    one, two = (load_tensors(model_path(checkpoint_dir(stage, t), 20), "cpu") for t in (tag, other))
+    one, two = (
+        load_tensors(model_path(checkpoint_dir(stage, t), ranks.NUM_STEPS), "cpu") for t in (tag, other)
+    )
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
 
 
 def begin(tag, new_tag):
-    """Copy a base model of 20 steps as it stood after ten."""
+    """Copy a base model as it stood half-way."""
     new = checkpoint_dir("base", new_tag)
     shutil.copytree(checkpoint_dir("base", tag), new)
-    delete_checkpoint(new, 20)
+    delete_checkpoint(new, ranks.NUM_STEPS)
     return new_tag
 
 
@@ -90,7 +92,7 @@ def test_ranks_do_what_one_does(one_rank, monkeypatch, n_nodes, n_ranks):
     one, several = (json.loads((one_rank / "base" / f"eval_{t}.json").read_text()) for t in ("of1", tag))
     assert one.keys() == several.keys() >= {"chat", "pick", "who", "recall"}
     assert all(one[name] == pytest.approx(several[name]) for name in one)
-    shares = list(checkpoint_dir("base", tag).glob("optim_000010_rank*.pt"))
+    shares = list(checkpoint_dir("base", tag).glob(f"optim_{ranks.HALF:06d}_rank*.pt"))
     assert len(shares) == world_size
     ranks.pretrain(data, f"--model-tag={begin(tag, f'{tag}_then_1')}", "--resume")
     assert_same_run("base", f"{tag}_then_1", "of1")

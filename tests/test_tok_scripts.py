@@ -1,9 +1,7 @@
 """scripts.tok_train and scripts.tok_eval, run through their main on a small corpus of our own."""
 
 import json
-import subprocess
-import sys
-import time
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,22 +112,14 @@ def test_tok_eval(corpus, base_dir, capsys, monkeypatch):
 
 def test_tok_eval_does_not_wait_for_a_network_that_swallows_packets(monkeypatch):
     """tiktoken downloads without a time limit."""
-    monkeypatch.setattr(RustBPETokenizer, "from_pretrained", lambda name: time.sleep(30))
-    start = time.perf_counter()
+    is_there, downloads = threading.Event(), []
+    monkeypatch.setattr(RustBPETokenizer, "from_pretrained", lambda name: downloads.append(is_there.wait(60)))
     with pytest.raises(TimeoutError, match=r"nothing within 0\.1 s"):
         tok_eval.load_pretrained("gpt2", timeout=0.1)
-    assert time.perf_counter() - start < 5
+    assert downloads == []  # it still waits
+    is_there.set()
 
 
 def test_tok_eval_without_tokenizer(corpus):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*python -m scripts\.tok_train"):
         tok_eval.main([f"--data={corpus}"])
-
-
-@pytest.mark.parametrize("script", ["tok_train", "tok_eval"])
-def test_import_is_light_and_silent(script):
-    """`--help` has to answer at once."""
-    code = (
-        f"import sys, scripts.{script}; print({{'torch', 'tiktoken', 'pyarrow', 'numpy'}} & set(sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

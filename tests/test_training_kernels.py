@@ -75,7 +75,10 @@ def bounded(bound, rounded, expected):
     ],
 )  # fmt: skip
 def test_slc2(device, dtype, H, D, K, B, T, lengths):
-    """y and all gradients; the columns that nobody reads hold NaN and get zeros; twice the same bits."""
+    """y and all gradients; the columns that nobody reads hold NaN and get zeros; twice the same bits.
+
+    The interpreter runs a kernel's programs one after the other: it could not but give the same.
+    """
     packed, conv, dy = slc2_case(device, dtype, B * T, H, D, K)
     positions = documents(lengths, device) if lengths else None
     poison(*packed.shape, device=device, dtype=dtype)  # freed: the op is likely to be given it
@@ -94,12 +97,13 @@ def test_slc2(device, dtype, H, D, K, B, T, lengths):
         assert error(part, expected_part) < bounded(bound, rounded_part, expected_part)
     assert not dpacked[:, used:].any()
     assert error(dconv, expected_conv) < sum_bound
-    again, (dpacked_again, dconv_again) = gradients(
-        lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv
-    )
-    assert torch.equal(again, y)
-    assert torch.equal(dpacked_again, dpacked)
-    assert torch.equal(dconv_again, dconv)
+    if device == "cuda":
+        again, (dpacked_again, dconv_again) = gradients(
+            lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv
+        )
+        assert torch.equal(again, y)
+        assert torch.equal(dpacked_again, dpacked)
+        assert torch.equal(dconv_again, dconv)
 
 
 def test_slc2_is_an_operator(device):

@@ -480,7 +480,8 @@ print(model.generate(**inputs, max_new_tokens=8)[0].tolist())
 
 
 def test_in_a_process_without_this_package(exported, tmp_path):
-    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS")}
+    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-I", "-c", WITHOUT_US, exported.folder],
         cwd=tmp_path,
