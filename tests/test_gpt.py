@@ -500,6 +500,7 @@ def test_cudnn_attends_on_full_rows_alone(monkeypatch):
         return all(found)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    torch.backends.cuda.enable_cudnn_sdp(True)  # the process's: two threads that decode at once leave it off
     T = model.config.sequence_len
     assert may_use_cudnn(T)
     assert not may_use_cudnn(T - 1)
