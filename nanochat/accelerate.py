@@ -15,9 +15,8 @@ from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
 from nanochat.kernels.norm import rms_norm
 
 logger = logging.getLogger(__name__)
-SHARED_MEMORY = (
-    226 * 1024
-)  # bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB
+# bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB
+SHARED_MEMORY = 226 * 1024
 MAX_TAPS = 4  # of a convolution: the kernel holds a row of them in registers
 
 
@@ -76,6 +75,7 @@ def fuse(model: GPT, fp8: bool = False) -> None:
 def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
     """Make a model that is to be trained fast: by the kernels (None: where they run), in 8 bits, compiled.
 
+    Where fused is None a CPU, which has no kernels, takes the head's loss in chunks.
     Raises ValueError if the kernels are asked for and do not run here: fp8 is one of theirs.
     """
     asked, reason, fused = fused, lacking(model, fp8), uses_kernels(fused, model)

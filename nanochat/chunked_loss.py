@@ -24,12 +24,10 @@ CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**22}  # of logits
 MIN_ROWS = 128  # of a chunk: each reads the weight and adds to its gradient
 
 
-def cross_entropy_(
-    logits: Tensor, targets: Tensor, losses: Tensor, cap: float, has_grad: bool, narrow: None = None
-) -> None:
+def cross_entropy_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, has_grad: bool) -> None:
     """Write the loss of each row of logits (N,V) to losses (N,); if has_grad, its gradient to logits.
 
-    targets (N,) int64; a row whose target is negative has loss and gradient 0. narrow: see the kernel.
+    targets (N,) int64; a row whose target is negative has loss and gradient 0.
     """
     is_counted, at = targets >= 0, targets.clamp(min=0)[:, None]
     capped = logits.div_(cap).tanh_()

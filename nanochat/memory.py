@@ -12,12 +12,12 @@ import math
 import torch
 
 from nanochat.accelerate import has_large_tiles, uses_kernels
+from nanochat.chunked_loss import CHUNK_BYTES
 from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 
 MAX_ROWS = 32  # of a forward: more fill no GPU better
 SPARE = 0.92  # of the free memory: the allocator, libraries and their workspaces need the rest
-HEAD_BYTES = 2**31  # at most, for the logits of a chunk; without the kernels there is one chunk, twice
 
 
 def training_bytes(
@@ -37,7 +37,8 @@ def training_bytes(
         kept = {kind: size + 8 * E for kind, size in kept.items()}  # the hidden layer before relu^2
     layers = [(kept[kind] if fused else 33 * E) * tokens for kind in config.layer_kinds]
     activations = max(layers) + len(layers) * 4 * E * tokens if checkpointing else sum(layers)
-    head = min(HEAD_BYTES, 2 * V * tokens) if fused else 4 * V * tokens
+    # logits: of a chunk; without the kernels there is one chunk, twice
+    head = min(CHUNK_BYTES["cuda"], 2 * V * tokens) if fused else 4 * V * tokens
     return weights + activations + head + 8 * V * E + 8 * E * tokens
 
 
