@@ -56,6 +56,21 @@ def test_bf16_loss_and_gradients_against_float64(slc_rate, compiled, fused, has_
         assert relative_error(gradient, reference[name]) < 0.04, name
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_8_bit_loss_and_gradients_against_float64(compiled):
+    model = random_model(GPTConfig(64, 208, 4, 3, 3, 3 * 64, 3, 3))
+    idx = torch.randint(0, 208, (2, 65))
+    reference_loss, reference = loss_and_gradients(model.double(), idx)
+    model = model.float().cuda()
+    if reason := acceleration.lacking(model, fp8=True):
+        pytest.skip(reason)
+    accelerate(model, compile=compiled, fused=True, fp8=True)
+    loss, gradients = loss_and_gradients(model, idx.cuda())
+    assert loss.item() == pytest.approx(reference_loss.item(), rel=2e-2)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, reference[name]) < 0.3, name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("plan", [{"slc_rate": 0}, {"slc_rate": 2}, {"slc_rate": 3, "n_kv_head": 1}], ids=str)

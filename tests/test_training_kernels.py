@@ -240,24 +240,11 @@ def test_rms_norm(device, dtype):
 
 
 def fp8_case(device, M, E):
-    """h as the norm leaves it, weights of training's size, a gradient of any size, all bfloat16."""
+    """h as the norm leaves it, float32 weights of training's size, a gradient of any size."""
     h = F.rms_norm(torch.randn(M, E, device=device), (E,)).bfloat16()
     shapes = ((4 * E, E), (E, 4 * E))
-    weights = [(torch.randn(shape, device=device) * shape[1] ** -0.5).bfloat16() for shape in shapes]
+    weights = [torch.randn(shape, device=device) * shape[1] ** -0.5 for shape in shapes]
     return h, *weights, (1e-6 * torch.randn(M, E, device=device)).bfloat16()
-
-
-@pytest.mark.parametrize("to", [torch.float16, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("M", "N"), [(5, 130), (128, 256), on_gpu(1280, 5120), on_gpu(70_000, 1280)])
-def test_narrow_and_transpose(device, to, M, N):
-    """Both ways round, clipped, and every element written; the interpreter knows no floats of 8 bits."""
-    x = torch.randn(N, M, device=device).T
-    x[0, 0], x[-1, -1] = 1e6, -1e6
-    scale = torch.tensor(100.0, device=device)
-    poison(M, N, device=device, dtype=to)
-    out, transposed = fp8.narrow_and_transpose(x, scale, to)
-    assert torch.equal(out.float(), fp8.narrow(x, scale, to).float())
-    assert torch.equal(transposed.float(), out.float().T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -297,15 +284,7 @@ def emulated_fp8(device, monkeypatch):
     def launch(a, b, out, tile, post=None, *, scale):
         out.copy_(fp8.narrow(fp8_launch(a, b, post, scale=scale), 1.0, out.dtype))
 
-    def launch_transpose(x, scale, out, transposed):
-        out.copy_(fp8.narrow(x, scale, out.dtype))
-        transposed.copy_(out.T)
-
-    launch_bytes = fp8._launch_transpose
     monkeypatch.setattr(fp8, "launch", launch)
-    monkeypatch.setattr(
-        fp8, "_launch_transpose", lambda *args: (launch_bytes if args[1] is None else launch_transpose)(*args)
-    )
 
 
 @pytest.mark.parametrize(("M", "E"), [(1008, 48), on_gpu(4096, 768)])
@@ -317,9 +296,10 @@ def test_mlp_fp8(device, emulated_fp8, M, E):
         lambda h, w_fc, w_proj: F.linear(F.linear(h, w_fc).relu().square(), w_proj),
         *(t.double() for t in (dy, h, w_fc, w_proj)),
     )
-    assert error(y, expected) < 0.06
+    assert error(y, expected) < 0.065
     for gradient, reference, bound in zip(grads, expected_grads, (0.1, 0.1, 0.085), strict=True):
         assert error(gradient, reference) < bound
+    w_fc = w_fc.bfloat16()
     linear, (dh, dweight) = gradients(fp8.linear, dy @ w_fc.T, h, w_fc)
     reference, (expected_dh, expected_dweight) = gradients(
         F.linear, (dy @ w_fc.T).double(), h.double(), w_fc.double()

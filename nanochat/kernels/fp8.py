@@ -45,51 +45,28 @@ def peak_scale(x: Tensor, peak: float) -> Tensor:
 
 
 @triton.jit
-def _transpose(x_ptr, scale_ptr, out_ptr, transposed_ptr, M, N, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+def _transpose(x_ptr, out_ptr, M, N, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (rows < M) & (columns < N)
     x = tl.load(x_ptr + rows * N + columns, mask=inside)
-    if scale_ptr is not None:
-        x = tl.clamp(x.to(tl.float32) * tl.load(scale_ptr), -LIMIT, LIMIT).to(transposed_ptr.dtype.element_ty)
-    if out_ptr is not None:
-        tl.store(out_ptr + rows * N + columns, x, mask=inside)
-    tl.store(transposed_ptr + columns.T * M + rows.T, x.T, mask=inside.T)
-
-
-def _launch_transpose(x: Tensor, scale: Tensor | None, out: Tensor | None, transposed: Tensor) -> None:
-    M, N = x.shape
-    grid = triton.cdiv(M, BLOCK), triton.cdiv(N, BLOCK)
-    limit = None if scale is None else torch.finfo(transposed.dtype).max
-    _transpose[grid](x.contiguous(), scale, out, transposed, M, N, limit, BLOCK, num_warps=8)
+    tl.store(out_ptr + columns.T * M + rows.T, x.T, mask=inside.T)
 
 
 @torch.library.custom_op("nanochat::transpose", mutates_args=())
 def transpose(x: Tensor) -> Tensor:
     """Return x (M,N), of 8 bits, transposed (N,M)."""
-    transposed = x.new_empty(x.shape[::-1])
-    _launch_transpose(x.view(torch.uint8), None, None, transposed.view(torch.uint8))
-    return transposed
+    M, N = x.shape
+    out = x.new_empty(N, M)
+    grid = triton.cdiv(M, BLOCK), triton.cdiv(N, BLOCK)
+    # a pass of its own: rounded in this kernel, too, some elements were garbled by ptxas 12.8
+    _transpose[grid](x.contiguous().view(torch.uint8), out.view(torch.uint8), M, N, BLOCK, num_warps=8)
+    return out
 
 
 @transpose.register_fake
 def _(x):
     return x.new_empty(x.shape[::-1])
-
-
-@torch.library.custom_op("nanochat::narrow_and_transpose", mutates_args=())
-def narrow_and_transpose(
-    x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
-    """Return x (M,N) as narrow does, from the same read also transposed: (N,M)."""
-    out, transposed = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
-    _launch_transpose(x, scale, out, transposed)
-    return out, transposed
-
-
-@narrow_and_transpose.register_fake
-def _(x, scale, dtype=torch.float8_e4m3fn):
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
 
 
 def product(
@@ -149,23 +126,22 @@ class _MLP(torch.autograd.Function):
     def forward(ctx, h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
         fc_scale, proj_scale = peak_scale(w_fc, WEIGHT_PEAK), peak_scale(w_proj, WEIGHT_PEAK)
         h_scale, post_scale = torch.full_like(fc_scale, H_SCALE), torch.full_like(fc_scale, POST_SCALE)
-        fc, fc_t = narrow_and_transpose(w_fc, fc_scale)
-        proj, proj_t = narrow_and_transpose(w_proj, proj_scale)
-        h, h_t = narrow_and_transpose(h, h_scale)
+        h, fc, proj = narrow(h, h_scale), narrow(w_fc, fc_scale), narrow(w_proj, proj_scale)
         post = linear_relu2_fp8(h, fc, post_scale.sqrt() / (h_scale * fc_scale))
-        ctx.save_for_backward(h_t, post, fc_t, proj_t, h_scale, post_scale, fc_scale, proj_scale)
+        transposed = map(transpose, (h, fc, proj))
+        ctx.save_for_backward(post, *transposed, h_scale, post_scale, fc_scale, proj_scale)
         ctx.dtype = w_fc.dtype
         return product(post, proj, post_scale, proj_scale)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        h_t, post, fc_t, proj_t, h_scale, post_scale, fc_scale, proj_scale = ctx.saved_tensors
+        post, h_t, fc_t, proj_t, h_scale, post_scale, fc_scale, proj_scale = ctx.saved_tensors
         scale = peak_scale(dy, GRADIENT_PEAK)
-        dy, dy_t = narrow_and_transpose(dy, scale, torch.float8_e5m2)
+        dy = narrow(dy, scale, torch.float8_e5m2)
         dpre = linear_relu2_backward_fp8(dy, proj_t, post, 1 / (proj_scale * post_scale.sqrt()))
         dh = product(dpre, fc_t, scale, fc_scale)
         dw_fc = product(transpose(dpre), h_t, scale, h_scale, is_fast=False, dtype=ctx.dtype)
-        dw_proj = product(dy_t, transpose(post), scale, post_scale, is_fast=False, dtype=ctx.dtype)
+        dw_proj = product(transpose(dy), transpose(post), scale, post_scale, is_fast=False, dtype=ctx.dtype)
         return dh, dw_fc, dw_proj
 
 
@@ -195,7 +171,8 @@ class Head:
 
     def __init__(self, x: Tensor, weight: Tensor):
         self.scale = peak_scale(weight, WEIGHT_PEAK)
-        self.weight, self.weight_t = narrow_and_transpose(weight, self.scale)
+        self.weight = compiled(narrow)(weight, self.scale)
+        self.weight_t = transpose(self.weight)
         self.x_scale = torch.full_like(self.scale, H_SCALE)
         self.x = compiled(narrow)(x, self.x_scale)
 
