@@ -33,7 +33,7 @@ PARTS = (  # the first pattern that a kernel's name fits
     ("slc2", "^_slc2"),
     ("rope", "^_rope"),
     ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),
-    ("mlp_product", "linear_relu2"),
+    ("mlp_product", "^_linear_relu2"),
     ("transpose", "^_transpose"),
     ("product", "gemm|nvjet|cutlass|xmma|splitK"),
     ("compiled", "^triton_"),
