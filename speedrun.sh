@@ -8,9 +8,10 @@
 #   bash speedrun.sh --fresh    do every stage again
 #
 # Settings: NANOCHAT_BASE_DIR, NPROC_PER_NODE (1, 2, 4 or 8 ranks), WANDB_RUN, DATA (hub, embedded or a path of your own
-# texts), DEPTH, DEVICE_BATCH_SIZE (rows of one forward), SEED (of weights and order of text), RL (1: reinforcement
-# learning, too, which is done on embedded conversations unless it is 0), CORE_BUNDLE (folder or address of the CORE
-# evaluation bundle; without it CORE is not measured), DOLLARS_PER_HOUR.
+# texts), DEPTH, DEVICE_BATCH_SIZE (rows of one forward), FP8 (1: pretrain in 8 bits, on Hopper cards and newer ones of
+# data centres), SEED (of weights and order of text), RL (1: reinforcement learning, too, which is done on embedded
+# conversations unless it is 0), CORE_BUNDLE (folder or address of the CORE evaluation bundle; without it CORE is not
+# measured), DOLLARS_PER_HOUR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -41,10 +42,12 @@ esac
 
 # ---- the machine and the run it is good for
 
-read -r gpus gib < <($python -c '
+read -r gpus gib has_fp8 < <($python -c '
 import torch
-n = torch.cuda.device_count()
-print(n, min((torch.cuda.get_device_properties(i).total_memory for i in range(n)), default=0) >> 30)')
+from nanochat.accelerate import has_large_tiles
+gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+memory = min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=0)
+print(len(gpus), memory >> 30, bool(gpus) and all(map(has_large_tiles, gpus)))')
 ranks=${NPROC_PER_NODE:-$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : gpus >= 2 ? 2 : 1))} # what the batches divide by
 case $ranks in 1 | 2 | 4 | 8) ;; *) fail "NPROC_PER_NODE=$ranks must be 1, 2, 4 or 8" ;; esac
 data=${DATA:-$([ "$gpus" -gt 0 ] && echo hub || echo embedded)}
@@ -63,6 +66,10 @@ else
     base=(--max-seq-len=$seq_len --total-batch-size=8192 --num-iterations=80)
     base+=(--warmdown-ratio=0.5 --eval-every=40 --save-every=40)
     loss=("--device-batch-size=$rows" --split-tokens=200000)
+fi
+if [ "${FP8:-0}" != 0 ]; then
+    [ "$has_fp8" = True ] || fail "FP8=$FP8 needs Hopper GPUs, or newer ones of data centres; leave it out"
+    base+=(--fp8)
 fi
 if [ "$chat_data" = hub ]; then
     mid=("--device-batch-size=$rows") sft=("--device-batch-size=$((gib >= 22 ? 4 : 2))") evals=() rl=()
