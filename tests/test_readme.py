@@ -65,10 +65,11 @@ SMALL = {  # what is added to commands, by the words that they begin with; the l
     "lm_eval": "--include_path . --device cpu",
 }
 ELSEWHERE = {
-    "bash speedrun.sh": "tests/test_readme.py",
-    "DEPTH=8 bash speedrun.sh": "tests/test_readme.py",
-    "DEVICE_BATCH_SIZE=4 bash speedrun.sh": "tests/test_readme.py",
-    "DATA=PATH bash speedrun.sh": "tests/test_readme.py",
+    "bash speedrun.sh": "tests/test_speedrun.py",
+    "DEPTH=8 bash speedrun.sh": "tests/test_speedrun.py",
+    "DEVICE_BATCH_SIZE=4 bash speedrun.sh": "tests/test_speedrun.py",
+    "FP8=1 bash speedrun.sh": "tests/test_speedrun.py",
+    "DATA=PATH bash speedrun.sh": "tests/test_speedrun.py",
     "bash tests/run.sh": ".ci/run",
     "bash tests/run.sh tests/test_slc2.py tests/test_gpt.py": ".ci/run",
     "bash tests/run.sh -m gpu": ".ci/run",
@@ -287,133 +288,6 @@ def test_the_task_of_the_readme():
     assert answers == [str(2 * n) for n in range(10, 100)]
     assert task.evaluate(task[3], " 26\n")
     assert not task.evaluate(task[3], "25")
-
-
-PYTHON = """#!/usr/bin/env bash
-echo "$@" >> "$CALLS"
-case $1 in
-    -c) [[ $2 != *wandb* ]] || exit "${NO_WANDB:-0}"; echo "$MACHINE" ;;
-    -m)
-        while [ "$1" != -m ] || [[ $2 == torch.* ]]; do shift; done
-        [ "${2#*.}" != "${CUT:-}" ] || { echo "$LAST_WORDS"; exit 1; }
-        echo "${2#*.}: done"
-        [ -z "${AFTER:-}" ] || echo "$AFTER" ;;
-esac
-"""
-MACHINES = {"no GPU": "0 0", "one of 24 GiB": "1 23", "eight of 80 GiB": "8 79", "six of 80 GiB": "6 79"}
-TRAINING = ("base_train", "mid_train", "chat_sft")
-
-
-@pytest.fixture
-def speedrun(tmp_path):
-    """The script with a Python that only notes what it is told; returns how it ends and the scripts run."""
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "setup.sh").touch()
-    shutil.copy(ROOT / "speedrun.sh", tmp_path)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-    calls = tmp_path / "calls"
-
-    def start(*arguments, machine="no GPU", **settings):
-        calls.unlink(missing_ok=True)
-        environment = {**os.environ, **settings, "CALLS": str(calls), "MACHINE": MACHINES[machine]}
-        done = subprocess.run(["bash", "speedrun.sh", *arguments], cwd=tmp_path, env=environment)
-        lines = calls.read_text().splitlines() if calls.exists() else []
-        return done.returncode, [shlex.split(line) for line in lines if "scripts." in line]
-
-    return start
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("setting", ["", "DEPTH=8", "DEVICE_BATCH_SIZE=4", "DATA=PATH"])
-def test_speedrun_gives_flags_that_are_read(machine, setting, speedrun):
-    status, calls = speedrun(machine=machine, **dict([setting.split("=")] if setting else []))
-    assert status == 0
-    for words in calls:
-        read_flags(*module_and_arguments(words))
-    assert len(calls) >= 8
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("data", ["hub", "embedded", "PATH"])
-@pytest.mark.parametrize("more", [{}, {"NPROC_PER_NODE": "4"}, {"DEVICE_BATCH_SIZE": "4"}])
-def test_speedrun_gives_batches_that_divide(machine, data, more, speedrun):
-    """DATA=embedded on four GPUs or more, or ranks, ended after pretraining, or before it."""
-    status, calls = speedrun(machine=machine, DATA=data, **more)
-    assert status == 0
-    for words in calls:
-        module, arguments = module_and_arguments(words)
-        stage = module.removeprefix("scripts.")
-        if stage not in TRAINING:
-            continue
-        n_ranks = next((int(w.partition("=")[2]) for w in words if w.startswith("--nproc_per_node")), 1)
-        config = read_flags(module, arguments)
-        if stage == "chat_sft":
-            n_rows = config.conversations_per_step
-        else:
-            seq_len = config.max_seq_len if config.max_seq_len > 0 else 2048
-            n_rows = config.total_batch_size // seq_len
-        assert n_rows % (n_ranks * max(1, config.device_batch_size)) == 0, (stage, n_ranks, config)
-        is_chat_of_embedded = data != "hub" and stage == "mid_train"
-        assert not is_chat_of_embedded or config.total_batch_size == 4096  # else two steps are all there are
-
-
-def test_speedrun_goes_on_only_with_what_it_began(speedrun):
-    """Cut off while it started anew, before old checkpoints were deleted, a stage went on with those."""
-    cut = {"CUT": "mid_train", "LAST_WORDS": "step 00000 | validation bpb 3.1"}
-    saved = {**cut, "LAST_WORDS": "step 00040 | saved to there"}
-    found = []
-    for arguments, settings in (([], {}), (["--fresh"], cut), ([], cut), ([], saved), ([], cut), ([], {})):
-        status, calls = speedrun(*arguments, **settings)
-        found += [(status, words[-1]) for words in calls if "scripts.mid_train" in words]
-    again, anew = "--resume", "--overwrite"
-    assert found == [(0, anew), (1, anew), (1, anew), (1, anew), (1, again), (0, again)]
-
-
-def test_speedrun_does_not_pass_over_another_seed(speedrun, capfd):
-    """A finished stage would not be trained again, and the seed be without effect."""
-    assert speedrun(SEED="7")[0] == 0
-    assert speedrun(SEED="8") == (1, [])
-    assert "SEED=7" in capfd.readouterr().err
-    assert speedrun(SEED="7")[0] == 0
-    status, calls = speedrun("--fresh", SEED="8")
-    assert status == 0
-    assert any("--seed=8" in words for words in calls)
-
-
-def test_speedrun_takes_as_many_ranks_as_batches_divide_by(speedrun, capfd):
-    """With six GPUs it ended after download and tokenizer: no batch of 524,288 tokens divides by six."""
-    status, calls = speedrun(machine="six of 80 GiB")
-    assert status == 0
-    assert {word for words in calls for word in words if "nproc_per_node" in word} == {"--nproc_per_node=4"}
-    assert speedrun(machine="six of 80 GiB", NPROC_PER_NODE="3") == (1, [])
-    assert "NPROC_PER_NODE=3 must be 1, 2, 4 or 8" in capfd.readouterr().err
-
-
-def test_speedrun_looks_for_wandb_before_it_needs_it(speedrun, capfd):
-    """It was missed after download and tokenizer, and `pip`, which .venv lacks, put it elsewhere."""
-    assert speedrun(WANDB_RUN="mine", NO_WANDB="1") == (1, [])
-    assert "uv pip install --python .venv wandb" in capfd.readouterr().err
-    status, calls = speedrun(WANDB_RUN="mine")
-    assert status == 0
-    assert any("--run=mine-base" in words for words in calls)
-
-
-def test_speedrun_looks_for_the_core_bundle_before_it_needs_it(speedrun, tmp_path, capfd):
-    assert speedrun(CORE_BUNDLE=str(tmp_path)) == (1, [])
-    assert "is no folder with a core.yaml" in capfd.readouterr().err
-    (tmp_path / "core.yaml").touch()
-    for bundle, flag in ((str(tmp_path), "--bundle"), ("https://there/it.zip", "--bundle-url")):
-        status, calls = speedrun(CORE_BUNDLE=bundle)
-        assert status == 0
-        assert any(f"{flag}={bundle}" in words for words in calls if "scripts.base_eval" in words)
-
-
-def test_speedrun_is_not_misled_by_what_libraries_print_at_the_end(speedrun):
-    """NCCL with NCCL_DEBUG=INFO, as some clouds set it, has the last word: a stage never counted as done."""
-    assert speedrun(AFTER="host:1:2 [0] NCCL INFO comm 0x5 rank 0 - Destroy COMPLETE")[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------
