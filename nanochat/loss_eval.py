@@ -19,13 +19,14 @@ from nanochat.gpt import GPT
 def evaluate_bpb(model: GPT, batches: Iterable[tuple], steps: int | None, token_bytes: Tensor) -> float:
     """Bits per byte of the first `steps` batches (None: all), summed over all ranks.
 
-    A batch starts with inputs and targets, (B,T) int64 each; token_bytes (V,) holds the bytes of each token,
-    0 for special ones. Raises ValueError when nothing was counted.
+    A batch starts with inputs and targets, (B,T) int64 each, on any device; token_bytes (V,) holds the bytes
+    of each token, 0 for special ones. Raises ValueError when nothing was counted.
     """
     token_bytes = token_bytes.to(model.device)
     dtype = torch.float32 if model.device.type == "mps" else torch.float64  # MPS has no float64
     totals = torch.zeros(2, dtype=dtype, device=model.device)  # nats, bytes
     for inputs, targets, *_ in islice(batches, steps):
+        inputs, targets = inputs.to(model.device), targets.to(model.device)
         nats = model(inputs, targets, loss_reduction="none")
         n_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0).flatten()
         totals += torch.stack([(nats * (n_bytes > 0)).sum(), n_bytes.sum()])

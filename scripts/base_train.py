@@ -111,14 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
 
-    val_shards = shard_paths(config.data, "val")
-    token_bytes = torch.from_numpy(tokenizer.token_bytes())
     sizes = {"batch_size": config.device_batch_size, "seq_len": config.max_seq_len}
-
-    def evaluate() -> float:
-        batches = validation_batches(tokenizer, val_shards, runtime, n_tokens=config.eval_tokens, **sizes)
-        return evaluate_bpb(model, batches, None, token_bytes)
-
+    val_shards, token_bytes = shard_paths(config.data, "val"), torch.from_numpy(tokenizer.token_bytes())
+    val_batches = validation_batches(tokenizer, val_shards, runtime, n_tokens=config.eval_tokens, **sizes)
     batches = packed_batches(
         tokenizer,
         shard_paths(config.data, "train"),
@@ -140,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime,
         progress,
         save=partial(save_progress, directory, model, optimizer, runtime, config),
-        evaluate=evaluate,
+        evaluate=partial(evaluate_bpb, model, val_batches, None, token_bytes),
         sample=partial(print_samples, model, tokenizer, runtime),
         log=log,
     )
