@@ -34,7 +34,7 @@ from nanochat.metrics import read_metrics
 from nanochat.optim import MuonAdamW
 from nanochat.rollouts import Rollouts, Sample
 from nanochat.schedule import Cadence, Plan
-from nanochat.train_loop import check_finite, is_due, set_schedule, sigterm_flag
+from nanochat.train_loop import check_finite, is_due, set_schedule, sigterm_flag, steps_to_do
 from nanochat.train_state import Progress
 
 logger = logging.getLogger(__name__)
@@ -86,37 +86,26 @@ def train(
 ) -> bool:
     """Train from progress.step to plan.num_steps; return False if SIGTERM ended it before, after saving.
 
-    The order at a boundary is train_loop's, whose loop does not serve here: it fetches the next batches
-    before the update. Raises FloatingPointError before an update that is not finite.
+    train_loop's loop does not serve here: it fetches the next batches before the update. Raises
+    FloatingPointError before an update that is not finite.
     """
-    start = progress.step
     progress.loader_state = progress.loader_state or {"next_question": 0, "positions": {}}
-    stopping = False
-    with sigterm_flag() as sigterm:
-        while True:
-            step = progress.step
-            is_last = step == plan.num_steps
-            if step > start and (is_last or stopping or is_due(step, cadence.save_every)):
-                save(progress)
-            if stopping and not is_last:
-                logger.info(f"SIGTERM: saved step {step}, stopping")
-                return False
-            if is_last or step == 0 or is_due(step, cadence.eval_every):
-                found = evaluate()
-                log({"step": step, **found})
-                logger.info(
-                    f"step {step:05d} | accuracy {found['accuracy']:.4f} +- {found['standard_error']:.4f}"
-                )
-            if is_last or (step > 0 and is_due(step, cadence.sample_every)):
-                sample()
-            if is_last:
-                return True
+    stop = [False]
 
+    def measure() -> None:
+        found = evaluate()
+        log({"step": progress.step, **found})
+        accuracy = f"{found['accuracy']:.4f} +- {found['standard_error']:.4f}"
+        logger.info(f"step {progress.step:05d} | accuracy {accuracy}")
+
+    with sigterm_flag() as sigterm:
+        for _ in steps_to_do(plan, cadence, progress, stop, save=save, evaluate=measure, sample=sample):
             record = _train_step(model, optimizer, rollouts, plan, runtime, progress, batch_size)
             log(record)
             if progress.step == plan.num_steps or is_due(progress.step, cadence.log_every):
                 _print_step(record, plan, progress)
-            stopping = runtime.sum_(torch.tensor(float(sigterm[0]), device=runtime.device)).item() > 0
+            stop[0] = runtime.sum_(torch.tensor(float(sigterm[0]), device=runtime.device)).item() > 0
+    return progress.step == plan.num_steps
 
 
 def _train_step(

@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -55,27 +56,14 @@ def train(
     flops_per_step = model.flops_per_token() * plan.tokens_per_step / runtime.world_size
     peak = peak_flops(runtime.device)
     micro_batches = list(islice(batches, plan.accumulation))
+    stop = [False]
     with sigterm_flag() as sigterm, _garbage_collector_stop() as stop_garbage_collector:
-        stopping = False
-        while True:
-            step = progress.step
-            is_last = step == plan.num_steps
-            if step > start and (is_last or stopping or is_due(step, cadence.save_every)):
-                save(progress)
-            if stopping and not is_last:
-                logger.info(f"SIGTERM: saved step {step}, stopping")
-                return False
-            if is_last or step == 0 or is_due(step, cadence.eval_every):
-                _evaluate(evaluate, progress, log)
-            if is_last or (step > 0 and is_due(step, cadence.sample_every)):
-                sample()
-            if is_last:
-                return True
-
+        validate = partial(_evaluate, evaluate, progress, log)
+        for step in steps_to_do(plan, cadence, progress, stop, save=save, evaluate=validate, sample=sample):
             began = time.perf_counter()
             multiplier = set_schedule(optimizer, plan, step)
             last_state = micro_batches[-1][2]
-            loss, grad_norm, stopping, micro_batches = _accumulate(
+            loss, grad_norm, stop[0], micro_batches = _accumulate(
                 model, optimizer, micro_batches, batches, runtime, sigterm
             )
             check_finite(step, loss, grad_norm, multiplier)
@@ -101,6 +89,40 @@ def train(
                 _print_step(record, plan)
             if step == start:
                 stop_garbage_collector()
+    return progress.step == plan.num_steps
+
+
+def steps_to_do(
+    plan: Plan,
+    cadence: Cadence,
+    progress: Progress,
+    stop: list[bool],
+    *,
+    save: Callable[[Progress], None],
+    evaluate: Callable[[], None],
+    sample: Callable[[], None],
+) -> Iterator[int]:
+    """Yield progress.step until plan.num_steps of them are done; save, evaluate and sample when that is due.
+
+    Whoever does the steps counts them in progress, and may set stop[0], on all ranks alike, to end after
+    saving.
+    """
+    start = progress.step
+    while True:
+        step = progress.step
+        is_last = step == plan.num_steps
+        if step > start and (is_last or stop[0] or is_due(step, cadence.save_every)):
+            save(progress)
+        if stop[0] and not is_last:
+            logger.info(f"SIGTERM: saved step {step}, stopping")
+            return
+        if is_last or step == 0 or is_due(step, cadence.eval_every):
+            evaluate()
+        if is_last or (step > 0 and is_due(step, cadence.sample_every)):
+            sample()
+        if is_last:
+            return
+        yield step
 
 
 def set_schedule(optimizer: MuonAdamW, plan: Plan, step: int) -> float:
