@@ -30,7 +30,8 @@ class ChatRLConfig:
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage whose model is trained: sft or mid"""
     data: str = "auto"
-    """questions: hub (GSM8K), embedded (arithmetic) or auto; a path of your own text counts as embedded"""
+    """questions: hub (GSM8K), embedded (arithmetic and spelling, measured on arithmetic) or auto; a path of
+    your own text counts as embedded"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
     model_tag: str = ""

@@ -75,7 +75,10 @@ class Task:
 
 
 class TaskSequence(Task):
-    """All conversations of several tasks, one task after the other. To repeat a task, name it twice."""
+    """All conversations of several tasks, one task after the other. To repeat a task, name it twice.
+
+    A conversation names the task that it is from, under "task", and that task judges answers to it.
+    """
 
     def __init__(self, tasks: Sequence[Task]):
         super().__init__()
@@ -89,7 +92,16 @@ class TaskSequence(Task):
     def get_example(self, index: int) -> Conversation:
         """Return conversation number index of the row of tasks."""
         which = int(np.searchsorted(self.ends, index, side="right"))
-        return self.tasks[which][index - (self.ends[which - 1] if which else 0)]
+        conversation = self.tasks[which][index - (self.ends[which - 1] if which else 0)]
+        return {"task": self.tasks[which], **conversation}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """What its task says."""
+        return conversation["task"].evaluate(conversation, completion)
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """What its task says."""
+        return conversation["task"].reward(conversation, completion)
 
 
 class TaskMixture(TaskSequence):

@@ -16,20 +16,31 @@ class Numbers(Task):
         return self.size
 
     def get_example(self, index):
-        return f"{self.name}{index}"
+        return {"id": f"{self.name}{index}"}
+
+
+class Judged(Numbers):
+    """Right is what begins with the name."""
+
+    def evaluate(self, conversation, completion):
+        return completion.startswith(self.name)
+
+
+def ids(task):
+    return [conversation["id"] for conversation in task]
 
 
 def test_slices_are_those_of_python():
-    assert list(Numbers("a", 5)) == ["a0", "a1", "a2", "a3", "a4"]
+    assert ids(Numbers("a", 5)) == ["a0", "a1", "a2", "a3", "a4"]
     for start in (0, 1, 4, 7):
         for stop in (None, 7, 9):
             for step in (1, 2, 3):
                 task = Numbers("a", 8, start=start, stop=stop, step=step)
                 expected = [f"a{i}" for i in range(8)][start:stop:step]
                 assert len(task) == len(expected)
-                assert list(task) == expected
-    assert list(Numbers("a", 8, start=3, stop=3)) == []
-    assert list(Numbers("a", 8, start=9)) == []
+                assert ids(task) == expected
+    assert ids(Numbers("a", 8, start=3, stop=3)) == []
+    assert ids(Numbers("a", 8, start=9)) == []
 
 
 @pytest.mark.parametrize("bounds", [{"start": -1}, {"step": 0}, {"step": -1}, {"start": 3, "stop": 2}])
@@ -48,20 +59,35 @@ def test_a_sequence_keeps_its_order_and_repeats():
     a, empty, b = Numbers("a", 5, start=1, step=3), Numbers("x", 0), Numbers("b", 2)
     sequence = TaskSequence([a, empty, b, a])
     assert len(sequence) == 6
-    assert list(sequence) == ["a1", "a4", "b0", "b1", "a1", "a4"]
-    assert list(TaskSequence([empty])) == list(TaskSequence([])) == []
+    assert ids(sequence) == ["a1", "a4", "b0", "b1", "a1", "a4"]
+    assert ids(TaskSequence([empty])) == ids(TaskSequence([])) == []
 
 
 def test_a_mixture_is_a_fixed_permutation():
     tasks = [Numbers("a", 100), Numbers("b", 50, stop=30), Numbers("a", 100)]
-    mixed = list(TaskMixture(tasks))
-    assert mixed == list(TaskMixture(tasks))
-    assert sorted(mixed) == sorted(TaskSequence(tasks))
-    assert mixed != list(TaskSequence(tasks))
-    assert mixed != list(TaskMixture(tasks, seed=43))
+    mixed = ids(TaskMixture(tasks))
+    assert mixed == ids(TaskMixture(tasks))
+    assert sorted(mixed) == sorted(ids(TaskSequence(tasks)))
+    assert mixed != ids(TaskSequence(tasks))
+    assert mixed != ids(TaskMixture(tasks, seed=43))
     assert "b" in "".join(mixed[:40]), "the tasks follow one another"
     mixture = TaskMixture(tasks)
-    assert [mixture[i] for i in reversed(range(230))] == mixed[::-1], "the order of access matters"
+    assert [mixture[i]["id"] for i in reversed(range(230))] == mixed[::-1], "the order of access matters"
+
+
+def test_each_task_of_a_mixture_judges_its_own():
+    """Also one in a mixture in a mixture, and by its own reward."""
+
+    class Half(Judged):
+        def reward(self, conversation, completion):
+            return self.evaluate(conversation, completion) / 2
+
+    mixture = TaskMixture([TaskSequence([Judged("a", 5), Half("b", 5)]), Judged("c", 5)])
+    for conversation in mixture:
+        name = conversation["id"][0]
+        assert mixture.evaluate(conversation, f"{name}!")
+        assert not mixture.evaluate(conversation, "d")
+        assert mixture.reward(conversation, f"{name}!") == (0.5 if name == "b" else 1)
 
 
 def test_items_of_train_and_test_share_no_generator():
