@@ -248,10 +248,23 @@ def fp8_case(device, M, E):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize(("M", "N"), [(5, 130), (128, 256), on_gpu(65_536, 5120)])
+def test_narrow_clips(device, dtype):
+    """Else e4m3 makes NaN, and e5m2 infinity, of what is too large."""
+    limit = torch.finfo(dtype).max
+    x = torch.tensor([1e6, -1e6, 0.01], device=device)
+    assert fp8.narrow(x, torch.tensor(100.0, device=device), dtype).tolist() == [limit, -limit, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    ("M", "N"), [(5, 130), (128, 256), on_gpu(1280, 5120), on_gpu(70_000, 1280), on_gpu(65_536, 5120)]
+)
 def test_transpose(device, dtype, M, N):
-    x = torch.randn(M, N, device=device).to(dtype)
+    """Every element written, whatever the layout of what comes."""
+    x = torch.randn(N, M, device=device).T.to(dtype)
+    poison(N, M, device=device, dtype=dtype)  # freed: the op is likely to be given it
     assert torch.equal(fp8.transpose(x).float(), x.float().T)
+    assert torch.equal(fp8.transpose(x.contiguous()).float(), x.float().T)
 
 
 @pytest.mark.gpu
@@ -287,7 +300,7 @@ def emulated_fp8(device, monkeypatch):
     monkeypatch.setattr(fp8, "launch", launch)
 
 
-@pytest.mark.parametrize(("M", "E"), [(1008, 48), on_gpu(4096, 768)])
+@pytest.mark.parametrize(("M", "E"), [(1008, 240), on_gpu(4096, 768)])
 def test_mlp_fp8(device, emulated_fp8, M, E):
     """As near to float64 as 8 bits are."""
     h, w_fc, w_proj, dy = fp8_case(device, M, E)
@@ -296,7 +309,7 @@ def test_mlp_fp8(device, emulated_fp8, M, E):
         lambda h, w_fc, w_proj: F.linear(F.linear(h, w_fc).relu().square(), w_proj),
         *(t.double() for t in (dy, h, w_fc, w_proj)),
     )
-    assert error(y, expected) < 0.065
+    assert error(y, expected) < 0.06
     for gradient, reference, bound in zip(grads, expected_grads, (0.1, 0.1, 0.085), strict=True):
         assert error(gradient, reference) < bound
     w_fc = w_fc.bfloat16()
