@@ -80,19 +80,27 @@ def throughput(runs: dict[str, list[dict]]) -> Figure | None:
 
 
 def reward(records: list[dict], window: int = 20) -> Figure | None:
-    """Reward of each RL step, and its mean over the last `window` steps."""
+    """Reward of each RL step, and its mean over the last `window` steps; of each task if there are several."""
     steps, rewards = series(records, "step", "reward")
     if not steps:
         return None
-    recent = [rewards[max(0, i + 1 - window) : i + 1] for i in range(len(rewards))]
+    tasks = sorted({task for record in records for task in entries(record, "rewards")})
     figure = Figure(figsize=(6.5, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.plot(steps, rewards, color=COLOURS["RL"], alpha=0.35, linewidth=1, label="step")
-    axis.plot(steps, [sum(r) / len(r) for r in recent], color=COLOURS["RL"], label=f"mean of {window} steps")
+    axis.plot(steps, _recent(rewards, window), color=COLOURS["RL"], label=f"mean of {window} steps")
+    for task in tasks if len(tasks) > 1 else ():
+        steps, rewards = series(records, "step", f"rewards.{task}")
+        axis.plot(steps, _recent(rewards, window), linewidth=1, label=f"of these {task}")
     axis.set(xlabel="step", ylabel="reward")
     axis.legend()
     _tidy(axis)
     return figure
+
+
+def _recent(values: Sequence[float], window: int) -> list[float]:
+    recent = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    return [sum(some) / len(some) for some in recent]
 
 
 def chat_tasks(results: dict[str, dict]) -> Figure | None:
@@ -188,8 +196,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def series(records: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Return the values of x and y of the records that have a finite number for both."""
-    pairs = [(dig(record, x), dig(record, y)) for record in records]
+    """Return the values of x and y (a.b: of b in a) of the records that have a finite number for both."""
+    pairs = [(dig(record, x), dig(record, *y.split("."))) for record in records]
     pairs = [pair for pair in pairs if all(map(is_number, pair))]
     return [a for a, _ in pairs], [b for _, b in pairs]
 

@@ -277,4 +277,16 @@ def _wrap(line: str) -> str:
     return textwrap.fill(line, 100, expand_tabs=False, replace_whitespace=False, drop_whitespace=False)
 
 
-DETAILS = {"tok_eval": tokenizer_table, "base_eval": core_table, "base_loss": samples}
+def rewards_table(result: dict[str, Any]) -> str:
+    """A row each task that was practised, if there were several."""
+    tasks = entries(result, "rewards")
+    rows = [(task, *(show(dig(tasks, task, key), share) for key in ("first", "last"))) for task in tasks]
+    return table(("reward", "first tenth of the steps", "last tenth"), rows) if len(rows) > 1 else ""
+
+
+DETAILS = {
+    "tok_eval": tokenizer_table,
+    "base_eval": core_table,
+    "base_loss": samples,
+    "chat_rl": rewards_table,
+}

@@ -122,9 +122,13 @@ def _train_step(
     step, first = progress.step, progress.loader_state["next_question"]
     multiplier = set_schedule(optimizer, plan, step)
     samples = rollouts.sample(step, first, runtime)
-    counted = [(1, s.reward, sum(s.mask), s.has_ended, s.advantage != 0) for s in samples]
-    sums = torch.tensor([(0.0,) * 5, *counted], device=runtime.device).sum(0)
-    n_samples, reward, n_tokens, ended, n_useful = runtime.sum_(sums).tolist()
+    sums = torch.zeros(len(rollouts.task_names), 5)
+    for s in samples:
+        counted = (1, s.reward, sum(s.mask), s.has_ended, s.advantage != 0)
+        sums[rollouts.task_names.index(s.task)] += torch.tensor(counted)
+    sums = runtime.sum_(sums.to(runtime.device))
+    n_samples, reward, n_tokens, ended, n_useful = sums.sum(0).tolist()
+    by_task = zip(rollouts.task_names, sums.tolist(), strict=True)
     loss = grad_norm = 0.0
     if n_useful:
         loss = accumulate(model, samples, n_tokens, batch_size)
@@ -139,6 +143,7 @@ def _train_step(
     return {
         "step": step,
         "reward": reward / n_samples,
+        "rewards": {task: reward / n for task, (n, reward, *_) in by_task if n},
         "smooth_reward": progress.ema.update(reward / n_samples),
         "contrast": n_useful / n_samples,  # share of samples that were better or worse than others
         "length": n_tokens / n_samples,
@@ -163,6 +168,12 @@ def _print_step(record: dict[str, Any], plan: Plan, progress: Progress) -> None:
     )
 
 
+def _tenths(values: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and of the last tenth."""
+    tenth = -(-len(values) // 10)
+    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+
+
 def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, settings: dict[str, Any]) -> str:
     """Write report/chat_rl.json of a finished run and return its one-line result.
 
@@ -172,15 +183,20 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
     records = read_metrics(path)
     rewards = [record["reward"] for record in records if "reward" in record]
     measured = [record for record in records if "accuracy" in record]
-    tenth = -(-len(rewards) // 10)
+    first, last = _tenths(rewards)
+    by_task = {
+        task: _tenths([r["rewards"][task] for r in records if task in r.get("rewards", {})])
+        for task in sorted({task for record in records for task in record.get("rewards", {})})
+    }
     result = {
         "settings": settings,
         "hardware": describe(model.device),
         "model": asdict(model.config),
         "steps": plan.num_steps,
         "seconds": progress.train_seconds,
-        "first_reward": sum(rewards[:tenth]) / tenth,
-        "last_reward": sum(rewards[-tenth:]) / tenth,
+        "first_reward": first,
+        "last_reward": last,
+        "rewards": {task: {"first": first, "last": last} for task, (first, last) in by_task.items()},
         "first_accuracy": measured[0]["accuracy"],
         "accuracy": measured[-1]["accuracy"],
         "standard_error": measured[-1]["standard_error"],

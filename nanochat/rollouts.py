@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from tasks.common import Task
 class Sample:
     """A prompt and one answer to it."""
 
+    task: str  # that the question is of
     ids: list[int]  # prompt, completion, and the token that ended it if one did
     mask: list[int]  # of each id: 1 if it was sampled
     has_ended: bool
@@ -47,6 +49,11 @@ class Rollouts:
     top_k: int
     seed: int
 
+    @property
+    def task_names(self) -> list[str]:
+        """What Sample.task can be, in the same order on every rank."""
+        return sorted({type(part).__name__ for part in self.task.parts()})
+
     def sample(self, step: int, first: int, runtime: Runtime) -> list[Sample]:
         """Answer this rank's share of the questions from place `first` on; samples of one are adjacent."""
         numbers = range(first + runtime.rank, first + self.examples_per_step, runtime.world_size)
@@ -67,14 +74,16 @@ class Rollouts:
         for i, (conversation, prompt) in enumerate(zip(conversations, prompts, strict=True)):
             group = completions[i * self.num_samples : (i + 1) * self.num_samples]
             rewards = [self.task.reward(conversation, tokenizer.decode(c.tokens)) for c in group]
-            samples += map(_sample, [prompt] * len(group), group, rewards, advantages(rewards))
+            task = type(conversation.get("task", self.task)).__name__
+            samples += map(partial(_sample, task, prompt), group, rewards, advantages(rewards))
         return samples
 
 
-def _sample(prompt: list[int], completion: Completion, reward: float, advantage: float) -> Sample:
+def _sample(task: str, prompt: list[int], completion: Completion, reward: float, advantage: float) -> Sample:
     has_ended = completion.end_token is not None
     end = [completion.end_token] if has_ended else []
     return Sample(
+        task=task,
         ids=[*prompt, *completion.tokens, *end],
         mask=[0] * len(prompt) + completion.mask + [1] * len(end),
         has_ended=has_ended,

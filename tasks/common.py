@@ -63,6 +63,10 @@ class Task:
             raise IndexError(f"index {index} of a task of {len(self)} conversations")
         return self.get_example(self.start + index * self.step)
 
+    def parts(self) -> list[Task]:
+        """The tasks that this one consists of: itself, or those of a sequence."""
+        return [self]
+
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether a completion (categorical: a letter) answers the conversation rightly."""
         if self.eval_type == "categorical":
@@ -94,6 +98,10 @@ class TaskSequence(Task):
         which = int(np.searchsorted(self.ends, index, side="right"))
         conversation = self.tasks[which][index - (self.ends[which - 1] if which else 0)]
         return {"task": self.tasks[which], **conversation}
+
+    def parts(self) -> list[Task]:
+        """Those of its tasks."""
+        return [part for task in self.tasks for part in task.parts()]
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """What its task says."""
