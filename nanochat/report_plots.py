@@ -80,7 +80,7 @@ def throughput(runs: dict[str, list[dict]]) -> Figure | None:
 
 
 def reward(records: list[dict], window: int = 20) -> Figure | None:
-    """Reward of each RL step, and its mean over the last `window` steps; of each task if there are several."""
+    """Reward of each RL step, its mean over the last `window` steps, and that of each task of several."""
     steps, rewards = series(records, "step", "reward")
     if not steps:
         return None

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from nanochat import report, report_plots
 from nanochat.report_format import duration, fence, table
-from nanochat.report_text import PICTURES, STAGES, render, summary, wall_clock
+from nanochat.report_text import PICTURES, STAGES, render, rewards_table, summary, wall_clock
 
 TASKS = {
     "ARC-Easy": {"accuracy": 0.38, "standard_error": 0.01, "n": 2376, "chance": 0.25},
@@ -229,6 +229,20 @@ def test_pictures(folder, tmp_path):
     (tmp_path / "base_train.jsonl").unlink()
     assert "reward.png" not in generated(folder)
     assert not (folder / "reward.png").exists()
+
+
+def test_rewards_of_several_tasks(tmp_path):
+    rewards = [{"A": 0.5, "B": 1.0}, {"A": 1.0}]
+    records = [{"step": i, "reward": 0.75, "rewards": rewards[i % 2]} for i in range(4)]
+    _, mean, *tasks = report_plots.reward(records, window=2).axes[0].lines
+    assert [[*line.get_xdata()] for line in tasks] == [[0, 1, 2, 3], [0, 2]]
+    assert [[*line.get_ydata()] for line in tasks] == [[0.5, 0.75, 0.75, 0.75], [1.0, 1.0]]
+    assert [line.get_label() for line in (mean, *tasks)] == ["mean of 2 steps", "of these A", "of these B"]
+    assert len(report_plots.reward([r | {"rewards": {"A": 1.0}} for r in records]).axes[0].lines) == 2
+
+    of_tasks = {"A": {"first": 0.5, "last": 0.75}, "B": {"first": 1.0, "last": 1.0}}
+    assert "| B | 1.0000 | 1.0000 |" in lines_of(rewards_table({"rewards": of_tasks}))
+    assert rewards_table({"rewards": {"A": of_tasks["A"]}}) == rewards_table({}) == ""
 
 
 def test_the_bars_are_the_accuracies():

@@ -13,6 +13,7 @@ from nanochat.rl import accumulate, policy_loss, train
 from nanochat.rollouts import Sample
 from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
 from nanochat.train_state import Progress
+from tasks.common import TaskMixture
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
 from tests.wordtask import WordTask, rollouts_of
@@ -21,7 +22,7 @@ RUNTIME = Runtime.cpu()
 
 
 def a_sample(ids, mask, advantage):
-    return Sample(ids=ids, mask=mask, has_ended=True, reward=0.0, advantage=advantage)
+    return Sample(task="WordTask", ids=ids, mask=mask, has_ended=True, reward=0.0, advantage=advantage)
 
 
 @pytest.fixture
@@ -161,6 +162,24 @@ def test_the_record_of_a_step(tokenizer):
     assert [r["lr_multiplier"] for r in records if "reward" in r] == pytest.approx([0.05, 0.025])
     assert [r["step"] for r in records if "accuracy" in r] == [0, 2]
     assert progress.loader_state["next_question"] == 6
+
+
+def test_the_reward_of_each_task_that_is_practised(tokenizer):
+    """One mean of all hid that arithmetic got better."""
+
+    class Never(WordTask):
+        def evaluate(self, conversation, completion):
+            return False
+
+    rollouts = rollouts_of(tokenizer, task=TaskMixture([WordTask(6), Never(6)]), examples_per_step=3)
+    records = [record for record in run_steps(rollouts, 4)[1] if "reward" in record]
+    for step, record in enumerate(records):
+        tasks = [sample.task for sample in rollouts.sample(step, 3 * step, RUNTIME)]
+        assert set(record["rewards"]) == set(tasks)
+        of_words = record["rewards"].get("WordTask", 0.0)
+        assert record["reward"] == pytest.approx(of_words * tasks.count("WordTask") / 12)
+    assert {task for record in records for task in record["rewards"]} == {"WordTask", "Never"}
+    assert any(record["reward"] for record in records)
 
 
 def test_checkpoint_first_evaluation_after(tokenizer):

@@ -88,6 +88,7 @@ def test_each_task_of_a_mixture_judges_its_own():
         assert mixture.evaluate(conversation, f"{name}!")
         assert not mixture.evaluate(conversation, "d")
         assert mixture.reward(conversation, f"{name}!") == (0.5 if name == "b" else 1)
+    assert [type(part).__name__ for part in mixture.parts()] == ["Judged", "Half", "Judged"]
 
 
 def test_items_of_train_and_test_share_no_generator():
