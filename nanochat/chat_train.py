@@ -136,7 +136,7 @@ def train_on_conversations(
         batches = val_set.batches(val_rows, device_batch_size, runtime, stop=len(val_rows))
         return evaluate_bpb(model, batches, val_steps, token_bytes)
 
-    log = begin(directory, tokenizer, runtime, config, progress)
+    log = begin(directory, tokenizer, runtime, config, plan, progress)
     is_finished = train(
         model,
         optimizer,

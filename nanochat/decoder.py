@@ -111,8 +111,9 @@ class PlainDecoder(Decoder):
 
     def open(self, params: SamplingParams) -> int:
         """See Decoder."""
+        sequence = _Sequence(params, self.model.new_cache(1, self.context))  # first: memory may not suffice
         slot = self._free.pop()
-        self._sequences[slot] = _Sequence(params, self.model.new_cache(1, self.context))
+        self._sequences[slot] = sequence
         return slot
 
     @torch.inference_mode()

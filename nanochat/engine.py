@@ -123,7 +123,11 @@ class Engine:
             self._idle.remove(decoder)
             decoder.load(self.model)
         else:
-            decoder = decoder_for(self.model, slots, max(context, self.model.config.sequence_len))
+            context = max(context, self.model.config.sequence_len)
+            self._idle = [
+                d for d in self._idle if d.slots > slots or d.context > context
+            ]  # others are of no use
+            decoder = decoder_for(self.model, slots, context)
         running = Running(decoder)
         try:
             yield running
@@ -136,10 +140,16 @@ class Engine:
     ) -> list[Seat]:
         """Run a prompt, but for the last token, and let n samples of it take their seats."""
         params = [SamplingParams(**settings, seed=sample_seed(seed, j)) for j in range(n)]
-        slot = running.decoder.open(params[0])
-        if len(prompt) > 1:
-            running.decoder.feed(slot, prompt[:-1])
-        slots = [slot, *(running.decoder.fork(slot, p) for p in params[1:])]
+        slots = [running.decoder.open(params[0])]
+        try:
+            if len(prompt) > 1:
+                running.decoder.feed(slots[0], prompt[:-1])
+            for more in params[1:]:
+                slots.append(running.decoder.fork(slots[0], more))
+        except BaseException:  # Ctrl-C in a long prompt, for one: no seat has these slots yet
+            for slot in slots:
+                running.decoder.close(slot)
+            raise
         seats = [Seat(slot, Row(self.tokenizer, self.special), prompt[-1]) for slot in slots]
         running.seats += seats
         return seats

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanochat.api_errors import ApiError
 from nanochat.sample_text import Piece, Sample
-from nanochat.serving import Backend, End, Handle, QueueFull, Request, Token
+from nanochat.serving import Backend, Closed, End, Handle, QueueFull, Request, Token
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Generations:
         self._delivered_at = 0.0
 
     def start(self, request: Request, stops: Sequence[str] = ()) -> Generation:
-        """Submit a request; ApiError 400 if it cannot be served, 429 if too many wait."""
+        """Submit a request; ApiError 400 if it cannot be served, 429 or 503 if it is not taken."""
         loop = asyncio.get_running_loop()
         tokenizer = self.backend.tokenizer
         generation = Generation([Sample(tokenizer, stops) for _ in range(request.n)], self.log)
@@ -61,6 +61,8 @@ class Generations:
             raise ApiError(
                 429, "too many requests wait; try again later", headers={"Retry-After": str(RETRY_AFTER_S)}
             ) from error
+        except Closed as error:
+            raise ApiError(503, f"no more requests are taken: {error}") from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         if self.log:

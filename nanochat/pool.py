@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat.serving import End, Handle, QueueFull, Request, Token
+from nanochat.serving import Closed, End, Handle, QueueFull, Request, Token
 from nanochat.worker import Worker
 
 
@@ -21,9 +21,14 @@ class Pool:
         for worker in sorted(self.workers, key=lambda worker: worker.load):
             try:
                 return worker.submit(request, emit)
-            except QueueFull as error:
+            except (QueueFull, Closed) as error:
                 refusal = error
         raise refusal
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether all of them are."""
+        return all(worker.is_broken for worker in self.workers)
 
     def stats(self) -> dict[str, Any]:
         """See serving.Backend."""

@@ -66,7 +66,7 @@ class Running:
     def clear(self) -> None:
         """Free all slots, whatever has become of the last step."""
         self._flight = []
-        with suppress(IndexError):  # nothing is left
+        with suppress(Exception):  # nothing is left, or it failed with the step
             while True:
                 self.decoder.collect()
         for seat in [*self.seats]:

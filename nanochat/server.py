@@ -127,6 +127,8 @@ def _add_information(app: FastAPI, backend: Backend, settings: Settings, counter
     async def health() -> dict[str, Any]:
         if not counters.is_open:
             raise ApiError(503, CLOSING)
+        if backend.is_broken:
+            raise ApiError(503, "the GPU has failed; restart the server")
         return {"status": "ok", "model": backend.name}
 
     @app.get("/stats")

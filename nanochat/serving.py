@@ -52,6 +52,10 @@ class QueueFull(Exception):
     """As many requests wait as may wait; try again later."""
 
 
+class Closed(Exception):
+    """No more requests are taken, and the message says why."""
+
+
 class Handle(Protocol):
     """A request under way."""
 
@@ -70,9 +74,10 @@ class Backend(Protocol):
     tokenizer: RustBPETokenizer
     context: int  # tokens of prompt and completion together
     name: str  # of the model, say "d20-sft"
+    is_broken: bool  # its device works no more, and only a new process can help
 
     def submit(self, request: Request, emit: Callable[[Token | End], None]) -> Handle:
-        """Queue a request; ValueError if it cannot be served, QueueFull if too many wait."""
+        """Queue a request; ValueError if it cannot be served, QueueFull or Closed if it is not taken."""
 
     def stats(self) -> dict[str, Any]:
         """Return model, slots, running, waiting, tokens_generated, requests_{finished,cancelled,failed}."""

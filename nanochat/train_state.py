@@ -144,9 +144,22 @@ def _load(directory: Path, step: int, model: GPT, optimizer: MuonAdamW, runtime:
 
 
 def begin(
-    directory: Path, tokenizer: RustBPETokenizer, runtime: Runtime, config: Any, progress: Progress
+    directory: Path,
+    tokenizer: RustBPETokenizer,
+    runtime: Runtime,
+    config: Any,
+    plan: Plan,
+    progress: Progress,
 ) -> MetricsLog:
-    """Open the metrics of a run that is ready to train; one from step 0 deletes what was there before it."""
+    """Open the metrics of a run that is ready to train; one from step 0 deletes what was there before it.
+
+    ValueError for one that is already beyond the end of its plan, where learning rates would be negative.
+    """
+    if progress.step > plan.num_steps:
+        raise ValueError(
+            f"{directory} has a checkpoint of step {progress.step}, but these settings end at step "
+            f"{plan.num_steps}: resume for as many steps at least, or start anew with --overwrite"
+        )
     with runtime.together():
         log = MetricsLog(
             directory / "metrics.jsonl",

@@ -23,7 +23,7 @@ from nanochat.gpt import GPT
 from nanochat.row import Row, special_ids
 from nanochat.running import Running, Seat
 from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
-from nanochat.serving import End, QueueFull, Request, Token
+from nanochat.serving import Closed, End, QueueFull, Request, Token
 from nanochat.tokenizer import RustBPETokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Job:
         self.is_cancelled = False
         self.stopped: set[int] = set()  # samples that need not go on
         self.ended: set[int] = set()
-        self.slot: int | None = None  # of the prompt, while it is being run
+        self.slots: list[int] = []  # of the prompt, while it is being run, and of its samples
         self.fed = 0  # tokens of the prompt
         self.seed = 0
 
@@ -83,7 +83,7 @@ class Worker:
         self._running = Running(self.decoder)
         self._queue: deque[Job] = deque()  # jobs that have no slots yet; guarded by _changed
         self._changed = threading.Condition()
-        self._is_closing = False
+        self._is_closing = self.is_broken = False
         self._counts = dict.fromkeys(("finished", "cancelled", "failed"), 0)
         self._tokens_generated = 0
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -108,8 +108,8 @@ class Worker:
         job = Job(request, emit, self.gpu)
         with self._changed:
             if self._is_closing:
-                raise QueueFull("shutting down")
-            if len(self._queue) >= self.max_waiting:
+                raise Closed("the GPU has failed" if self.is_broken else "shutting down")
+            if len(self._queue) >= self.max_waiting + self.n_slots - len(self._samples):
                 raise QueueFull(f"{self.max_waiting} requests are waiting")
             self._queue.append(job)
             self._changed.notify()
@@ -161,11 +161,7 @@ class Worker:
                 self._changed.wait_for(lambda: self._has_work() or self._is_closing)
             if not self._has_work():
                 return
-            try:
-                self._turn()
-            except Exception:  # whatever it was, nobody may wait for ever for a dead thread
-                logger.exception("decoding failed")
-                self._fail()
+            self._turn()
 
     @property
     def _samples(self) -> list[_Sample]:
@@ -175,10 +171,23 @@ class Worker:
         return bool(self._queue or self._running)
 
     def _turn(self) -> None:
-        self._drop()
+        parts = ((self._drop, self._fail), (self._admit, self._fail_prompt), (self._step, self._fail))
+        for part, undo in parts:
+            try:
+                part()
+            except Exception:  # whatever it was, nobody may wait for ever for a dead thread
+                logger.exception("decoding failed")
+                undo()
+                self._check_device()
+
+    def _admit(self) -> None:
+        """Run a chunk of the prompts whose turn it is."""
         budget = self.prefill_chunk
         while budget > 0 and self._queue and len(self._samples) + self._queue[0].request.n <= self.n_slots:
             budget -= self._prefill(self._queue[0], budget)
+
+    def _step(self) -> None:
+        """Run a step of all samples."""
         wants_logits = any(sample.job.request.logprobs is not None for sample in self._samples)
         for place, sample in self._running.step(in_step=wants_logits):
             self._tokens_generated += 1
@@ -196,7 +205,9 @@ class Worker:
                 self._remove(sample, "stop")
             elif sample.job.is_cancelled:
                 self._remove(sample, "cancelled")
-        for job in [job for job in self._queue if job.is_cancelled]:
+        with self._changed:  # handlers append to the queue
+            dropped = [job for job in self._queue if job.is_cancelled]
+        for job in dropped:
             self._unqueue(job)
             for number in range(job.request.n):
                 self._end(job, number, "cancelled")
@@ -205,22 +216,21 @@ class Worker:
         """Run up to budget tokens of a prompt; the last one is that of its samples' first step."""
         request = job.request
         *tokens, last = request.tokens
-        if job.slot is None:
+        if not job.slots:
             job.seed = seed_or_fresh(request.seed)
-            job.slot = self.decoder.open(_params(request, job.seed, 0))
+            job.slots = [self.decoder.open(_params(request, job.seed, 0))]
         chunk = tokens[job.fed : job.fed + budget]
         if chunk:
-            self.decoder.feed(job.slot, chunk)
+            self.decoder.feed(job.slots[0], chunk)
             job.fed += len(chunk)
         if job.fed == len(tokens):
-            slots = [job.slot]
-            for number in range(1, request.n):
-                slots.append(self.decoder.fork(job.slot, _params(request, job.seed, number)))
-            job.slot = None
-            self._unqueue(job)
-            for number, slot in enumerate(slots):
+            while (number := len(job.slots)) < request.n:
+                job.slots.append(self.decoder.fork(job.slots[0], _params(request, job.seed, number)))
+            for number, slot in enumerate(job.slots):
                 row = Row(self.tokenizer, self.special)
                 self._samples.append(_Sample(slot=slot, row=row, last=last, job=job, number=number))
+            job.slots = []
+            self._unqueue(job)  # now: it is always in one of both places, where stop_taking finds it
         return len(chunk)
 
     def _end(self, job: Job, number: int, reason: str, message: str = "") -> None:
@@ -239,19 +249,34 @@ class Worker:
     def _unqueue(self, job: Job) -> None:
         with self._changed:
             self._queue.remove(job)
-        if job.slot is not None:
-            self.decoder.close(job.slot)
+        for slot in job.slots:
+            self.decoder.close(slot)
 
     def _fail(self) -> None:
-        """End everything that a failed step may have left half done: what runs, and the prompt being run."""
+        """End all samples, which a failed step may have left half done."""
         samples = [*self._samples]
         self._running.clear()
         for sample in samples:
             self._end(sample.job, sample.number, "error", "decoding failed")
-        for job in [job for job in self._queue if job.slot is not None]:
-            self._unqueue(job)
-            for number in range(job.request.n):
-                self._end(job, number, "error", "decoding failed")
+
+    def _fail_prompt(self) -> None:
+        """End the request whose prompt is being run; those that are being answered have lost nothing."""
+        job = self._queue[0]
+        self._unqueue(job)
+        for number in range(job.request.n):
+            self._end(job, number, "error", "decoding failed")
+
+    def _check_device(self) -> None:
+        """After some errors every call to a GPU fails until the process ends: if so, end all requests."""
+        try:
+            torch.zeros((), device=self.decoder.device).item()
+        except Exception:
+            logger.exception("%s works no more; restart the server", self.decoder.device)
+            with self._changed:
+                self._is_closing = self.is_broken = True
+            self._fail()
+            while self._queue:
+                self._fail_prompt()
 
 
 def _params(request: Request, seed: int, number: int) -> SamplingParams:

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state=progress.loader_state,
         **sizes,
     )
-    log = begin(directory, tokenizer, runtime, config, progress)
+    log = begin(directory, tokenizer, runtime, config, plan, progress)
     is_finished = train(
         model,
         optimizer,

@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens_per_step=config.examples_per_step * config.num_samples * max_new_tokens,  # at most
         lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
     )
-    log = begin(directory, tokenizer, runtime, config, progress)
+    log = begin(directory, tokenizer, runtime, config, plan, progress)
     is_finished = train(
         model,
         optimizer,

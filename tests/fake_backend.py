@@ -43,6 +43,7 @@ class FakeBackend:
     """
 
     name = "d2-fake"
+    is_broken = False
 
     def __init__(self, tokenizer, context=200):
         self.tokenizer, self.context = tokenizer, context

@@ -116,6 +116,14 @@ def test_report_and_base_loss(corpus, base_dir, capsys):
     assert loss["samples"][1].startswith("The capital of France is")
 
 
+def test_resuming_beyond_the_end_is_refused(corpus, base_dir):
+    """It trained on with negative learning rates, for ever."""
+    train(corpus, "--num-iterations=4")
+    with pytest.raises(ValueError, match="a checkpoint of step 4, but these settings end at step 3"):
+        train(corpus, "--num-iterations=3", "--resume")
+    assert list(weights(base_dir, 4))
+
+
 def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
     """Copied from elsewhere, say: there is no speed to report, but all else."""
     train(corpus, "--num-iterations=2")

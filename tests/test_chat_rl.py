@@ -65,6 +65,8 @@ def test_resume_is_bitwise():
     assert all(torch.equal(one, weights(4)[key]) for key, one in weights(4, "whole").items())
     assert untimed_records("rl", "whole") == untimed_records("rl")
     assert len(untimed_records("rl")) == 7
+    with pytest.raises(ValueError, match="a checkpoint of step 4, but these settings end at step 2"):
+        chat_rl.main([*SMALL, "--num-steps=2", "--resume"])
 
 
 def test_steps_of_an_epoch():

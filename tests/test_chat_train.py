@@ -99,6 +99,8 @@ def test_resume_is_bitwise(stage):
     whole, resumed = (read_meta(checkpoint_dir(stage, tag), 6)["progress"] for tag in ("whole", "d2"))
     assert {**whole, "train_seconds": 0} == {**resumed, "train_seconds": 0}
     train(stage, *flags, "--resume")  # there is nothing left to do, and nothing comes to harm
+    with pytest.raises(ValueError, match="a checkpoint of step 6, but these settings end at step 5"):
+        train(stage, "--num-iterations=5", "--resume")
     assert same(weights(stage, 6, "whole"), weights(stage, 6))
 
 

@@ -153,6 +153,32 @@ def test_interleaved_generations_do_not_mix_and_the_model_can_be_trained_after(e
     engine.model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
 
 
+def test_an_interrupted_prompt_frees_its_slots(engine, monkeypatch):
+    """Ctrl-C while a prompt was run left no slot for the next question."""
+    wanted = engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, seed=0)
+    decoder = engine._idle[0]
+    for name in ("feed", "fork"):
+
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, seed=0)
+        assert engine._idle == [decoder]
+        assert engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, seed=0) == wanted
+
+
+def test_idle_decoders_do_not_pile_up(engine):
+    """Each larger request kept the decoder of the one before, with its weights, state and graphs."""
+    for num_samples in (2, 1, 3, 4):
+        engine.complete([[1, 2]], max_tokens=2, num_samples=num_samples)
+    assert [decoder.slots for decoder in engine._idle] == [4]
+    engine.complete([[1] * 30], max_tokens=engine.model.config.sequence_len)  # few rows, but long
+    assert [decoder.slots for decoder in engine._idle] == [4, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

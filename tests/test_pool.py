@@ -5,7 +5,7 @@ import queue
 import pytest
 
 from nanochat.pool import Pool
-from nanochat.serving import End, QueueFull, Request
+from nanochat.serving import Closed, End, QueueFull, Request
 from nanochat.worker import Worker
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
@@ -26,25 +26,37 @@ def submit(pool):
 
 
 def test_requests_are_spread_and_answered_alike(pool):
-    requests = [submit(pool) for _ in range(4)]
-    assert sorted(handle.gpu for handle, _ in requests) == [0, 0, 1, 1]
+    requests = [submit(pool) for _ in range(6)]
+    assert sorted(handle.gpu for handle, _ in requests) == [0, 0, 0, 1, 1, 1]
     assert requests[0][0].gpu != requests[1][0].gpu
     with pytest.raises(QueueFull):
         submit(pool)
-    assert (pool.stats()["model"], pool.stats()["slots"], pool.stats()["waiting"]) == ("d1", 2, 4)
+    assert (pool.stats()["model"], pool.stats()["slots"], pool.stats()["waiting"]) == ("d1", 2, 6)
     pool.start()
     pool.close(drain=True)
     answers = [list(events.queue) for _, events in requests]
     assert isinstance(answers[0][-1], End)
     assert all(answer == answers[0] for answer in answers)
-    assert pool.stats()["requests_finished"] == 4
-    with pytest.raises(QueueFull, match="shutting down"):
+    assert pool.stats()["requests_finished"] == 6
+    with pytest.raises(Closed, match="shutting down"):
+        submit(pool)
+
+
+def test_a_broken_worker_is_passed_over(pool):
+    """It has nothing to do, so it was given nearly everything."""
+    first, second = pool.workers
+    first._is_closing = first.is_broken = True
+    assert not pool.is_broken
+    assert {submit(pool)[0].gpu for _ in range(3)} == {second.gpu}
+    second._is_closing = second.is_broken = True
+    assert pool.is_broken
+    with pytest.raises(Closed, match="the GPU has failed"):
         submit(pool)
 
 
 def test_a_full_worker_is_passed_over(pool):
     full, free = pool.workers
-    for _ in range(2):
+    for _ in range(3):
         full.submit(Request(tokens=[1], max_tokens=5), lambda event: None)
-    free._running.seats = [None] * 9  # busy, but with room to wait
+    free._running.seats, free.max_waiting = [None] * 9, 20  # busy, but with room to wait
     assert submit(pool)[0].gpu == 1

@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from schemathesis.checks import not_a_server_error
 
 from nanochat.server import create_app
-from nanochat.serving import End, QueueFull
+from nanochat.serving import Closed, End, QueueFull
 from nanochat.worker import Worker
 from tests.fake_backend import FakeBackend, Pause, serve, wait_for
 from tests.models import random_model, small_config
@@ -388,6 +388,14 @@ def test_a_client_that_leaves_in_the_middle(server, backend):
 
     hang_up(server, "/chat/completions", HELLO, read_some)
     wait_for(lambda: backend.handles[0].cancelled.is_set())
+
+
+def test_a_lost_gpu(server, backend, monkeypatch):
+    """Nothing was answered any more, and /health went on saying ok."""
+    monkeypatch.setattr(backend, "is_broken", True)
+    assert "the GPU has failed" in refusal(server.get("/health"), 503)
+    backend.prepare(Closed("the GPU has failed"))
+    assert "the GPU has failed" in refusal(chat(server), 503)
 
 
 def test_a_slow_client_keeps_nobody_waiting(server, backend, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import queue
 import random
+import sys
 import threading
 import time
 
@@ -11,7 +12,7 @@ import torch
 
 from nanochat.decoder import PlainDecoder
 from nanochat.engine import Engine
-from nanochat.serving import End, QueueFull, Request, Token
+from nanochat.serving import Closed, End, QueueFull, Request, Token
 from nanochat.worker import Worker
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
@@ -148,14 +149,18 @@ def test_rows_that_end_free_their_slots_at_once(make_worker):
 
 
 def test_cancelled_requests_end_once_and_free_their_slots(make_worker):
-    worker = make_worker(slots=2)
-    running = Reader(worker, tokens=[1, 2], max_tokens=60, n=2, temperature=1.0)
+    """By hand, or the thread might be at the end before it is told."""
+    worker = make_worker(start=False, slots=2)
+    running = Reader(worker, tokens=[1, 2], max_tokens=60, n=2, temperature=1.0, seed=0)
     waiting = Reader(worker, tokens=[3], max_tokens=3)
-    running.next()
+    for _ in range(3):
+        worker._turn()
     running.handle.cancel()
     running.handle.cancel()
-    running.all()
-    assert set(running.ends.values()) <= {"cancelled", "stop", "length"}
+    worker._turn()
+    assert running.all().ends == {0: "cancelled", 1: "cancelled"}
+    assert worker.stats()["running"] == 1
+    worker.start()
     assert waiting.all().ends[0] in ("stop", "length")
     assert worker.stats()["running"] == 0
 
@@ -217,11 +222,14 @@ def test_a_request_that_waits_can_be_cancelled():
 
 
 def test_a_full_queue_says_so():
-    worker = Worker(small_model(), TOKENIZER, "small", slots=1, max_waiting=2)
-    for _ in range(2):
+    """Those that come at once to free slots do not count: they need not wait."""
+    worker = Worker(small_model(), TOKENIZER, "small", slots=3, max_waiting=2)
+    for _ in range(5):
         Reader(worker, tokens=[1], max_tokens=5)
-    with pytest.raises(QueueFull, match="2 requests are waiting"):
-        Reader(worker, tokens=[1], max_tokens=5)
+    for _ in range(2):  # before and after the first three have their slots
+        with pytest.raises(QueueFull, match="2 requests are waiting"):
+            Reader(worker, tokens=[1], max_tokens=5)
+        worker._admit()
 
 
 @pytest.mark.parametrize(
@@ -248,7 +256,7 @@ def test_close_lets_requests_end_or_cancels_them(make_worker):
     readers = [Reader(worker, tokens=[i + 1], max_tokens=10, temperature=0.0) for i in range(3)]
     worker.close(drain=True)
     assert all(reader.all().ends[0] in ("stop", "length") for reader in readers)
-    with pytest.raises(QueueFull, match="shutting down"):
+    with pytest.raises(Closed, match="shutting down"):
         Reader(worker, tokens=[1], max_tokens=5)
     hurried = make_worker(start=False, slots=1)
     readers = [Reader(hurried, tokens=[i + 1], max_tokens=60) for i in range(3)]
@@ -277,6 +285,85 @@ def test_a_failing_step_ends_its_requests_and_no_others(make_worker, monkeypatch
     broken.clear()
     assert Reader(worker, tokens=[1, 2, 3], max_tokens=3).all().ends[0] in ("stop", "length")
     assert worker.stats()["requests_failed"] == 1
+
+
+def test_a_failing_prompt_ends_its_request_and_no_other(make_worker, monkeypatch):
+    """It ended all that ran; and the slots of samples that were being forked were lost for ever."""
+    worker = make_worker(start=False, slots=4)
+    good = Reader(worker, tokens=[1], max_tokens=40, temperature=0.0)
+    worker._turn()
+    feed, fork = worker.decoder.feed, worker.decoder.fork
+
+    def no_memory(*args):
+        raise RuntimeError("out of memory")
+
+    def no_third(slot, params):
+        return no_memory() if len(worker._queue[0].slots) == 2 else fork(slot, params)
+
+    for name, failing, whole in (("feed", no_memory, feed), ("fork", no_third, fork)):
+        monkeypatch.setattr(worker.decoder, name, failing)
+        assert set(_turns_until_all(worker, tokens=[1, 2, 3], max_tokens=5, n=3).values()) == {"error"}
+        monkeypatch.setattr(worker.decoder, name, whole)
+    assert "error" not in _turns_until_all(worker, tokens=[1, 2, 3], max_tokens=5, n=3).values()
+    worker.start()
+    expected = Engine(worker.model, TOKENIZER).complete([[1]], max_tokens=40, temperature=0)[0]
+    assert good.all().tokens[0] == expected.tokens
+
+
+def _turns_until_all(worker, **request):
+    reader = Reader(worker, **request)
+    while len(reader.ends) < reader.n:
+        worker._turn()
+        while not reader.events.empty():
+            reader.next()
+    return reader.ends
+
+
+def test_a_device_that_is_lost_ends_everything(make_worker, monkeypatch):
+    """What was under way failed once more in the clean-up, and the thread died: clients waited for ever."""
+    worker = make_worker(start=False, slots=2)
+    readers = [Reader(worker, tokens=[1, 2], max_tokens=40) for _ in range(3)]
+    for _ in range(2):
+        worker._turn()
+
+    def lost(*args):
+        raise RuntimeError("device-side assert triggered")
+
+    for name in ("feed", "launch", "collect"):
+        monkeypatch.setattr(worker.decoder, name, lost)
+    worker.decoder.device = torch.device("meta")  # from which no value comes back
+    assert not worker.is_broken
+    worker.start()
+    assert [reader.all().ends[0] for reader in readers] == ["error"] * 3
+    worker._thread.join(timeout=60)
+    assert worker.is_broken
+    with pytest.raises(Closed, match="the GPU has failed"):
+        Reader(worker, tokens=[1], max_tokens=5)
+
+
+def test_handlers_submit_while_the_worker_looks_through_its_queue():
+    """A deque must not grow while it is read: all that ran failed, once in a while."""
+    worker = Worker(small_model(), TOKENIZER, "small", slots=1, max_waiting=1 << 20)
+    request, is_over = Request(tokens=[1], max_tokens=5), threading.Event()
+
+    def submit():
+        while not is_over.is_set():
+            worker.submit(request, print)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    handlers = [threading.Thread(target=submit) for _ in range(2)]
+    try:
+        for handler in handlers:
+            handler.start()
+        for _ in range(300):
+            worker._drop()
+    finally:
+        is_over.set()
+        sys.setswitchinterval(interval)
+        for handler in handlers:
+            handler.join()
+    assert worker.stats()["waiting"] > 300
 
 
 def test_logprobs_are_the_model_s_own(make_worker):
