@@ -80,7 +80,7 @@ else # a million tokens: small steps, whatever the model
     sft=(--conversations-per-step=128 "--device-batch-size=$((4 * chat_rows))")
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     evals=(--max-new-tokens=40 --batch-size=128)
-    rl=(--num-steps=60 --max-new-tokens=40 --init-lr-frac=0.25 --eval-every=30 --save-every=20)
+    rl=(--num-steps=150 --max-new-tokens=40 --init-lr-frac=0.1 --eval-every=50 --save-every=50)
     RL=${RL:-1}
 fi
 echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
