@@ -183,7 +183,7 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
     records = read_metrics(path)
     rewards = [record["reward"] for record in records if "reward" in record]
     measured = [record for record in records if "accuracy" in record]
-    first, last = _tenths(rewards)
+    first, last = _tenths(rewards) if rewards else (None, None)  # of a run that came without its metrics
     by_task = {
         task: _tenths([r["rewards"][task] for r in records if task in r.get("rewards", {})])
         for task in sorted({task for record in records for task in record.get("rewards", {})})
@@ -196,7 +196,9 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
         "seconds": progress.train_seconds,
         "first_reward": first,
         "last_reward": last,
-        "rewards": {task: {"first": first, "last": last} for task, (first, last) in by_task.items()},
+        "rewards": {
+            task: dict(zip(("first", "last"), tenths, strict=True)) for task, tenths in by_task.items()
+        },
         "first_accuracy": measured[0]["accuracy"],
         "accuracy": measured[-1]["accuracy"],
         "standard_error": measured[-1]["standard_error"],
@@ -205,6 +207,6 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
     write_report("chat_rl", result)
     return (
         f"chat_rl: {directory.name}, {plan.num_steps} steps in {progress.train_seconds / 60:.1f} min; "
-        f"reward {result['first_reward']:.4f} -> {result['last_reward']:.4f}, accuracy "
-        f"{result['first_accuracy']:.4f} -> {result['accuracy']:.4f} +- {result['standard_error']:.4f}"
+        + (f"reward {first:.4f} -> {last:.4f}, " if rewards else "")
+        + f"accuracy {result['first_accuracy']:.4f} -> {result['accuracy']:.4f} +- {result['standard_error']:.4f}"
     )

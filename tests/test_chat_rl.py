@@ -69,6 +69,17 @@ def test_resume_is_bitwise():
         chat_rl.main([*SMALL, "--num-steps=2", "--resume"])
 
 
+def test_a_finished_run_without_its_metrics(base_dir, capsys):
+    """Copied from elsewhere, say: resumed at its end it divided by the number of steps that it knew of."""
+    chat_rl.main([*SMALL, "--num-steps=1"])
+    (checkpoint_dir("rl", "d2") / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    chat_rl.main([*SMALL, "--num-steps=1", "--resume"])
+    result = json.loads((base_dir / "report" / "chat_rl.json").read_text())
+    assert (result["first_reward"], result["rewards"]) == (None, {})
+    assert f"min; accuracy {result['accuracy']:.4f} ->" in capsys.readouterr().out
+
+
 def test_steps_of_an_epoch():
     """Ten questions, four a step: the third step takes two of the next epoch."""
     chat_rl.main([*SMALL, "--max-new-tokens=2"])
