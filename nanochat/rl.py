@@ -208,5 +208,6 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
     return (
         f"chat_rl: {directory.name}, {plan.num_steps} steps in {progress.train_seconds / 60:.1f} min; "
         + (f"reward {first:.4f} -> {last:.4f}, " if rewards else "")
-        + f"accuracy {result['first_accuracy']:.4f} -> {result['accuracy']:.4f} +- {result['standard_error']:.4f}"
+        + f"accuracy {result['first_accuracy']:.4f} -> {result['accuracy']:.4f} "
+        f"+- {result['standard_error']:.4f}"
     )
