@@ -3,6 +3,7 @@
 import itertools
 import queue
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -339,6 +340,42 @@ def test_a_device_that_is_lost_ends_everything(make_worker, monkeypatch):
     assert worker.is_broken
     with pytest.raises(Closed, match="the GPU has failed"):
         Reader(worker, tokens=[1], max_tokens=5)
+
+
+LOSE_THE_GPU = """
+import queue, torch
+from nanochat.serving import Closed, End, Request
+from nanochat.worker import Worker
+from tests.test_worker import TOKENIZER, small_model
+worker = Worker(small_model().to("cuda"), TOKENIZER, "small", slots=2)
+worker.start()
+reasons, is_lost = [], False
+while len(reasons) < 20:
+    events = queue.Queue()
+    try:
+        worker.submit(Request(tokens=[1, 2], max_tokens=5), events.put)
+    except Closed as error:
+        print(error)
+        break
+    while not isinstance(event := events.get(timeout=60), End):
+        pass
+    reasons.append(event.reason)
+    if not is_lost:
+        is_lost = True
+        try:
+            torch.zeros(3, device="cuda")[torch.tensor([9], device="cuda")].cpu()
+        except RuntimeError:
+            pass
+worker.close(drain=True)
+print(worker.is_broken, reasons[0] in ("stop", "length"), set(reasons[1:]) <= {"error"})
+"""
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_lost():
+    """In a process of its own: an index out of range makes every later call to the GPU fail."""
+    done = subprocess.run([sys.executable, "-c", LOSE_THE_GPU], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "the GPU has failed\nTrue True True\n", done.stderr
 
 
 def test_handlers_submit_while_the_worker_looks_through_its_queue():
