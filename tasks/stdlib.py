@@ -4,8 +4,8 @@
     DocChoice      four-way multiple choice: is it a class, an exception, a function or a module that has
                    this name, or this first sentence?
 
-One name in six, by a hash of it, is kept for the tests: they ask about names and sentences that no training
-question had. The four choices come in random order, so a letter has to be read off the question. A small
+One sentence in six, by a hash of it, is kept for the tests, with all names that it describes: tests ask about
+names and sentences that no training question had. The four choices come in random order, so a letter has to be read off the question. A small
 model is long in finding that out, and much sooner if it has first learned, from questions with the choices in
 alphabetical order, what the answers are (dev/LOG.md).
 """
@@ -59,7 +59,7 @@ def _kind(heading: str, parents: set[str]) -> str:
 
 
 def _split(split: str) -> list[Entry]:
-    return [e for e in entries() if (zlib.crc32(e.name.encode()) % 6 == 0) is (split == "test")]
+    return [e for e in entries() if (zlib.crc32(e.text.encode()) % 6 == 0) is (split == "test")]
 
 
 class DocQuestion(Task):
