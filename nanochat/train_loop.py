@@ -14,7 +14,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -47,6 +47,7 @@ def train(
     evaluate: Callable[[], float],
     sample: Callable[[], None],
     log: Callable[[dict], None],
+    extras: Sequence[tuple[int, Callable[[], None]]] = (),
 ) -> bool:
     """Train from progress.step to plan.num_steps; return False if SIGTERM ended it before, after saving.
 
@@ -59,7 +60,9 @@ def train(
     stop = [False]
     with sigterm_flag() as sigterm, _garbage_collector_stop() as stop_garbage_collector:
         validate = partial(_evaluate, evaluate, progress, log)
-        for step in steps_to_do(plan, cadence, progress, stop, save=save, evaluate=validate, sample=sample):
+        for step in steps_to_do(
+            plan, cadence, progress, stop, save=save, evaluate=validate, sample=sample, extras=extras
+        ):
             began = time.perf_counter()
             multiplier = set_schedule(optimizer, plan, step)
             last_state = micro_batches[-1][2]
@@ -101,11 +104,12 @@ def steps_to_do(
     save: Callable[[Progress], None],
     evaluate: Callable[[], None],
     sample: Callable[[], None],
+    extras: Sequence[tuple[int, Callable[[], None]]] = (),
 ) -> Iterator[int]:
     """Yield progress.step until plan.num_steps of them are done; save, evaluate and sample when that is due.
 
-    Whoever does the steps counts them in progress, and may set stop[0], on all ranks alike, to end after
-    saving.
+    extras are done every so many steps between start and end, at neither of them. Whoever does the steps
+    counts them in progress, and may set stop[0], on all ranks alike, to end after saving.
     """
     start = progress.step
     while True:
@@ -120,12 +124,16 @@ def steps_to_do(
             evaluate()
         if is_last or (step > 0 and is_due(step, cadence.sample_every)):
             sample()
+        for every, action in extras:
+            if 0 < step < plan.num_steps and is_due(step, every):
+                action()
         if is_last:
             return
         yield step
 
 
 def set_schedule(optimizer: MuonAdamW, plan: Plan, step: int) -> float:
+    """Give the optimizer the rates and the momentum of a step; return the factor on the rates."""
     multiplier = plan.lr_multiplier(step / plan.num_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
@@ -193,6 +201,7 @@ def check_finite(step: int, loss: float, grad_norm: float, multiplier: float) ->
 
 
 def is_due(step: int, every: int) -> bool:
+    """Whether what is done every so many steps is done at this one; 0: never."""
     return every > 0 and step % every == 0
 
 

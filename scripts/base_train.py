@@ -9,16 +9,21 @@ follow from it. Checkpoints and metrics.jsonl go to $NANOCHAT_BASE_DIR/base_chec
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.common import Runtime, parse, require_at_least, run, setup_runtime
+from nanochat.common import Runtime, base_dir, parse, require_at_least, run, setup_runtime
 from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 if TYPE_CHECKING:
+    from nanochat.core_bundle import Bundle
     from nanochat.gpt import GPT
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class BaseTrainConfig:
     max_seq_len: int = 2048
     """tokens of context"""
     slc_rate: int = 3
-    """every slc_rate-th layer is attention, the others SLC2; 0 makes all layers attention"""
+    """layer i is attention if i % slc_rate == 1 or it is the last, else SLC2; 0: all are attention"""
 
     num_iterations: int = -1
     """optimizer steps; -1 derives them from target_flops or target_param_data_ratio"""
@@ -64,6 +69,12 @@ class BaseTrainConfig:
     eval_tokens: int = 20 * 524_288
     """tokens of a validation, at most once through the validation shard"""
     cadence: Cadence = field(default_factory=Cadence)
+    core_every: int = 2000
+    """steps between evaluations of CORE on the way, where its bundle is there; 0: none"""
+    core_max_per_task: int = 500
+    """examples of each of its tasks; -1: all"""
+    core_bundle: str = ""
+    """folder of the CORE bundle; empty: eval_bundle in the base directory, if it is there"""
     model_tag: str = ""
     """name of the checkpoint folder; empty: d<depth>"""
     resume: bool = False
@@ -73,6 +84,11 @@ class BaseTrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, depth=1, max_seq_len=1, device_batch_size=0, total_batch_size=1, eval_tokens=1)
+        require_at_least(self, core_every=0, core_max_per_task=-1)
+        if self.core_max_per_task == 0:
+            raise ValueError("core_max_per_task=0 must be -1 (all) or at least 1; core_every=0 turns CORE off")
+        if self.core_bundle and not self.core_every:
+            raise ValueError(f"core_bundle={self.core_bundle} needs core_every above 0; leave one out")
         for name in ("num_iterations", "target_flops"):
             if not getattr(self, name) > 0 and getattr(self, name) != -1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, or -1")
@@ -90,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.accelerate import accelerate
     from nanochat.checkpoint_manager import checkpoint_dir
+    from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import packed_batches, validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
@@ -100,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.train_state import begin, report_training, save_progress, start_or_resume
 
     runtime = setup_runtime(config.device_type)
-    tokenizer = get_tokenizer()
+    tokenizer, bundle = get_tokenizer(), core_bundle(config)
     model = build_model(config, tokenizer.get_vocab_size(), runtime)
     config = with_rows(config, model, runtime)
     plan = make_plan(config, model, runtime)
@@ -126,6 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         **sizes,
     )
     log = begin(directory, tokenizer, runtime, config, plan, progress)
+
+    def measure_core() -> None:
+        limits = {"max_per_task": config.core_max_per_task, "batch_rows": config.device_batch_size}
+        core = evaluate_core(model, tokenizer, bundle, runtime, **limits)["core"]
+        log({"step": progress.step, "core": core})
+        logger.info(f"step {progress.step:05d} | CORE {core:.4f}")
+
     is_finished = train(
         model,
         optimizer,
@@ -138,11 +162,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate=partial(evaluate_bpb, model, val_batches, None, token_bytes),
         sample=partial(print_samples, model, tokenizer, runtime),
         log=log,
+        extras=[(config.core_every, measure_core)] if bundle else [],
     )
     log.close()
     if is_finished and runtime.is_main:
         print(report_training("base_train", plan, model, progress, directory, asdict(config)))
     return 0
+
+
+def core_bundle(config: BaseTrainConfig) -> Bundle | None:
+    """Read what CORE is evaluated on, if that is to be done on the way and the bundle is there."""
+    from nanochat.core_bundle import load_bundle
+
+    folder = Path(config.core_bundle).expanduser() if config.core_bundle else base_dir() / "eval_bundle"
+    if not config.core_every or not (config.core_bundle or folder.exists()):
+        return None
+    return load_bundle(folder)
 
 
 def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> GPT:

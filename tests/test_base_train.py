@@ -13,10 +13,13 @@ import torch
 
 from nanochat import report
 from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors, model_path
-from nanochat.common import run
+from nanochat.common import Runtime, run
+from nanochat.core_bundle import load_bundle
+from nanochat.core_eval import evaluate_core
 from nanochat.metrics import read_metrics
 from nanochat.tokenizer import get_tokenizer
 from scripts import base_loss, base_train, tok_train
+from tests.core_bundles import write_bundle
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device-type=cpu", "--depth=2", "--max-seq-len=16", "--device-batch-size=2"]
@@ -68,6 +71,22 @@ GOLDEN += [1.4270, 1.1419, 1.1495, 1.2689, 1.2354, 1.1256, 1.1937, 1.1431, 1.077
 def test_twenty_golden_losses(corpus, base_dir):
     assert train(corpus, "--num-iterations=20") == 0
     assert losses(base_dir) == pytest.approx(GOLDEN, rel=1e-3)
+
+
+def test_core_on_the_way(corpus, base_dir, tmp_path):
+    """Every so many steps, at neither end; training goes on as without, and a missing bundle is told first."""
+    folder = write_bundle(tmp_path / "bundle")
+    often = ["--num-iterations=8", "--save-every=4", "--keep-last=0"]
+    train(corpus, *often, "--core-every=4", f"--core-bundle={folder}", "--core-max-per-task=3")
+    records = read_metrics(base_dir / "base_checkpoints" / "d2" / "metrics.jsonl")
+    measured = [record for record in records if "core" in record]
+    model, tokenizer, _ = load_model("base", torch.device("cpu"), "eval", "d2", 4)
+    expected = evaluate_core(model, tokenizer, load_bundle(folder), Runtime.cpu(), 3)["core"]
+    assert measured == [{"step": 4, "core": pytest.approx(expected)}]
+    train(corpus, "--num-iterations=8", "--model-tag=without")
+    assert losses(base_dir, "without") == losses(base_dir)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(corpus, "--num-iterations=8", "--model-tag=new", "--core-bundle=nowhere")
 
 
 def test_resume_is_bitwise(corpus, base_dir, caplog):
@@ -138,7 +157,9 @@ def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
 SIGTERM_AT_A_STEP = """
 import os, signal, sys
 from nanochat import train_loop
-from nanochat.common import run
+from nanochat.common import Runtime, run
+from nanochat.core_bundle import load_bundle
+from nanochat.core_eval import evaluate_core
 from scripts import base_train
 step, *flags = sys.argv[1:]
 set_schedule = train_loop.set_schedule
