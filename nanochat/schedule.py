@@ -59,19 +59,12 @@ class Plan:
     lr_multiplier: Callable[[float], float]  # of progress in [0, 1]
 
 
-def lr_multiplier(
-    progress: float, *, peak: float = 1.0, warmup: float = 0.0, warmdown: float = 0.2, final: float = 0.0
-) -> float:
+def lr_multiplier(progress: float, *, peak: float = 1.0, warmdown: float = 0.2) -> float:
     """Factor on every learning rate at progress in [0, 1] through training.
 
-    Linear from 0 over the first `warmup` of it, then `peak`, then linear to `final` over the last `warmdown`.
+    `peak`, then linear to 0 over the last `warmdown` of it.
     """
-    if progress < warmup:
-        return peak * progress / warmup
-    if progress <= 1 - warmdown:
-        return peak
-    left = (1 - progress) / warmdown
-    return left * peak + (1 - left) * final
+    return peak * min(1.0, (1 - progress) / warmdown)
 
 
 def muon_momentum(step: int) -> float:
