@@ -237,8 +237,12 @@ class RustBPETokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
-        return self.enc.decode(ids)
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD. ValueError if one is no token's."""
+        try:
+            return self.enc.decode(ids)
+        except (KeyError, OverflowError) as error:
+            last = self.get_vocab_size() - 1
+            raise ValueError(f"the ids are not all those of tokens, 0 to {last} ({error})") from error
 
     # -----------------------------------------------------------------------------------------------------
     # Conversations: see chat_format
@@ -252,13 +256,6 @@ class RustBPETokenizer:
     def render_for_completion(self, conversation: dict[str, Any], max_tokens: int = 2048) -> list[int]:
         """Return the ids, at most max_tokens, after which the assistant speaks."""
         return chat_format.render_for_completion(self, conversation, max_tokens)
-
-    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
-        """Return the tokens in a terminal's colours: green where they are learned, red where not."""
-        return "|".join(
-            f"\033[{32 if learned else 31}m{self.id_to_token(id)}\033[0m"
-            for id, learned in zip(ids, mask, strict=True)
-        )
 
 
 def get_tokenizer(directory: Path | str | None = None) -> RustBPETokenizer:

@@ -124,6 +124,13 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
+@pytest.mark.parametrize("id", [-1, VOCAB_SIZE, 2**40])
+def test_ids_of_no_token(tokenizer, id):
+    """They were a KeyError or an OverflowError, which said nothing of the vocabulary."""
+    with pytest.raises(ValueError, match=rf"ids are not all those of tokens, 0 to {VOCAB_SIZE - 1} \("):
+        tokenizer.decode([97, id])
+
+
 @pytest.mark.parametrize("num_threads", [1, 8])
 def test_encode_list_prepend_append(tokenizer, num_threads):
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|user_end|>")
