@@ -69,6 +69,9 @@ class HybridCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
+        for name, value in (("batch_size", batch_size), ("max_len", max_len)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         kv_shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
         conv_shape = (batch_size, config.n_kernel - 1, config.n_embd)
         self.max_len = max_len
