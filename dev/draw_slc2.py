@@ -21,6 +21,7 @@ INK, LINEAR, POINTWISE, CONV, ATTENTION = "#333333", "#dbe7f3", "#f1f1ee", "#bfe
 
 
 def box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 1.5) -> None:
+    """A rounded box around a text, with its centre at x, y."""
     axes.add_patch(
         FancyBboxPatch(
             (x - width / 2, y - 0.25),
@@ -35,6 +36,7 @@ def box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 1
 
 
 def operator(axes: Axes, x: float, y: float, text: str) -> None:
+    """A small circle around a symbol."""
     axes.add_patch(Circle((x, y), 0.22, facecolor="white", edgecolor=INK))
     axes.text(x, y, text, ha="center", va="center", fontsize=10)
 

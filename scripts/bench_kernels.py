@@ -33,6 +33,8 @@ Op = Literal["slc2", "rope", "head_loss", "mlp", "products"]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchKernelsConfig:
+    """Which kernels, at which shapes."""
+
     ops: tuple[Op, ...] = ("slc2", "rope", "head_loss", "mlp", "products")
     """what to time"""
     depth: int = 20

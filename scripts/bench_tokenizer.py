@@ -52,6 +52,8 @@ print(json.dumps({"seconds": seconds, "peak_kb": peak, "growth_kb": peak - peak_
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTokenizerConfig:
+    """What text, how much of it, and how often."""
+
     data: str = "embedded"
     """Where the text comes from: auto, hub, embedded, or a path of your own."""
     max_chars: int = 100_000_000
@@ -192,6 +194,7 @@ def bench_encoding(texts: list[str], config: BenchTokenizerConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Time training, then encoding."""
     config = parse(BenchTokenizerConfig, argv)
     texts = read_texts(config.data, config.max_chars)
     bench_training(texts, config)

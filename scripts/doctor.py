@@ -26,7 +26,7 @@ class DoctorConfig:
     device_batch_size: int = 0
     """sequences of one forward on one device; 0: as many as its memory holds, at most 32"""
     ranks: int = 0
-    """processes on this machine; 0: one a GPU, or one"""
+    """processes on this machine; 0: one per GPU, or one"""
     data: str = "auto"
     """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
     device_type: str = ""

@@ -13,7 +13,7 @@ def silu(v):
 
 
 def slc2_loop(h, layer):
-    """The equation of DESIGN 2.1, element by element in Python floats (float64), with no tensor operation."""
+    """The equations of nanochat/slc2.py in Python floats (float64), element by element, with no tensors."""
     weights = {name: p.detach().double().tolist() for name, p in layer.named_parameters()}
     conv = weights.pop("conv1d.weight")
     B, T, E = h.shape

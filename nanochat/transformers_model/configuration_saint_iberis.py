@@ -25,7 +25,7 @@ class SaintIberisConfig(PretrainedConfig):
         n_kv_head: int = 6,
         n_embd: int = 768,
         n_kernel: int = 3,  # taps of the convolution in SLC2 layers
-        slc_rate: int = 3,  # every slc_rate-th layer is attention; 0: all are
+        slc_rate: int = 3,  # layer i is attention iff i % slc_rate == 1 or it is the last; 0: all are
         **kwargs,
     ):
         self.sequence_len = sequence_len
