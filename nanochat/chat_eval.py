@@ -107,7 +107,8 @@ def _choose_letters(
         hidden = model.hidden(idx.to(model.device))[rows, last]
         letters = sorted({letter for i in batch for letter in conversations[i]["letters"]})
         ids = [letter_id(tokenizer, letter) for letter in letters]
-        logits = head_logits(hidden, model.lm_head.weight[ids]).tolist()
+        # float: a product in bfloat16 would make equals of letters that differ, and the first would win
+        logits = head_logits(hidden.float(), model.lm_head.weight[ids]).tolist()
         for i, row in zip(batch, logits, strict=True):
             of_letter = dict(zip(letters, row, strict=True))
             chosen[i] = max(conversations[i]["letters"], key=of_letter.__getitem__)

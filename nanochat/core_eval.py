@@ -10,7 +10,9 @@ A task's accuracy is centred, (accuracy - random) / (1 - random), and CORE is th
 A prompt is <|bos|>, num_fewshot solved examples with a blank line after each, the context, the delimiter and
 the continuation. Which examples, is drawn from (task, row): it never changes with what else is evaluated. The
 continuation begins where the tokens of the prompt part from those of its context, as a token may reach across
-the border ("Answer:" + " 7"). A prompt that is too long for the model loses its beginning.
+the border ("Answer:" + " 7"). It is the whole option, as in DCLM's own evaluation, also where options begin
+alike: nanochat leaves out what they begin with, so CORE here is comparable with DCLM's, and nearly with
+nanochat's. A prompt that is too long for the model loses its beginning.
 
 What makes it fast: logits are computed only where a token counts; prompts are sorted by length and batched
 under a budget of tokens; and prompts that differ in their last token alone (choices "A", "B", "C", "D") are
@@ -230,7 +232,7 @@ def _token_scores(model: GPT, idx: Tensor, positions: Tensor, targets: Tensor) -
     hidden = model.hidden(idx, None).flatten(0, 1)[positions]
     nats, hits = [], []
     for x, target in zip(hidden.split(HEAD_POSITIONS), targets.split(HEAD_POSITIONS), strict=True):
-        logits = head_logits(x, model.lm_head.weight)
+        logits = head_logits(x.float(), model.lm_head.weight)  # bfloat16 would make equals of near ones
         nats.append(F.cross_entropy(logits, target, reduction="none"))
         hits.append(logits.argmax(-1) == target)
     return torch.cat(nats).cpu().double(), torch.cat(hits).cpu()  # MPS has no float64

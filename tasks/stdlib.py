@@ -5,9 +5,9 @@
                    this name, or this first sentence?
 
 One sentence in six, by a hash of it, is kept for the tests, with all names that it describes: tests ask about
-names and sentences that no training question had. The four choices come in random order, so a letter has to be read off the question. A small
-model is long in finding that out, and much sooner if it has first learned, from questions with the choices in
-alphabetical order, what the answers are (dev/LOG.md).
+names and sentences that no training question had. The four choices come in random order, so a letter has to
+be read off the question. A small model is long in finding that out, and much sooner if it has first learned,
+from questions with the choices in alphabetical order, what the answers are (dev/LOG.md).
 """
 
 from __future__ import annotations

@@ -110,6 +110,23 @@ def test_letters_of_a_batch_are_those_of_full_forwards(plan, tokenizer):
         assert task.chosen == expected
 
 
+def test_letters_are_compared_in_float32(tokenizer):
+    """On CUDA their logits were rounded to bfloat16 first, and the first of equals was taken."""
+    model = attentive_model()
+    model.compute_dtype = torch.bfloat16
+    a, b = (letter_id(tokenizer, letter) for letter in "AB")
+    weight = model.lm_head.weight
+    with torch.no_grad():
+        weight[b] = weight[a] * (1 + 2**-12)
+    task, expected = Choices(alphabet="AB"), {}
+    evaluate(task, model, tokenizer, batch_size=1)
+    for conversation in task:
+        prompt = torch.tensor([render_for_completion(tokenizer, conversation, SEQ_LEN)])
+        expected[conversation["index"]] = "AB"[int(model.hidden(prompt)[0, -1].float() @ weight[a] > 0)]
+    assert set(expected.values()) == {"A", "B"}
+    assert task.chosen == expected
+
+
 def test_figures_of_a_categorical_task(model, tokenizer):
     task = Choices()
     result = evaluate(task, model, tokenizer)

@@ -181,6 +181,19 @@ def test_batched_scores_are_those_of_one_prompt_at_a_time(changes, batch_tokens,
     assert likeliest.sum() >= 4  # of the fifty last tokens one is the likeliest
 
 
+def test_options_are_compared_in_float32():
+    """On CUDA their logits were rounded to bfloat16 first, and the first of equals was taken."""
+    model = random_model(small_config())
+    model.compute_dtype = torch.bfloat16
+    prompts = random_prompts(40)[:40]
+    with torch.no_grad():
+        model.lm_head.weight[1] = model.lm_head.weight[0] * (1 + 2**-12)
+    pairs = [(np.append(ids, last).astype(np.int32), len(ids)) for ids, _ in prompts for last in (0, 1)]
+    losses, _ = score_prompts(model, pairs, 400)
+    assert {bool(one > other) for one, other in zip(losses[::2], losses[1::2], strict=True)} == {True, False}
+    assert (losses[::2] != losses[1::2]).all()
+
+
 def test_a_forward_keeps_to_its_budget_and_reads_equal_inputs_once(monkeypatch):
     model, shapes = random_model(small_config()), []
     hidden = model.hidden
