@@ -159,11 +159,18 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
 
 
 def load_optimizer_shards(directory: Path, step: int) -> list[dict]:
-    """Read the optimizer state that was saved beside a checkpoint: of each rank that there was its share."""
+    """Read the optimizer state that was saved beside a checkpoint: of each rank that there was its share.
+
+    Raises FileNotFoundError where none is there, DamagedError where a part of it is missing.
+    """
     n_shards = read_meta(directory, step).get("optimizer_shards", 1)
-    if n_shards == 0:
+    paths = [_optim_path(directory, step, rank) for rank in range(n_shards)]
+    missing = [path for path in paths if not path.exists()]
+    if len(missing) == n_shards:
         raise FileNotFoundError(f"the checkpoint of step {step} in {directory} has no optimizer state")
-    return [load_tensors(_optim_path(directory, step, rank), "cpu", mmap=True) for rank in range(n_shards)]
+    if missing:
+        raise DamagedError(f"{missing[0]} is missing, and with it a part of the optimizer's state")
+    return [load_tensors(path, "cpu", mmap=True) for path in paths]
 
 
 def check_bytes(directory: Path, step: int, runtime: Runtime) -> None:

@@ -186,9 +186,17 @@ def write_json(path: Path | str, value: Any) -> None:
         file.write("\n")
 
 
-def write_report(stage: str, result: dict[str, Any]) -> None:
-    """Write what a stage found to report/<stage>.json, with the time and the seconds that it took."""
-    stamps = {"finished_at": time.time(), "wall_seconds": time.monotonic() - _STARTED}
+def process_seconds() -> float:
+    """Return for how long this process has run."""
+    return time.monotonic() - _STARTED
+
+
+def write_report(stage: str, result: dict[str, Any], earlier_seconds: float = 0.0) -> None:
+    """Write what a stage found to report/<stage>.json, with the time and the seconds that it took.
+
+    earlier_seconds were those of processes that it was begun in.
+    """
+    stamps = {"finished_at": time.time(), "wall_seconds": earlier_seconds + process_seconds()}
     write_json(base_dir() / "report" / f"{stage}.json", {**result, **stamps})
 
 

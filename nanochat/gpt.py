@@ -52,7 +52,7 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     n_kernel: int = 3  # taps of the convolution in SLC2 layers
-    slc_rate: int = 3  # every slc_rate-th layer is attention; 0: all are
+    slc_rate: int = 3  # layer i is attention if i % slc_rate == 1 or it is the last; 0: all are
 
     def __post_init__(self):
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel"):
@@ -354,6 +354,8 @@ class GPT(nn.Module):
         """
         if input_ids.ndim != 2 or input_ids.size(0) != 1 or input_ids.size(1) < 1:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (1, T) with T >= 1")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         V = self.config.vocab_size
         stop_tokens = {V - BOS_FROM_END, V - ASSISTANT_END_FROM_END}

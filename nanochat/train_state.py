@@ -32,7 +32,7 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     tokenizer_dir,
 )
-from nanochat.common import Runtime, write_report
+from nanochat.common import Runtime, process_seconds, write_report
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT
 from nanochat.hardware import describe
@@ -71,6 +71,7 @@ class Progress:
     step: int = 0
     ema: EmaLoss = field(default_factory=EmaLoss)
     train_seconds: float = 0.0  # in steps, evaluations not counted
+    earlier_seconds: float = 0.0  # of wall clock, in processes before this one
     first_val_bpb: float | None = None
     min_val_bpb: float | None = None
     val_bpb: float | None = None  # at the last evaluation
@@ -207,7 +208,8 @@ def save_progress(
 ) -> None:
     """Save a checkpoint that start_or_resume can go on from, with the config that the user asked for."""
     loader_state = merge_states(runtime.gather(progress.loader_state))
-    saved = {**asdict(progress), "loader_state": loader_state}
+    seconds = progress.earlier_seconds + process_seconds()
+    saved = {**asdict(progress), "loader_state": loader_state, "earlier_seconds": seconds}
     meta = {"user_config": asdict(config), "progress": saved}
     keep_last = config.cadence.keep_last
     save_checkpoint(directory, progress.step, model, optimizer.state_dict(), meta, keep_last, runtime)
@@ -241,7 +243,7 @@ def report_training(
         "val_bpb": progress.val_bpb,
         "metrics": str(directory / "metrics.jsonl"),
     }
-    write_report(stage, result)
+    write_report(stage, result, progress.earlier_seconds)
     return (
         f"{stage}: {directory.name}, {parameters['total'] / 1e6:.1f} M parameters, "
         f"{tokens / 1e6:.1f} M tokens in {progress.train_seconds / 60:.1f} min; "

@@ -86,7 +86,7 @@ class BaseTrainConfig:
         require_at_least(self, depth=1, max_seq_len=1, device_batch_size=0, total_batch_size=1, eval_tokens=1)
         require_at_least(self, core_every=0, core_max_per_task=-1)
         if self.core_max_per_task == 0:
-            raise ValueError("core_max_per_task=0 must be -1 (all) or at least 1; core_every=0 turns CORE off")
+            raise ValueError("core_max_per_task=0 must be -1 (all) or 1 and more; core_every=0: no CORE")
         if self.core_bundle and not self.core_every:
             raise ValueError(f"core_bundle={self.core_bundle} needs core_every above 0; leave one out")
         for name in ("num_iterations", "target_flops"):

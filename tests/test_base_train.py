@@ -6,12 +6,13 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat import report
+from nanochat import common, report
 from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors, model_path
 from nanochat.common import Runtime, run
 from nanochat.core_bundle import load_bundle
@@ -74,7 +75,7 @@ def test_twenty_golden_losses(corpus, base_dir):
 
 
 def test_core_on_the_way(corpus, base_dir, tmp_path):
-    """Every so many steps, at neither end; training goes on as without, and a missing bundle is told first."""
+    """Every so many steps, at neither end; training is as without, and a missing bundle is told first."""
     folder = write_bundle(tmp_path / "bundle")
     often = ["--num-iterations=8", "--save-every=4", "--keep-last=0"]
     train(corpus, *often, "--core-every=4", f"--core-bundle={folder}", "--core-max-per-task=3")
@@ -87,6 +88,18 @@ def test_core_on_the_way(corpus, base_dir, tmp_path):
     assert losses(base_dir, "without") == losses(base_dir)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(corpus, "--num-iterations=8", "--model-tag=new", "--core-bundle=nowhere")
+
+
+def test_the_wall_clock_goes_on_over_restarts(corpus, base_dir, monkeypatch):
+    """A run that was resumed at its end had taken seconds, and cost next to nothing."""
+
+    def wall_seconds(so_far, *flags):
+        monkeypatch.setattr(common, "_STARTED", time.monotonic() - so_far)
+        train(corpus, "--num-iterations=2", *flags)
+        return json.loads((base_dir / "report" / "base_train.json").read_text())["wall_seconds"]
+
+    assert 1000 < wall_seconds(1000) < 1100
+    assert 1010 < wall_seconds(10, "--resume") < 1110
 
 
 def test_resume_is_bitwise(corpus, base_dir, caplog):

@@ -456,6 +456,8 @@ def test_generate_refuses_senseless_settings(bad):
         next(model.generate(torch.tensor([[1]]), 4, **bad))
     with pytest.raises(ValueError, match="shape"):
         next(model.generate(torch.tensor([[1], [2]]), 4))
+    with pytest.raises(ValueError, match="max_new_tokens=-3"):
+        next(model.generate(torch.tensor([[1]]), -3))
 
 
 def kept_bytes(model, idx):

@@ -59,6 +59,15 @@ def test_warm_start_without_optimizer_state(tmp_path, caplog):
         warm_start(tmp_path, 3, optimizer, Runtime.cpu())
 
 
+def test_warm_start_with_a_part_of_the_optimizer_state(tmp_path):
+    """It went on with no momentum at all, as if none had been saved."""
+    _, optimizer = a_run(tmp_path, [3])
+    meta = json.loads((tmp_path / "meta_000003.json").read_text())
+    (tmp_path / "meta_000003.json").write_text(json.dumps({**meta, "optimizer_shards": 2}))
+    with pytest.raises(ValueError, match=r"optim_000003_rank1.pt is missing"):
+        warm_start(tmp_path, 3, optimizer, Runtime.cpu())
+
+
 def test_report_by_hand(tmp_path, base_dir):
     steps = [
         {"step": i, "loss": 1.0, "seconds": s, "tokens_per_second": 600 / s, "mfu": None}
