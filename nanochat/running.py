@@ -58,19 +58,20 @@ class Running:
         return self._land(flight)
 
     def remove(self, seat: Seat) -> None:
-        """Free a seat's slot."""
+        """Free a seat's slot; if that fails, the seat is still there to be told of it."""
         seat.is_free = True
-        self.seats.remove(seat)
         self.decoder.close(seat.slot)
+        self.seats.remove(seat)
 
     def clear(self) -> None:
-        """Free all slots, whatever has become of the last step."""
+        """Free all slots, whatever has become of the last step, or of the device."""
         self._flight = []
         with suppress(Exception):  # nothing is left, or it failed with the step
             while True:
                 self.decoder.collect()
-        for seat in [*self.seats]:
-            self.remove(seat)
+        while self.seats:
+            with suppress(Exception):  # a lost device has no slots to free
+                self.decoder.close(self.seats.pop().slot)
 
     def _launch(self) -> list[Seat]:
         if self.seats:

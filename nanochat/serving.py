@@ -34,7 +34,6 @@ class Token:
 
     sample: int
     token: int
-    is_forced: bool = False  # put there by the calculator
     logprob: float | None = None  # of the model's own distribution, in nats
     alternatives: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
 

@@ -2,8 +2,10 @@
 
 Each turn of its loop runs a chunk of one waiting prompt, so that long prompts do not hold up those who
 are being answered, and then one decoding step for all who are (continuous batching, Yu et al. 2022,
-Orca). Requests are served in the order in which they came; what a row says depends on its prompt,
-settings and seed, never on its neighbours.
+Orca). What a row says depends on its prompt, settings and seed, never on its neighbours.
+
+Requests are served in the order in which they came, whoever sent them. So none starves, but one that wants
+eight slots lets seven idle while it waits for the last, and a client that sends many fills the queue for all.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,7 @@ from nanochat.tokenizer import RustBPETokenizer
 
 logger = logging.getLogger(__name__)
 Emit = Callable[[Token | End], None]
+Scores = tuple[float, tuple[tuple[int, float], ...]]  # logprob and alternatives of a Token
 
 
 class Job:
@@ -189,12 +193,14 @@ class Worker:
     def _step(self) -> None:
         """Run a step of all samples."""
         wants_logits = any(sample.job.request.logprobs is not None for sample in self._samples)
-        for place, sample in self._running.step(in_step=wants_logits):
+        taken = self._running.step(in_step=wants_logits)
+        scores = _scores(self.decoder.logits, taken) if wants_logits else {}
+        for place, sample in taken:
             self._tokens_generated += 1
             if sample.row.has_ended:
                 self._remove(sample, "stop")
                 continue
-            sample.job.emit(_token(sample, self.decoder.logits, place))
+            sample.job.emit(Token(sample.number, sample.row.last[0], *scores.get(place, ())))
             if len(sample.row.completion.tokens) == sample.job.request.max_tokens:
                 self._remove(sample, "length")
 
@@ -250,7 +256,8 @@ class Worker:
         with self._changed:
             self._queue.remove(job)
         for slot in job.slots:
-            self.decoder.close(slot)
+            with suppress(Exception):  # a lost device has no slots to free
+                self.decoder.close(slot)
 
     def _fail(self) -> None:
         """End all samples, which a failed step may have left half done."""
@@ -289,12 +296,17 @@ def _params(request: Request, seed: int, number: int) -> SamplingParams:
     )
 
 
-def _token(sample: _Sample, logits: Tensor, i: int) -> Token:
-    token, is_sampled = sample.row.last
-    n = sample.job.request.logprobs
-    if n is None:
-        return Token(sample.number, token, not is_sampled)
-    logprobs = logits[i].log_softmax(-1)
-    best = logprobs.topk(n)
-    alternatives = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Token(sample.number, token, not is_sampled, logprobs[token].item(), alternatives)
+def _scores(logits: Tensor, taken: Sequence[tuple[int, _Sample]]) -> dict[int, Scores]:
+    """Log probabilities by place, where they are wanted: all in one transfer from the device."""
+    counts = {place: s.job.request.logprobs for place, s in taken if s.job.request.logprobs is not None}
+    if not counts:
+        return {}
+    logprobs = logits[list(counts)].log_softmax(-1)
+    tokens = torch.tensor([[s.row.last[0]] for place, s in taken if place in counts], device=logits.device)
+    best = logprobs.topk(max(counts.values()))
+    found = torch.cat([logprobs.gather(1, tokens), best.values, best.indices.float()], 1)  # ids are exact
+    scores: dict[int, Scores] = {}
+    for (place, n), (logprob, *rest) in zip(counts.items(), found.tolist(), strict=True):
+        values, ids = rest[: len(rest) // 2], map(int, rest[len(rest) // 2 :])
+        scores[place] = logprob, tuple(zip(ids, values, strict=True))[:n]
+    return scores

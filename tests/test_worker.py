@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from nanochat.cache import HybridCache
 from nanochat.decoder import PlainDecoder
 from nanochat.engine import Engine
 from nanochat.serving import Closed, End, QueueFull, Request, Token
@@ -142,11 +143,24 @@ def test_a_long_prompt_does_not_hold_up_others():
 
 
 def test_rows_that_end_free_their_slots_at_once(make_worker):
-    worker = make_worker(slots=2)
-    readers = [Reader(worker, tokens=[i + 1], max_tokens=3, temperature=0.0) for i in range(12)]
+    """By hand: whoever waits has the slot of a row that has ended while others still run."""
+    chain = [TOKENIZER.encode("ask")[0], *range(300, 340)]
+    worker = make_worker(next_token_model(chain, then={}), start=False, slots=2)
+    request = {"tokens": chain[:1], "temperature": 0.0}
+    long = Reader(worker, **request, max_tokens=40)
+    readers = [Reader(worker, **request, max_tokens=3) for _ in range(4)]
     for reader in readers:
-        reader.all()
-    assert worker.stats()["running"] == 0
+        while not reader.ends:
+            worker._turn()
+            while not reader.events.empty():
+                reader.next()
+        assert reader.tokens == [chain[1:4]]
+        assert worker.stats()["running"] == 1
+    assert worker.stats()["waiting"] == 0
+    assert worker.stats()["tokens_generated"] < 3 * 4 + 3 * 4 + 6  # and each began at once
+    while worker._has_work():
+        worker._turn()
+    assert long.all().tokens == [chain[1:41]]
 
 
 def test_cancelled_requests_end_once_and_free_their_slots(make_worker):
@@ -320,22 +334,33 @@ def _turns_until_all(worker, **request):
     return reader.ends
 
 
-def test_a_device_that_is_lost_ends_everything(make_worker, monkeypatch):
-    """What was under way failed once more in the clean-up, and the thread died: clients waited for ever."""
-    worker = make_worker(start=False, slots=2)
-    readers = [Reader(worker, tokens=[1, 2], max_tokens=40) for _ in range(3)]
+@pytest.mark.parametrize("leaves", ["nobody", "one who is answered", "one whose prompt is run"])
+def test_a_device_that_is_lost_ends_everything(make_worker, monkeypatch, leaves):
+    """What was under way failed once more in the clean-up, and the thread died: clients waited for ever.
+
+    To close a slot copies a row on the device, so that fails, too.
+    """
+    worker = make_worker(start=False, slots=3, prefill_chunk=4)
+    prompts = ([1, 2], [1, 2], [*range(30)], [*range(30)])
+    readers = [Reader(worker, tokens=prompt, max_tokens=30, temperature=0.0) for prompt in prompts]
     for _ in range(2):
         worker._turn()
+    if leaves != "nobody":
+        readers[0 if leaves == "one who is answered" else 2].handle.cancel()
 
     def lost(*args):
         raise RuntimeError("device-side assert triggered")
 
-    for name in ("feed", "launch", "collect"):
+    for name in ("feed", "launch", "collect", "close"):
         monkeypatch.setattr(worker.decoder, name, lost)
+    monkeypatch.setattr(HybridCache, "copy_row", lost)
     worker.decoder.device = torch.device("meta")  # from which no value comes back
     assert not worker.is_broken
     worker.start()
-    assert [reader.all().ends[0] for reader in readers] == ["error"] * 3
+    expected = ["error"] * 4
+    if leaves == "one whose prompt is run":
+        expected[2] = "cancelled"
+    assert [reader.all().ends[0] for reader in readers] == expected
     worker._thread.join(timeout=60)
     assert worker.is_broken
     with pytest.raises(Closed, match="the GPU has failed"):
@@ -401,6 +426,29 @@ def test_handlers_submit_while_the_worker_looks_through_its_queue():
         for handler in handlers:
             handler.join()
     assert worker.stats()["waiting"] > 300
+
+
+def test_logprobs_of_many_rows_come_in_one_transfer(make_worker, monkeypatch):
+    """Each row of a client with logprobs cost two more waits for the GPU, in everyone's step."""
+    model = small_model()
+    worker = make_worker(model, start=False, slots=4)
+    readers = [
+        Reader(worker, tokens=[i + 1, 5], max_tokens=1, temperature=0.0, logprobs=n)
+        for i, n in enumerate((3, None, 0, 1))
+    ]
+    transfers = []
+    tolist = torch.Tensor.tolist
+    worker._admit()
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(self.shape) or tolist(self))
+    worker._step()
+    assert len(transfers) == 1 + 1  # with the tokens drawn
+    for i, (n, reader) in enumerate(zip((3, None, 0, 1), readers, strict=True)):
+        event = reader.next()
+        expected = model(torch.tensor([[i + 1, 5]]))[0, -1].log_softmax(-1)
+        best = expected.topk(n or 0)
+        assert [token for token, _ in event.alternatives] == best.indices.tolist()
+        assert [value for _, value in event.alternatives] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert event.logprob == (None if n is None else pytest.approx(expected[event.token].item(), abs=1e-4))
 
 
 def test_logprobs_are_the_model_s_own(make_worker):
