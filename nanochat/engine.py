@@ -34,8 +34,9 @@ class Engine:
         max_tokens: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
-        top_p: float | None = None,
         seed: int | None = None,
+        *,
+        top_p: float | None = None,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Continue one prompt num_samples times; yield a token of each sample and its mask, step by step.
 
@@ -59,8 +60,11 @@ class Engine:
         tokens: Sequence[int],
         num_samples: int = 1,
         max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
         seed: int | None = None,
-        **settings,
+        *,
+        top_p: float | None = None,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Like generate, all at once: prompt with completion of each sample, and masks, 0 on the prompt."""
         found = self.complete(
@@ -69,7 +73,9 @@ class Engine:
             num_samples=num_samples,
             batch_size=num_samples,
             seed=seed,
-            **settings,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )
         return [[*tokens, *row.tokens] for row in found], [[0] * len(tokens) + row.mask for row in found]
 

@@ -12,6 +12,7 @@ from nanochat.tokenizer import RustBPETokenizer
 from tasks.common import Task
 
 logger = logging.getLogger(__name__)
+N_REPLIES = 6
 PROMPTS = (
     "",
     "The capital of France is",
@@ -47,9 +48,9 @@ def print_samples(model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime) -> 
 
 
 def print_replies(
-    model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime, task: Task, n: int = 6, max_tokens: int = 64
+    model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime, task: Task, max_tokens: int = 64
 ) -> None:
-    """Show the greedy replies to the first n conversations of a task; only the main rank samples.
+    """Show the greedy replies to the first few conversations of a task; only the main rank samples.
 
     A reply has max_tokens at most, and half of the context at most.
     """
@@ -57,7 +58,7 @@ def print_replies(
         return
     max_tokens = min(max_tokens, model.config.sequence_len // 2)
     room = model.config.sequence_len - max_tokens
-    prompts = [render_for_completion(tokenizer, task[i], room) for i in range(min(n, len(task)))]
+    prompts = [render_for_completion(tokenizer, task[i], room) for i in range(min(N_REPLIES, len(task)))]
     completions = Engine(model, tokenizer).complete(prompts, max_tokens=max_tokens, temperature=0)
     for prompt, completion in zip(prompts, completions, strict=True):
         logger.info(f"sample | {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion.tokens)!r}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_LEAST = 1e-6  # a lower temperature is greedy, a lower top_p keeps no less: float32 makes zeros of some
 
 
 def check_sampling(
@@ -49,7 +50,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
     if top_p is not None and top_p < 1:
         probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         mass_before = probs.cumsum(dim=-1) - probs
-        kept = logits.gather(1, order).masked_fill(mass_before >= top_p, torch.inf)
+        kept = logits.gather(1, order).masked_fill(mass_before >= max(top_p, _LEAST), torch.inf)
         logits = logits.masked_fill(logits < kept.amin(dim=-1, keepdim=True), -torch.inf)
     return logits
 
@@ -62,7 +63,7 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a token id for each row of logits (B,V): (B,1) int64. Temperature 0 is greedy, top_k 0 is off."""
-    if temperature == 0:
+    if temperature < _LEAST:
         return logits.argmax(dim=-1, keepdim=True)
     probs = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
     return torch.multinomial(probs, num_samples=1, generator=generator)
@@ -80,6 +81,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        if self.temperature < _LEAST:
+            object.__setattr__(self, "temperature", 0.0)
+        object.__setattr__(self, "top_p", max(self.top_p, _LEAST))
 
 
 def seed_or_fresh(seed: int | None) -> int:

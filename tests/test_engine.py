@@ -374,3 +374,10 @@ def test_columns_have_every_sample_and_ended_ones_repeat_their_end(tokenizer, sp
     results, masks = Engine(model, tokenizer).generate_batch([1, 2], num_samples=3, temperature=0)
     assert results == [[1, 2, 50, 51], [1, 2, 50], [1, 2, 50, 52, 53, 54]]
     assert masks == [[0, 0, 1, 1], [0, 0, 1], [0, 0, 1, 1, 1, 1]]
+
+
+def test_settings_come_in_nanochat_s_order(engine):
+    """top_p stood before seed: scripts that gave the seed by its place were told top_p=42."""
+    named = {"num_samples": 2, "max_tokens": 5, "temperature": 0.6, "top_k": 50, "seed": 42}
+    assert list(engine.generate([1, 2], 2, 5, 0.6, 50, 42)) == list(engine.generate([1, 2], **named))
+    assert engine.generate_batch([1, 2], 2, 5, 0.6, 50, 42) == engine.generate_batch([1, 2], **named)

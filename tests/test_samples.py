@@ -7,7 +7,7 @@ import torch
 
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
-from nanochat.samples import print_replies
+from nanochat.samples import N_REPLIES, print_replies
 from tests.chats import ColourTask
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
@@ -27,13 +27,13 @@ def replies(caplog, tokenizer, *args, rank=0, sequence_len=64):
 
 
 def test_prompts_with_greedy_replies(tokenizer, caplog):
-    task = ColourTask(5)
-    model, lines = replies(caplog, tokenizer, task, 3, 8)
+    task = ColourTask(9)
+    model, lines = replies(caplog, tokenizer, task, 8)
     for i, line in enumerate(lines):
         prompt = render_for_completion(tokenizer, task[i], 56)
         reply = list(model.generate(torch.tensor([prompt]), 8, temperature=0))
         assert line == f"sample | {tokenizer.decode(prompt)!r} -> {tokenizer.decode(reply)!r}"
-    assert len(lines) == 3
+    assert len(lines) == N_REPLIES
 
 
 def test_a_short_context_and_a_short_task(tokenizer, caplog):

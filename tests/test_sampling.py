@@ -92,3 +92,15 @@ def test_sample_rows_have_settings_of_their_own():
     assert set(free) == {0, 1, 2, 3}
     with pytest.raises(ValueError, match="top_k"):
         SamplingParams(top_k=-1)
+
+
+@pytest.mark.parametrize("tiny", [1e-50, 1e-300, 1e-7])
+def test_tiny_settings_are_greedy(tiny):
+    """In float32 they were 0: a top_p that kept nothing gave token 0, a temperature NaN."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
+    for settings in ({"temperature": tiny}, {"top_p": tiny}):
+        params = SamplingParams(**settings)
+        assert all(sample_rows(logits, [params], [place], [[]]) == [1] for place in range(20))
+        assert torch.tensor([params.top_p]).item() > 0
+        assert params.temperature in (0, 1)
+        assert sample(logits, **settings).item() == 1
