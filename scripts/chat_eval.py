@@ -3,6 +3,9 @@
 python -m scripts.chat_eval -i sft
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft -a "ARC-Easy|GSM8K" -b 64
 python -m scripts.chat_eval -i sft --bench     # also answer one at a time, and compare the speeds
+
+All tasks together leave report/chat_eval_<source>.json, with ChatCORE. Some of them (-a) make no ChatCORE,
+and leave that report as it is: theirs is report/chat_eval_<source>_part.json.
 """
 
 from __future__ import annotations
@@ -10,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from nanochat.common import parse, run, setup_runtime, write_report
+from nanochat.common import base_dir, parse, require_at_least, run, setup_runtime, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +46,16 @@ class ChatEvalConfig:
     """answer everything once more, one conversation at a time, and print examples a second of both"""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.max_new_tokens < 1:
-            raise ValueError(
-                f"batch_size={self.batch_size}, max_new_tokens={self.max_new_tokens}: at least 1 each"
-            )
+        require_at_least(self, batch_size=1, max_new_tokens=1)
         if self.max_problems < 1 and self.max_problems != -1:
             raise ValueError(f"max_problems={self.max_problems} must be at least 1, or -1 for all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; leaves report/chat_eval_<source>.json."""
+    """Evaluate; leaves report/chat_eval_<source>.json, or chat_eval_<source>_part.json."""
     config = parse(ChatEvalConfig, argv)
 
-    from nanochat.chat_eval import chatcore, evaluate_task
+    from nanochat.chat_eval import evaluate_task
     from nanochat.checkpoint_manager import load_for
     from tasks.recipes import eval_tasks
 
@@ -65,12 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"unknown tasks {', '.join(unknown)}; there are {'|'.join(known)}")
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
+    max_new_tokens = min(config.max_new_tokens, model.config.sequence_len // 2)
+    if max_new_tokens < config.max_new_tokens and runtime.is_main:
+        print(f"max_new_tokens: {max_new_tokens}, half of the context, not {config.max_new_tokens}")
     answer = partial(
         evaluate_task,
         model=model,
         tokenizer=tokenizer,
         runtime=runtime,
-        max_new_tokens=min(config.max_new_tokens, model.config.sequence_len // 2),
+        max_new_tokens=max_new_tokens,
         max_problems=config.max_problems,
     )
     results = {}
@@ -91,22 +94,33 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{alone['seconds'] / result['seconds']:.1f} times that; accuracy {alone['accuracy']:.4f}"
                 )
     if runtime.is_main:
-        seconds = sum(result["seconds"] for result in results.values())
-        core, without = chatcore(results), chatcore(results, without=["SpellingBee"])
-        report = {
-            "settings": asdict(config),
-            "source": config.source,
-            "step": meta["step"],
-            "tasks": results,
-            "chatcore": core,
-            "chatcore_without_spellingbee": without,
-            "seconds": seconds,
-            "examples_per_second": sum(result["n"] for result in results.values()) / seconds,
-        }
-        write_report(f"chat_eval_{config.source}", report)
-        rest = "" if without is None else f", {without:.4f} without SpellingBee"
-        print(f"chat_eval: {config.source} step {meta['step']}, ChatCORE {core:.4f}{rest}")
+        print(report(config, meta["step"], results, len(known)))
     return 0
+
+
+def report(config: ChatEvalConfig, step: int, results: dict[str, dict[str, Any]], n_known: int) -> str:
+    """Write what was measured of n_known tasks; return the one-line result."""
+    from nanochat.chat_eval import chatcore
+
+    seconds = sum(result["seconds"] for result in results.values())
+    measured = {
+        "settings": asdict(config),
+        "source": config.source,
+        "step": step,
+        "tasks": results,
+        "seconds": seconds,
+        "examples_per_second": sum(result["n"] for result in results.values()) / seconds,
+    }
+    stage, line = f"chat_eval_{config.source}", f"chat_eval: {config.source} step {step}, "
+    if len(results) < n_known:
+        stage += "_part"
+        write_report(stage, measured)
+        path = base_dir() / "report" / f"{stage}.json"
+        return f"{line}{len(results)} of {n_known} tasks, which make no ChatCORE, in {path}"
+    core, without = chatcore(results), chatcore(results, without=["SpellingBee"])
+    write_report(stage, {**measured, "chatcore": core, "chatcore_without_spellingbee": without})
+    rest = "" if without is None else f", {without:.4f} without SpellingBee"
+    return f"{line}ChatCORE {core:.4f}{rest}"
 
 
 if __name__ == "__main__":
