@@ -13,7 +13,8 @@ Three kinds of task become one kind of example: options, each a continuation aft
     language_modeling     one context, one continuation
 
 Texts lose the white space around them: what separates them is up to the prompt. A download is unpacked and
-read in a hidden folder, which takes the bundle's name when all is well: what has that name is whole.
+read in a hidden folder, which takes the bundle's name when all is well: what has that name is whole. It also
+holds where it came from, in origin.json, so that another address is not taken for the same bundle.
 """
 
 import csv
@@ -21,10 +22,12 @@ import hashlib
 import http.client
 import json
 import logging
+import lzma
 import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,11 +36,12 @@ from typing import Any
 
 import yaml
 
-from nanochat.common import Runtime, base_dir, locked
+from nanochat.common import Runtime, base_dir, locked, write_json
 
 logger = logging.getLogger(__name__)
 TIMEOUT_S = 30
 N_CORE_TASKS = 22  # of the published metric
+ORIGIN = "origin.json"  # in a bundle that was downloaded: its address and the SHA-256 of the zip
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "
     """Return the folder `path`, else base_dir()/eval_bundle, into which a zip may have to be downloaded.
 
     The first rank of each machine does that. All ranks call this together, and all raise OSError or
-    ValueError if a download fails.
+    ValueError if a download fails, or if eval_bundle was downloaded from elsewhere.
     """
     if path:
         return Path(path).expanduser()
@@ -183,10 +187,27 @@ def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "
         if runtime.is_first_of_node:
             with locked(folder):  # machines may share the disk
                 if folder.exists():
-                    logger.info("CORE bundle: %s, downloaded before", folder)
+                    _check_origin(folder, url, sha256)
                 else:
                     download_bundle(url, sha256, folder)
     return folder
+
+
+def _check_origin(folder: Path, url: str, sha256: str) -> None:
+    """Raise ValueError if a bundle that is there is another one than what is asked for, if anything is."""
+    if not url:
+        return
+    if not (folder / ORIGIN).exists():
+        logger.warning("warning: where %s came from is not known; it is used, and %s is not", folder, url)
+        return
+    origin = json.loads((folder / ORIGIN).read_text("utf-8"))
+    # the same zip may have moved: if its digest is given, that alone counts
+    if sha256.lower() != origin["sha256"] if sha256 else url != origin["url"]:
+        raise ValueError(
+            f"{folder} is the bundle of {origin['url']}, SHA-256 {origin['sha256']}, not of {url}"
+            f"{f', SHA-256 {sha256}' if sha256 else ''}; delete it to download that one"
+        )
+    logger.info("CORE bundle: %s, downloaded before", folder)
 
 
 def download_bundle(url: str, sha256: str, folder: Path) -> None:
@@ -212,6 +233,7 @@ def download_bundle(url: str, sha256: str, folder: Path) -> None:
         if core_yaml is None:
             raise ValueError(f"{url} holds no core.yaml: it is no CORE bundle")
         load_bundle(core_yaml.parent)
+        write_json(core_yaml.parent / ORIGIN, {"url": url, "sha256": digest})
         core_yaml.parent.rename(folder)
 
 
@@ -234,5 +256,6 @@ def _unpack(archive: Path, folder: Path, url: str) -> None:
                 if path.anchor or ".." in path.parts:
                     raise ValueError(f"{url} would write outside its folder: {name!r}")
             file.extractall(folder)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{url} is no whole zip file: {error}") from error
+    # the last two: a password, a way to compress that Python lacks; an offset before the file's beginning
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
+        raise ValueError(f"cannot unpack {url}: {error!r}") from error

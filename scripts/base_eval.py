@@ -26,7 +26,7 @@ class BaseEvalConfig:
     bundle: str = ""
     """folder of the CORE bundle; empty: eval_bundle in the base directory"""
     bundle_url: str = ""
-    """address of a zip of the bundle, to download if eval_bundle is not there"""
+    """address of a zip of the bundle, to download if eval_bundle is not there; else it must be from it"""
     bundle_sha256: str = ""
     """SHA-256 of that zip, in hex; empty: not checked"""
     max_per_task: int = -1

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 
 from nanochat.common import Runtime
-from nanochat.core_bundle import Example, download_bundle, find_bundle, load_bundle
+from nanochat.core_bundle import ORIGIN, Example, _unpack, download_bundle, find_bundle, load_bundle
 from tests.core_bundles import write_bundle
 from tests.hub_server import HubServer
 
@@ -128,7 +129,8 @@ def server(folder, monkeypatch):
 
 
 def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+    paths = [path for path in folder.rglob("*.*") if path.name != ORIGIN]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def files_of(base_dir):
@@ -192,6 +194,22 @@ def test_a_kill_midway_leaves_nothing_that_is_trusted(server, base_dir):
     assert load_bundle(find_bundle(Runtime.cpu(), "", server.url)).tasks
 
 
+def test_a_zip_with_any_byte_flipped_is_told(folder, tmp_path):
+    """What zlib and zipfile raise was a traceback, but for BadZipFile."""
+    good, errors = zipped(folder), []
+    for place in range(0, len(good), 5):
+        bad = bytearray(good)
+        bad[place] ^= 0b1011
+        (tmp_path / "bad.zip").write_bytes(bad)
+        try:
+            _unpack(tmp_path / "bad.zip", tmp_path / "unpacked", "ADDRESS")
+        except ValueError as error:
+            errors.append(error)
+    assert all("ADDRESS" in str(error) for error in errors)
+    causes = {type(error.__cause__) for error in errors}
+    assert {zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError} <= causes
+
+
 def test_wrong_checksum(server, base_dir):
     with pytest.raises(ValueError, match="has the SHA-256"):
         find_bundle(Runtime.cpu(), "", server.url, "0" * 64)
@@ -239,8 +257,24 @@ def test_one_rank_of_a_machine_downloads_and_all_hear_of_its_failure(server, bas
         find_bundle(rank_1(OSError("rank 0 has no network")), "", server.url)
 
 
-def test_an_earlier_download_is_mentioned(base_dir, caplog):
-    write_bundle(base_dir / "eval_bundle")
+def test_a_bundle_put_there_by_hand_is_used_and_said_to_be(base_dir, caplog):
+    folder = write_bundle(base_dir / "eval_bundle")
+    assert find_bundle(Runtime.cpu()) == folder
+    assert caplog.text == ""
+    assert find_bundle(Runtime.cpu(), "", "http://localhost:9/unused.zip") == folder
+    assert "not known; it is used, and http://localhost:9/unused.zip is not" in caplog.text
+
+
+def test_another_address_or_digest_is_another_bundle(server, base_dir, caplog):
+    """The bundle of before was measured, whatever --bundle-url and --bundle-sha256 said."""
+    digest = hashlib.sha256(server.files["bundle.zip"]).hexdigest()
+    folder, other = find_bundle(Runtime.cpu(), "", server.url), server.url.replace("bundle", "nested")
     with caplog.at_level(logging.INFO):
-        find_bundle(Runtime.cpu(), "", "http://localhost:9/unused.zip")
-    assert "downloaded before" in caplog.text
+        for url, sha256 in ((server.url, ""), (server.url, digest), (other, digest.upper()), ("", "")):
+            assert find_bundle(Runtime.cpu(), "", url, sha256) == folder
+    assert caplog.text.count("downloaded before") == 3
+    for url, sha256 in ((other, ""), (other, "0" * 64), (server.url, "0" * 64)):
+        with pytest.raises(ValueError, match=f"is the bundle of {server.url}, .* not of {url}.* delete it"):
+            find_bundle(Runtime.cpu(), "", url, sha256)
+    shutil.rmtree(folder)
+    assert find_bundle(Runtime.cpu(), "", other) == folder
