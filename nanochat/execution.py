@@ -26,6 +26,7 @@ import functools
 import logging
 import math
 import os
+import secrets
 import selectors
 import signal
 import subprocess
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 CHILD = Path(__file__).with_name("execution_child.py")
 OUTPUT_BYTES = 64 << 10
 LEAST_MEMORY_BYTES = 64 << 20  # the interpreter itself takes some 30 MiB of addresses
+MOST_MEMORY_BYTES, MOST_SECONDS = 1 << 40, 24 * 3600
 _START, _END = (
     slice(OUTPUT_BYTES, None),
     slice(None, -OUTPUT_BYTES),
@@ -65,13 +67,16 @@ def execute_code(
 
     Raises ValueError for limits that nothing could run in, RuntimeError if the sandbox itself does not start.
     """
-    if not timeout > 0:
-        raise ValueError(f"timeout={timeout} must be positive; 5 seconds are usual")
-    if maximum_memory_bytes < LEAST_MEMORY_BYTES:
-        raise ValueError(f"maximum_memory_bytes={maximum_memory_bytes} must be at least {LEAST_MEMORY_BYTES}")
+    if not 0 < timeout <= MOST_SECONDS:
+        raise ValueError(f"timeout={timeout} must be above 0 and at most {MOST_SECONDS}; 5 seconds are usual")
+    least, most = LEAST_MEMORY_BYTES, MOST_MEMORY_BYTES
+    if not least <= maximum_memory_bytes <= most or maximum_memory_bytes % 1:
+        raise ValueError(
+            f"maximum_memory_bytes={maximum_memory_bytes} must be a whole number from {least} to {most}"
+        )
     directory = tempfile.mkdtemp(prefix="nanochat_execution_")
     try:
-        return _run(code, directory, timeout, maximum_memory_bytes)
+        return _run(code, directory, timeout, int(maximum_memory_bytes))
     finally:
         _remove(directory)
 
@@ -112,8 +117,9 @@ def _collect(
         for pipe in pipes:
             selector.register(pipe, selectors.EVENT_READ)
         while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            has_ended = process.poll() is not None  # asked before, so that all it wrote is seen
             ready = selector.select(min(left, 0.1))
-            if not ready and process.poll() is not None:  # something that it left behind holds the pipes
+            if has_ended and not ready:  # something that it left behind holds the pipes
                 break
             for key, _ in ready:
                 pipe = key.fileobj
@@ -143,7 +149,8 @@ def _result(stdout: str, stderr: str, report: str, status: int, timed_out: float
     if kind == "ok" and status == 0:
         return ExecutionResult(True, stdout, stderr)
     if kind not in ("error", "memory"):
-        ending = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        names = {number.value: number.name for number in signal.Signals}  # real-time ones have none
+        ending = f"signal {names.get(-status, -status)}" if status < 0 else f"exit status {status}"
         error = f"ended early by {ending}"
     return ExecutionResult(False, stdout, stderr, error, memory_exceeded=kind == "memory")
 
@@ -155,7 +162,6 @@ def _warn_once(message: str) -> None:
 
 def _remove(directory: str) -> None:
     """Remove a directory of any modes and depth: its folders are unpacked into it until none is left."""
-    lifted = 0
     try:
         os.chmod(directory, 0o700)
         while entries := list(os.scandir(directory)):
@@ -167,8 +173,7 @@ def _remove(directory: str) -> None:
                 for child in list(os.scandir(entry)):
                     if child.is_dir(follow_symlinks=False):
                         os.chmod(child, 0o700)  # else it cannot change its parent
-                    lifted += 1
-                    os.rename(child, os.path.join(directory, f"lifted {lifted}"))
+                    os.rename(child, os.path.join(directory, secrets.token_hex()))  # a name that is free
                 os.rmdir(entry)
         os.rmdir(directory)
     except OSError as error:

@@ -7,6 +7,7 @@ may always take rights from itself:
     rlimits     CPU time, size of a file, open files, no core dump                     POSIX
                 memory                                                                 Linux
     Landlock    reads only Python and system libraries, writes only the directory      Linux 5.13
+                no signal to others, no abstract socket of theirs                      Linux 6.12
     seccomp     no other process, no socket, no signal and no ptrace to a neighbour,   Linux, x86-64 and arm64
                 no change to a file's owner, mode or times
     no caps     a program that root runs is root in name only                          Linux
@@ -43,10 +44,11 @@ SIGKILL, SECCOMP_MODE_FILTER = 9, 2
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 N_RIGHTS = (13, 14, 15, 15, 16)  # that version 1, 2, ... knows for files; versions after 5 added none
 WRITE_FILE, READ_FILE, READ_DIR = 2, 4, 8
+SCOPES, FIRST_WITH_SCOPES = 3, 6  # abstract Unix sockets and signals, from that version on
 READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")
 
 # <linux/seccomp.h>: instructions, what they can load, what they can return
-LOAD, IF_EQUAL, IF_AT_LEAST, IF_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, AND, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16
 ALLOW, REFUSE, UNKNOWN = 0x7FFF0000, 0x00050000 + 1, 0x00050000 + 38  # EPERM, ENOSYS
 
@@ -54,7 +56,7 @@ ALLOW, REFUSE, UNKNOWN = 0x7FFF0000, 0x00050000 + 1, 0x00050000 + 38  # EPERM, E
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 FORBIDDEN = (
     ((57, 58, 272, 308), (97, 268)),  # fork, vfork, unshare, setns
-    ((41,), (198,)),  # socket; not socketpair, which asyncio needs
+    ((41,), (198,)),  # socket; asyncio needs socketpair, which is judged by its arguments
     ((129, 200, 297, 424, 434), (138, 130, 240, 424, 434)),  # queued signals, tkill, pidfds
     ((101, 298, 310, 311, 312), (117, 241, 270, 271, 272)),  # ptrace, perf, memory of other processes, kcmp
     ((141, 142, 144, 203, 251, 314), (140, 118, 119, 122, 30, 274)),  # priorities and affinities
@@ -64,12 +66,32 @@ FORBIDDEN = (
     ((90, 91, 92, 93, 94, 260, 268, 452), (52, 53, 54, 55, 452)),  # chmod, chown
     ((132, 235, 261, 280), (88,)),  # times of a file
     ((188, 189, 190, 197, 198, 199), (5, 6, 7, 14, 15, 16)),  # extended attributes
-    ((76,), (45,)),  # truncate by path, which Landlock knows from Linux 6.2 on only
+    ((76, 285), (45, 47)),  # truncate by path; fallocate, which fills a disk at once
 )
-CLONE, KILL, TGKILL, PRLIMIT = (56, 220), (62, 129), (234, 131), (302, 261)
-CLONE_THREAD = 0x10000
-CLONE3 = 435  # a filter cannot see its flags; the C library then takes clone
+CLONE3, OPENAT2 = 435, 437  # a filter cannot see their flags; the C library then takes clone and openat
 FIRST_UNREAD = 453  # later system calls, and those of x86's x32, do not exist for the program
+
+# what a system call is judged by: its numbers, an argument, the bits of it that count (of the lower 32, which
+# are all that the kernel takes of these), their value, and whether they must have it or must not
+MUST, MUST_NOT = (1, 0), (0, 1)  # instructions to skip: the next one refuses
+KILL, TGKILL, SOCKETPAIR, PRCTL = (62, 129), (234, 131), (53, 199), (157, 167)
+FCNTL, IOCTL, OPENAT = (72, 25), (16, 29), (257, 56)
+OPEN = (2, 0xFFFFFFFF)  # there is none on arm64
+WHOLE, CLONE_THREAD, AF_UNIX, SOCK_STREAM, SOCK_TYPE = 0xFFFFFFFF, 0x10000, 1, 1, 0xF
+O_ACCMODE, O_TRUNC = 3, 0x200
+BY_ARGUMENT = (
+    ((56, 220), 0, CLONE_THREAD, CLONE_THREAD, MUST),  # clone
+    ((302, 261), 0, WHOLE, 0, MUST),  # prlimit: of this process
+    (SOCKETPAIR, 0, WHOLE, AF_UNIX, MUST),
+    (SOCKETPAIR, 1, SOCK_TYPE, SOCK_STREAM, MUST),  # datagrams could be sent to any socket
+    (PRCTL, 0, WHOLE, PR_SET_PDEATHSIG, MUST_NOT),
+    # F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP: who gets a signal when there is something to read
+    *((FCNTL, 1, WHOLE, command, MUST_NOT) for command in (8, 10, 15)),
+    *((IOCTL, 1, WHOLE, command, MUST_NOT) for command in (0x8901, 0x8902)),
+    # to open for neither reading nor writing, and before Linux 6.2 to truncate, takes no right of Landlock's
+    *((*call, O_ACCMODE, 3, MUST_NOT) for call in ((OPEN, 1), (OPENAT, 2))),
+    *((*call, O_ACCMODE | O_TRUNC, O_TRUNC, MUST_NOT) for call in ((OPEN, 1), (OPENAT, 2))),
+)
 
 
 def main(report_fd: int, memory_bytes: int, cpu_seconds: int) -> None:
@@ -92,11 +114,18 @@ def main(report_fd: int, memory_bytes: int, cpu_seconds: int) -> None:
     except BaseException as error:  # noqa: BLE001 (SystemExit too: a program ends well at its end only)
         del reserve
         status = "memory" if isinstance(error, MemoryError) else "error"
-        outcome = f"{status} {type(error).__name__}: {error}".removesuffix(": ")
-        os.write(report_fd, outcome[:1000].encode("ascii", "backslashreplace"))
+        os.write(report_fd, f"{status} {describe(error)}"[:1000].encode("ascii", "backslashreplace"))
         traceback.print_exception(error.with_traceback(error.__traceback__.tb_next), file=sys.__stderr__)
         sys.exit(1)
     os.write(report_fd, b"ok")
+
+
+def describe(error: BaseException) -> str:
+    """Return the kind of an exception and its text, which the program may have made to fail."""
+    try:
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
+    except BaseException:  # noqa: BLE001
+        return f"{type(error).__name__}: <exception str() failed>"
 
 
 def confine(memory_bytes: int, cpu_seconds: int) -> list[str]:
@@ -140,9 +169,10 @@ def confine_files(libc: ctypes.CDLL) -> bool:
     if version < 1:
         return False
     everything = (1 << N_RIGHTS[min(version, len(N_RIGHTS)) - 1]) - 1
-    attributes = ctypes.create_string_buffer(struct.pack("=Q", everything), 8)
-    ruleset = call(libc.syscall, CREATE_RULESET, ctypes.addressof(attributes), 8, 0)
-    rights = dict.fromkeys((sys.prefix, sys.base_prefix, *sys.path, *READABLE), READ_FILE | READ_DIR)
+    scopes = SCOPES if version >= FIRST_WITH_SCOPES else 0
+    attributes = ctypes.create_string_buffer(struct.pack("=QQQ", everything, 0, scopes), 24)
+    ruleset = call(libc.syscall, CREATE_RULESET, ctypes.addressof(attributes), 24, 0)
+    rights = dict.fromkeys((sys.prefix, sys.base_prefix, *READABLE), READ_FILE | READ_DIR)
     rights |= {os.devnull: READ_FILE | WRITE_FILE, os.curdir: everything}
     for path in filter(os.path.exists, rights):
         right = rights[path] if os.path.isdir(path) else rights[path] & ~READ_DIR
@@ -166,25 +196,22 @@ def confine_calls(libc: ctypes.CDLL) -> bool:
     if os.uname().machine not in MACHINES:
         return False
     column, machine = MACHINES[os.uname().machine]
-    process = os.getpid()
     program = [
         *(instruction(LOAD, MACHINE), instruction(IF_EQUAL, machine, 1, 0), instruction(RETURN, REFUSE)),
         instruction(LOAD, NUMBER),
         *(instruction(IF_AT_LEAST, FIRST_UNREAD, 0, 1), instruction(RETURN, UNKNOWN)),
-        *(instruction(IF_EQUAL, CLONE3, 0, 1), instruction(RETURN, UNKNOWN)),
+        *(instruction(IF_EQUAL, CLONE3, 1, 0), instruction(IF_EQUAL, OPENAT2, 0, 1)),
+        instruction(RETURN, UNKNOWN),
     ]
     for group in FORBIDDEN:
         for number in group[column]:
             program += [instruction(IF_EQUAL, number, 0, 1), instruction(RETURN, REFUSE)]
-    for numbers, test, value in (
-        (CLONE, IF_ANY_BIT, CLONE_THREAD),
-        (KILL, IF_EQUAL, process),
-        (TGKILL, IF_EQUAL, process),
-        (PRLIMIT, IF_EQUAL, 0),
-    ):
+    to_itself = ((KILL, 0, WHOLE, os.getpid(), MUST), (TGKILL, 0, WHOLE, os.getpid(), MUST))
+    for numbers, argument, mask, value, skips in BY_ARGUMENT + to_itself:
         program += [
-            *(instruction(IF_EQUAL, numbers[column], 0, 4), instruction(LOAD, FIRST_ARGUMENT)),
-            *(instruction(test, value, 1, 0), instruction(RETURN, REFUSE), instruction(RETURN, ALLOW)),
+            *(instruction(LOAD, NUMBER), instruction(IF_EQUAL, numbers[column], 0, 4)),
+            *(instruction(LOAD, FIRST_ARGUMENT + 8 * argument), instruction(AND, mask)),
+            *(instruction(IF_EQUAL, value, *skips), instruction(RETURN, REFUSE)),
         ]
     program.append(instruction(RETURN, ALLOW))
     code = ctypes.create_string_buffer(b"".join(program))

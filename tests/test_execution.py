@@ -2,8 +2,13 @@
 
 import ctypes
 import logging
+import math
 import os
 import platform
+import re
+import selectors
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -28,6 +33,14 @@ HAS_SECCOMP = (
 needs_linux = pytest.mark.skipif(not IS_LINUX, reason="memory is limited on Linux only")
 needs_landlock = pytest.mark.skipif(LANDLOCK_VERSION < 1, reason="this kernel has no Landlock")
 needs_seccomp = pytest.mark.skipif(not HAS_SECCOMP, reason="no seccomp here, or no table for this machine")
+needs_scopes = pytest.mark.skipif(LANDLOCK_VERSION < 6, reason="this Landlock does not know signals")
+PRELUDE = """
+import ctypes, fcntl, multiprocessing, os, resource, socket, struct, subprocess
+is_x86 = os.uname().machine == 'x86_64'
+def system_call(*words):
+    if ctypes.CDLL(None, use_errno=True).syscall(*map(ctypes.c_long, words)) < 0:
+        raise OSError(ctypes.get_errno(), 'system call')
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -60,19 +73,33 @@ def processes_in_sandboxes() -> list[str]:
     return lines
 
 
-@pytest.fixture
-def unprotected(tmp_path, monkeypatch):
-    """A system without Landlock and seccomp."""
+def take_walls_away(walls, tmp_path, monkeypatch):
+    """Let the far side find a system without these walls."""
     child = tmp_path / "child.py"
     child.write_text(
         f"import sys; sys.path.insert(0, {str(execution.CHILD.parent)!r}); import execution_child as child\n"
-        "child.confine_files = child.confine_calls = lambda libc: False\n"
+        f"for wall in {walls}: setattr(child, wall, lambda libc: False)\n"
         "child.main(*map(int, sys.argv[1:]))\n"
     )
     monkeypatch.setattr(execution, "CHILD", child)
     execution._warn_once.cache_clear()
+
+
+@pytest.fixture
+def unprotected(tmp_path, monkeypatch):
+    """A system without Landlock and seccomp."""
+    take_walls_away(["confine_files", "confine_calls"], tmp_path, monkeypatch)
     yield
     execution._warn_once.cache_clear()
+
+
+@pytest.fixture
+def neighbour():
+    """A process of the same user, in a group of its own."""
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    yield process
+    process.kill()
+    process.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -111,6 +138,7 @@ def test_an_exception():
         ("import atexit, os; atexit.register(os._exit, 3)", "ended early by exit status 3"),
         ("import os; os.abort()", "ended early by signal SIGABRT"),
         ("import os; os.kill(os.getpid(), 9)", "ended early by signal SIGKILL"),
+        ("import os; os.kill(os.getpid(), 40)", "ended early by signal"),  # has no name; was a ValueError
         ("import sys; sys.stdout.close(); sys.stderr.close(); 1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
@@ -132,6 +160,7 @@ def test_failure(code, error):
         ("import asyncio; print(asyncio.run(asyncio.sleep(0, 7)))", "7\n"),
         ("import tempfile as t; f = t.TemporaryFile(); f.write(b'1'); f.seek(0); print(f.read())", "b'1'\n"),
         ("import os; os.mkdir('a'); open('a/b', 'w').write('c'); print(os.listdir('a'))", "['b']\n"),
+        ("import socket; a, b = socket.socketpair(); a.sendall(b'1'); print(b.recv(1))", "b'1'\n"),
         ("import sqlite3, decimal, hashlib, zoneinfo, random; print(len(random.randbytes(4)))", "4\n"),
         ("try: [0] * 10**12\nexcept MemoryError: print('caught')", "caught\n"),
     ],
@@ -156,12 +185,49 @@ def test_threads_may_run_programs_at_the_same_time():
     assert threading.active_count() <= n_threads
 
 
-@pytest.mark.parametrize(
-    "limits", [{"timeout": 0}, {"timeout": float("nan")}, {"maximum_memory_bytes": 2**20}]
-)
-def test_limits_that_nothing_could_run_in(limits):
-    with pytest.raises(ValueError, match=f"{next(iter(limits))}="):
-        execute_code("", **limits)
+def test_an_exception_that_cannot_be_written_out():
+    """Frames of the sandbox were shown, and the error was an exit status."""
+    result = execute_code("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E")
+    assert result.error == "E: <exception str() failed>"
+    assert "execution_child" not in result.stderr
+
+
+def test_packages_can_be_imported():
+    assert execute_code("import numpy; print(numpy.arange(3).sum())", timeout=60).stdout == "3\n"
+
+
+@pytest.mark.parametrize("number", [0, -1, math.nan, math.inf, 1e300])
+def test_a_time_that_cannot_be_given(number):
+    with pytest.raises(ValueError, match=f"timeout={re.escape(str(number))} must be above 0"):
+        execute_code("", timeout=number)
+
+
+@pytest.mark.parametrize("number", [2**20, math.nan, math.inf, 2**80, 1e8 + 0.5])
+def test_memory_that_cannot_be_given(number):
+    with pytest.raises(ValueError, match=f"={re.escape(str(number))} must be a whole number from"):
+        execute_code("", maximum_memory_bytes=number)
+
+
+def test_memory_as_a_float():
+    """256e6 ended as a sandbox that does not start."""
+    assert execute_code("", timeout=5, maximum_memory_bytes=256e6).success
+
+
+def test_a_program_that_ends_between_two_looks(monkeypatch):
+    """On a busy machine: it wrote and ended after select had found nothing, and was not read any more."""
+
+    class Slow(selectors.DefaultSelector):
+        is_first = True
+
+        def select(self, timeout=None):
+            if not self.is_first:
+                return super().select(timeout)
+            self.is_first = False
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+            return []
+
+    monkeypatch.setattr(selectors, "DefaultSelector", Slow)
+    assert execute_code("print(1)", timeout=PATIENCE_S) == ExecutionResult(True, "1\n", "")
 
 
 def test_a_sandbox_that_does_not_start_is_not_the_programs_fault(tmp_path, monkeypatch):
@@ -317,6 +383,15 @@ def test_files_outside(code, tmp_path):
         "os.utime({outside!r})",
         "os.truncate({outside!r}, 0)",
         "os.setxattr({outside!r}, 'user.x', b'')",
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)",
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)",
+        "system_call(53 if is_x86 else 199, 1, 2 | 1 << 32, 0, 0)",
+        "system_call(157 if is_x86 else 167, 1, 0)",  # prctl(PR_SET_PDEATHSIG): to outlive the parent
+        "os.open('/dev/zero', os.O_TRUNC)",  # readable, but of no size: it could be any readable file
+        "os.open({outside!r}, 3)",  # for neither reading nor writing
+        "os.open({outside!r}, 3 | os.O_TRUNC)",
+        "os.posix_fallocate(os.open('mine', os.O_RDWR | os.O_CREAT), 0, 4096)",
         # no functions of Python's: ptrace(ATTACH), unshare(user namespace), io_uring_setup, shmctl(INFO)
         "system_call(101 if is_x86 else 117, 16, {parent}, 0, 0)",
         "system_call(272 if is_x86 else 97, 0x10000000)",
@@ -328,14 +403,7 @@ def test_the_rest_of_the_system(code, tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     before = outside.stat()
-    prelude = (
-        "import ctypes, multiprocessing, os, resource, socket, subprocess\n"
-        "is_x86 = os.uname().machine == 'x86_64'\n"
-        "def system_call(*words):\n"
-        "    if ctypes.CDLL(None, use_errno=True).syscall(*map(ctypes.c_long, words)) < 0:\n"
-        "        raise OSError(ctypes.get_errno(), 'system call')\n"
-    )
-    result = execute_code(prelude + code.format(outside=str(outside), parent=os.getpid()))
+    result = execute_code(PRELUDE + code.format(outside=str(outside), parent=os.getpid()))
     assert result.error.startswith("PermissionError: [Errno 1]"), result
     assert outside.stat() == before
 
@@ -345,6 +413,61 @@ def test_the_rest_of_the_system(code, tmp_path):
 def test_system_calls_that_a_filter_cannot_judge_do_not_exist(number):
     code = "import ctypes as c; l = c.CDLL(None, use_errno=True); print(l.syscall({}), c.get_errno())"
     assert execute_code(code.format(number)).stdout == "-1 38\n"
+
+
+# Signals are sent by the kernel, with its rights, to the owner of a file that has something to read.
+SIGNALS = (
+    "fcntl.fcntl(r, 8, {pid}); fcntl.fcntl(r, 10, 9)",  # F_SETOWN, F_SETSIG
+    "fcntl.fcntl(r, 8, -{pid}); fcntl.fcntl(r, 10, 9)",
+    "fcntl.fcntl(r, 15, struct.pack('ii', 1, {pid})); fcntl.fcntl(r, 10, 9)",  # F_SETOWN_EX
+    "system_call(72 if is_x86 else 25, r, 8 | 1 << 32, {pid}); fcntl.fcntl(r, 10, 9)",  # it counts 32 bits
+    "fcntl.ioctl(r, 0x8901, struct.pack('i', {pid}))",  # FIOSETOWN; then SIGIO, which kills, too
+    "fcntl.ioctl(r, 0x8902, struct.pack('i', -{pid}))",  # SIOCSPGRP
+)
+HAVE_IT_SENT = """
+a, b = socket.socketpair()
+r, w = a.fileno(), b.fileno()
+{}
+fcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) | os.O_ASYNC)
+os.write(w, b'x')
+"""
+
+
+@needs_seccomp
+@pytest.mark.parametrize("code", SIGNALS)
+def test_no_signal_by_way_of_a_file(code, neighbour):
+    """A program could kill whatever runs as the same user, this process too."""
+    result = execute_code(PRELUDE + HAVE_IT_SENT.format(code.format(pid=neighbour.pid)))
+    assert result.error.startswith("PermissionError: [Errno 1]"), result
+    assert neighbour.poll() is None
+
+
+@needs_scopes
+@pytest.mark.parametrize("code", [*SIGNALS, "os.kill({pid}, 9)"])
+def test_landlock_alone_lets_no_signal_out(code, neighbour, tmp_path, monkeypatch):
+    take_walls_away(["confine_calls"], tmp_path, monkeypatch)
+    result = execute_code(PRELUDE + HAVE_IT_SENT.format(code.format(pid=neighbour.pid)))
+    assert result.success or result.error.startswith("PermissionError: [Errno 1]"), result
+    time.sleep(0.1)
+    assert neighbour.poll() is None
+
+
+@needs_scopes
+def test_landlock_alone_lets_no_datagram_out(tmp_path, monkeypatch):
+    take_walls_away(["confine_calls"], tmp_path, monkeypatch)
+    code = "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.sendto(b'x', {!r})"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(f"\0nanochat {os.getpid()}")
+        result = execute_code(PRELUDE + code.format(listener.getsockname()))
+        assert result.error.startswith("PermissionError: [Errno 1]"), result
+
+
+@needs_landlock
+def test_an_editable_install_does_not_show_the_repository():
+    """Its place is on sys.path: .git/config, .env and a base directory there could be read."""
+    for path in (execution.CHILD, execution.CHILD.parent.parent / "pyproject.toml"):
+        result = execute_code(f"open({str(path)!r})")
+        assert result.error.startswith("PermissionError"), result
 
 
 @needs_linux
@@ -405,6 +528,11 @@ def test_deep_and_locked_directories_are_removed():
         "os.symlink('/', 'root')\n"
     )
     assert execute_code(code).success
+
+
+def test_directories_are_removed_whatever_their_names():
+    """One of a name that was needed to unpack another stayed for ever."""
+    assert execute_code("import os; os.makedirs('a/b'); os.makedirs('lifted 1/x')").success
 
 
 def test_directories_are_removed_whatever_their_modes(unprotected):
