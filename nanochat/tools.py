@@ -16,6 +16,7 @@ Numbers are exact fractions and are rounded once, in the result: 0.1 + 0.2 is 0.
 import ast
 import operator
 import re
+import warnings
 from decimal import Context, Decimal
 from fractions import Fraction
 
@@ -23,6 +24,10 @@ MAX_LENGTH = 500  # characters of an expression; bounds the nesting and the work
 LARGEST = 10**30  # of any number on the way
 MAX_DIGITS = 50  # characters of a result
 SIGNIFICANT_DIGITS = 12  # of a result with a fraction, whose whole part is always exact
+
+_NAME = "<calculator>"  # of the file that Python takes an expression to be
+# Advice on how to write it would go to stderr. For good, as to ignore for a while is not thread-safe.
+warnings.filterwarnings("ignore", module=_NAME)
 
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
@@ -35,7 +40,7 @@ def calculate(expression: str) -> str | None:
         return None
     without_commas = _TEXT_OR_COMMA.sub(lambda match: match[1] or "", expression)  # 1,234 but not "1,234"
     try:
-        text = _format(_evaluate(ast.parse(without_commas.strip(), mode="eval").body))
+        text = _format(_evaluate(ast.parse(without_commas.strip(), _NAME, mode="eval").body))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
     return text if len(text) <= MAX_DIGITS else None

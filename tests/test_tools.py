@@ -1,5 +1,7 @@
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +124,20 @@ def test_works_in_any_thread():
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(calculate, [f"{n} * {n} / 4" for n in range(0, 200, 2)])
     assert list(results) == [str(n * n) for n in range(100)]
+
+
+ADVISED = r"""
+from threading import Thread
+from nanochat.tools import calculate
+thread = Thread(target=lambda: print(calculate(r'"a\w".count("w")'), calculate("1if 2 else 3")))
+thread.start()
+thread.join()
+print(calculate(r'"a\d".count("d")'), calculate("0or 1"))
+"""
+
+
+def test_pythons_advice_is_not_shown():
+    """What a model wrote went to stderr."""
+    command = [sys.executable, "-W", "default", "-c", ADVISED]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("1 None\n1 None\n", "")
