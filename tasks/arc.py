@@ -33,13 +33,19 @@ class ARC(Task):
     def get_example(self, index: int) -> Conversation:
         """See Task. Some exams number their choices 1, 2, ...: here these too have the letters A, B, ..."""
         row = self.rows[index]
-        labels, choices = row["choices"]["label"], row["choices"]["text"]
-        check_choice("answerKey", row["answerKey"], labels)
-        letters = list(ascii_uppercase[: len(labels)])
+        question, choices, key = row["question"], row["choices"], row["answerKey"]
+        match choices:
+            case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels) and key in labels:
+                letters = list(ascii_uppercase[: len(labels)])
+            case _:
+                raise ValueError(
+                    f"the row of {question!r} has choices={choices!r}, answerKey={key!r}: needs "
+                    '{"text": [...], "label": [...]} of one length, and one of these labels'
+                )
         return {
             "messages": [
-                {"role": "user", "content": render_mc(row["question"], letters, choices)},
-                {"role": "assistant", "content": letters[labels.index(row["answerKey"])]},
+                {"role": "user", "content": render_mc(question, letters, texts)},
+                {"role": "assistant", "content": letters[labels.index(key)]},
             ],
             "letters": letters,
         }

@@ -17,7 +17,7 @@ from tasks.common import Conversation, Task
 from tasks.hub import load_rows
 
 _COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
-_FENCED = re.compile(r"```\w*\n(.*?)(?:```|\Z)", re.DOTALL)  # a completion may be cut before its fence ends
+_FENCED = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)  # it may be cut before its fence ends
 
 
 class HumanEval(Task):

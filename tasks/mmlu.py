@@ -38,10 +38,17 @@ class MMLU(Task):
     def get_example(self, index: int) -> Conversation:
         """See Task."""
         row = self.rows[index]
+        question, choices, answer = row["question"], row["choices"], row["answer"]
+        has_four = isinstance(choices, list) and len(choices) == len(LETTERS)
+        if not (has_four and isinstance(answer, int) and answer in range(len(LETTERS))):
+            raise ValueError(
+                f"the row of {question!r} has choices={choices!r}, answer={answer!r}: needs a list of four, "
+                "and which of them is right, from 0 to 3"
+            )
         return {
             "messages": [
-                {"role": "user", "content": render_mc(row["question"], LETTERS, row["choices"])},
-                {"role": "assistant", "content": LETTERS[row["answer"]]},
+                {"role": "user", "content": render_mc(question, LETTERS, choices)},
+                {"role": "assistant", "content": LETTERS[answer]},
             ],
             "letters": list(LETTERS),
         }

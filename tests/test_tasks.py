@@ -80,9 +80,11 @@ def test_arc_has_letters_whatever_its_labels(tokenizer, rows, texts, labels, key
 
 
 def test_arc_checks_its_settings_and_rows(rows):
-    path = rows(arc_row(("iron", "cork"), "AB", "C"))
-    with pytest.raises(ValueError, match="answerKey='C' must be one of A, B"):
-        ARC("ARC-Challenge", "test", path=path)[0]
+    bad = [{**arc_row((), (), "A"), "choices": ["iron", "cork"]}, arc_row(("iron", "cork"), "A", "A")]
+    for row in (arc_row(("iron", "cork"), "AB", "C"), *bad):
+        path = rows(row)
+        with pytest.raises(ValueError, match=r"of 'Which floats\?' has choices=.*iron.*, answerKey='.': n"):
+            ARC("ARC-Challenge", "test", path=path)[0]
     with pytest.raises(ValueError, match="subset='ARC' must be one of ARC-Easy, ARC-Challenge"):
         ARC("ARC", "test", path=path)
     with pytest.raises(ValueError, match="split='val' must be one of train, validation, test"):
@@ -104,6 +106,20 @@ def test_mmlu_by_hand(tokenizer, rows):
     assert [letter for letter in "ABCD" if task.evaluate(conversation, letter)] == ["C"]
     assert task.reward(conversation, "C") == 1
     assert learned(tokenizer, conversation) == "C<|assistant_end|>"
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [("wxyz", "B"), ("wxyz", -1), ("wxyz", 4), ("wxyz", 1.0), ("wxyz", None), ("wxy", 1), ("vwxyz", 1)],
+)
+def test_a_row_of_mmlu_without_an_answer_is_told(rows, choices, answer):
+    """-1 was silently D, and others were a TypeError, an IndexError or a word about zip."""
+    path = rows({"question": "Which?", "choices": list(choices), "answer": answer})
+    with pytest.raises(ValueError, match=f"row of 'Which\\?' has choices=.*, answer={answer!r}: needs a"):
+        MMLU("all", "test", path=path)[0]
+    path = rows({"question": "Which?", "choices": choices, "answer": 0})
+    with pytest.raises(ValueError, match=f"choices='{choices}', answer=0: needs a list of four"):
+        MMLU("all", "test", path=path)[0]
 
 
 def test_mmlu_auxiliary_train_is_a_split(rows):
