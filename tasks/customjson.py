@@ -11,10 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.common import Conversation, Task
+from tasks.common import PART_TYPES, Conversation, Task
 from tasks.hub import json_lines
-
-_PART_TYPES = ("text", "python", "python_output")
 
 
 class CustomJSON(Task):
@@ -66,6 +64,6 @@ def check_messages(messages: Any) -> None:
 
 
 def _part_text(part: Any) -> Any:
-    if not isinstance(part, dict) or part.get("type") not in _PART_TYPES:
-        raise ValueError(f"part {part!r} has none of the types {', '.join(_PART_TYPES)}")
+    if not isinstance(part, dict) or part.get("type") not in PART_TYPES:
+        raise ValueError(f"part {part!r} has none of the types {', '.join(PART_TYPES)}")
     return part.get("text")

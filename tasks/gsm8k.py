@@ -14,12 +14,11 @@ import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from tasks.common import Conversation, Task
+from tasks.common import PART_TYPES, Conversation, Task
 from tasks.hub import check_choice, load_rows
 
 _SUM = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
-_ANSWER = re.compile(r"####\s*([-$\d.,]+)")
-_PART_TYPES = ("text", "python", "python_output")
+_ANSWER = re.compile(r"####[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![-\d.,]|\s*/)")
 
 
 class GSM8K(Task):
@@ -40,7 +39,7 @@ class GSM8K(Task):
         row = self.rows[index]
         # Split by a pattern of two groups: text, expression, result, text, expression, result, ..., text.
         pieces = enumerate(_SUM.split(row["answer"]))
-        parts = [{"type": _PART_TYPES[i % 3], "text": piece} for i, piece in pieces if piece]
+        parts = [{"type": PART_TYPES[i % 3], "text": piece} for i, piece in pieces if piece]
         return {
             "messages": [
                 {"role": "user", "content": row["question"]},
@@ -61,9 +60,12 @@ def is_right_number(conversation: Conversation, completion: str) -> bool:
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """Return the number after the first ####, None if there is none: "#### $1,080." is 1080, as is 1080.0."""
+    """Return the number after the first ####: "#### **$1,080.**" is 1080, as is 1080.0.
+
+    None if there is none; what goes on as a fraction or a range, "3/4" or "3-4", is none.
+    """
     match = _ANSWER.search(text)
     try:
-        return Decimal(re.sub("[$,]", "", match[1]).rstrip(".")) if match else None
+        return Decimal(re.sub(r"[$,\s]", "", match[1]).rstrip(".")) if match else None
     except InvalidOperation:
         return None

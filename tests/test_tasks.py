@@ -221,6 +221,14 @@ def test_gsm8k_has_no_empty_parts(tokenizer, rows, answer, types):
         ("#### -3 degrees", "-3"),
         ("#### .5", "0.5"),
         ("#### 7\n#### 8", "7"),
+        ("#### +5", "5"),
+        ("#### $ 5", "5"),
+        ("#### $-5", "-5"),
+        ("#### -$ 5", "-5"),
+        ("#### **72**", "72"),
+        ("**#### $-1,072.**", "-1072"),
+        ("#### 20%", "20"),
+        ("####\n18 of 20 / 4", "18"),
     ],
 )
 def test_answers_are_numbers(text, number):
@@ -228,8 +236,12 @@ def test_answers_are_numbers(text, number):
     assert extract_answer(text) == Decimal(number)
 
 
+FRACTIONS = ["#### 3/4", "#### 13 / 4", "#### 1.5/2", "#### 1,000/4"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "18", "#### ", "#### eighteen", "#### -", "#### 1-2", "## 18", "### 18"]
+    "text",
+    ["", "18", "#### ", "#### eighteen", "#### -", "#### 1-2", "#### 1.2.3", "## 18", "### 18", *FRACTIONS],
 )
 def test_no_answer(text):
     assert extract_answer(text) is None
