@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT, GPTConfig
 
 
+UNTIMED = 3  # steps that record a graph and warm up
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchInferConfig:
     depth: int = 20
@@ -35,7 +38,7 @@ class BenchInferConfig:
     vocab_size: int = 65_536
     """Number of tokens."""
     slc_rate: int = 3
-    """Every so manieth layer is attention; 0: all are."""
+    """Layer i is attention if i % slc_rate == 1, or if it is the last; 0: all are."""
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
     """Sequences decoded at once."""
     contexts: tuple[int, ...] = (512, 2048)
@@ -56,8 +59,11 @@ class BenchInferConfig:
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if min(self.contexts) <= self.steps:
-            raise ValueError(f"steps={self.steps} must be fewer than the tokens of contexts={self.contexts}")
+        if min(self.contexts) <= self.steps + UNTIMED:
+            raise ValueError(
+                f"contexts={self.contexts} must be more than {self.steps + UNTIMED} tokens each: steps="
+                f"{self.steps} and {UNTIMED} more that are not timed, after a prompt"
+            )
 
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
@@ -122,11 +128,11 @@ def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context
         times[name] = 1e3 * seconds(action, device, 10)
 
     slots = [decoder.open(params)]
-    decoder.feed(slots[0], prompt[: context - config.steps - 3])
+    decoder.feed(slots[0], prompt[: context - config.steps - UNTIMED])
     slots += [decoder.fork(slots[0], params) for _ in range(batch_size - 1)]
     decoder.launch({slot: i % vocab_size for i, slot in enumerate(slots)})
     taken = []
-    for _ in range(config.steps + 2):  # the first ones record a graph and warm up
+    for _ in range(config.steps + UNTIMED - 1):
         start = time.perf_counter()
         decoder.launch(dict.fromkeys(slots))
         decoder.collect()
@@ -134,7 +140,7 @@ def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context
     decoder.collect()
     for slot in slots:
         decoder.close(slot)
-    return {**times, "step_ms": 1e3 * median(taken[2:])}
+    return {**times, "step_ms": 1e3 * median(taken[UNTIMED - 1 :])}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for context in config.contexts:
             decoder = make(model, batch_size)
             times = measure(decoder, config, batch_size, context)
+            name = type(decoder).__name__
             del decoder
             floor_ms = 1e3 * step_bytes(model, batch_size, context) / bandwidth
             result = {
@@ -169,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 **{name: round(value, 4) for name, value in times.items()},
                 "floor_share": round(floor_ms / times["step_ms"], 3),
                 "copy_gb_per_second": round(bandwidth / 1e9),
-                "decoder": make.__name__ if config.decoder == "plain" else "best",
+                "decoder": name,
                 "temperature": config.temperature,
                 "top_k": config.top_k,
                 "depth": config.depth,

@@ -10,16 +10,17 @@ from tests.models import small_config
 
 
 def test_lines(capsys):
-    shape = ["--depth=1", "--vocab-size=300", "--batch-sizes", "1", "3", "--contexts", "24", "40"]
+    shape = ["--depth=1", "--vocab-size=300", "--batch-sizes", "1", "3", "--contexts", "8", "40"]
     main([*shape, "--steps=4", "--device-type=cpu", "--top-k=5", "--temperature=0.7"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["batch_size"], line["context"]) for line in lines] == [(1, 24), (1, 40), (3, 24), (3, 40)]
+    assert [(line["batch_size"], line["context"]) for line in lines] == [(1, 8), (1, 40), (3, 8), (3, 40)]
     for line in lines:
         assert line["tokens_per_second"] == pytest.approx(
             1e3 * line["batch_size"] / line["step_ms"], rel=1e-2
         )
         assert all(line[name] > 0 for name in ("floor_share", "prefill_ms", "first_token_ms"))
         assert (line["temperature"], line["top_k"], line["depth"]) == (0.7, 5, 1)
+        assert line["decoder"] == "PlainDecoder"  # it said "best" of whatever was taken
 
 
 def test_no_weight_is_zero_and_the_floor_counts_each_once():
@@ -48,6 +49,7 @@ def test_d20_reads_what_was_worked_out_by_hand():
     ("arguments", "message"),
     [
         (["--steps=64", "--contexts", "64"], "steps=64"),
+        (["--steps=64", "--contexts", "67"], "must be more than 67 tokens each"),  # it crashed in a prefill
         (["--batch-sizes", "0"], "batch_sizes"),
         (["--depth=0"], "depth=0"),
     ],
