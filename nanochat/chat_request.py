@@ -9,6 +9,7 @@ where the conversation is longer than its part, the oldest exchanges fall away (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,6 +34,7 @@ class Settings:
     max_chars: int = 32_000  # of all messages, or of a prompt
     max_body_bytes: int = 1 << 19  # all those characters as JSON escapes take three quarters of it
     api_key: str = ""  # empty: everyone may ask
+    allowed_hosts: tuple[str, ...] = ()  # names by which the server may be addressed; empty: any
     allowed_origins: tuple[str, ...] = ()  # web pages of others that may ask, say "https://example.org"
     log_chats: bool = False  # write what is said into the log
 
@@ -42,6 +44,11 @@ class Settings:
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from error
+        if not re.fullmatch("[!-~]*", self.api_key):  # the key itself is nobody's business
+            raise ValueError("api_key must be ASCII without spaces or line ends, or no client can send it")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"allowed_origins: {origin!r} must be like https://example.org, or *")
 
     def chat_tokens(self, asked: int | None, context: int) -> int:
         """Return how many tokens a reply may have: half of the context is the prompt's."""

@@ -69,6 +69,18 @@ class Generations:
             logger.info("prompt: %r", tokenizer.decode(request.tokens))
         return generation
 
+    def start_all(self, requests: Sequence[Request], stops: Sequence[str] = ()) -> list[Generation]:
+        """Start several requests, or none of them; errors as of start."""
+        started: list[Generation] = []
+        try:
+            for request in requests:
+                started.append(self.start(request, stops))
+        except BaseException:
+            for generation in started:
+                generation.cancel()
+            raise
+        return started
+
     def _wake(self) -> None:
         asyncio.get_running_loop().call_at(self._delivered_at + TICK_S, self._deliver)
 
@@ -128,11 +140,11 @@ class Generation:
 
 
 class WhileConnected(Response):
-    """Sends an answer for as long as the client is there, and cancels the generation however that ends."""
+    """Sends an answer for as long as the client is there, and cancels generations however that ends."""
 
-    def __init__(self, generation: Generation, answer: ASGIApp):
+    def __init__(self, generations: Sequence[Generation], answer: ASGIApp):
         super().__init__()
-        self.generation, self.answer = generation, answer
+        self.generations, self.answer = generations, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
@@ -143,7 +155,8 @@ class WhileConnected(Response):
             if answer.done():
                 answer.result()
         finally:
-            self.generation.cancel()
+            for generation in self.generations:
+                generation.cancel()
             answer.cancel()
             absence.cancel()
             await asyncio.gather(answer, absence, return_exceptions=True)

@@ -1,7 +1,8 @@
 """The routes of OpenAI's API, for the programs that speak it: chat completions, completions, models.
 
-What is served is what a text model with one prompt can do: streams, several samples, stop strings, seeds, log
-probabilities, usage; top_k and repetition_penalty as well. The rest is an error (see openai_schema).
+What is served is what a text model can do: streams, several samples, stop strings, seeds, log probabilities,
+usage; top_k and repetition_penalty as well. The rest is an error (see openai_schema). Of several prompts for
+/v1/completions the choices come prompt by prompt, n of each.
 
 Three things differ from OpenAI's own. What the assistant does with the calculator is no part of the content,
 though usage counts its tokens. max_tokens has the server's default (--max-tokens), and in a chat it is half
@@ -28,8 +29,8 @@ from nanochat.api_errors import ApiError
 from nanochat.chat_request import Settings, chat_prompt, check_length
 from nanochat.generation import Generation, Generations, WhileConnected, event, event_stream
 from nanochat.openai_schema import ChatCompleting, Completing, TextCompleting
-from nanochat.sample_text import Piece, Said
-from nanochat.serving import Backend
+from nanochat.sample_text import Piece, Said, Sample
+from nanochat.serving import Backend, Request
 from nanochat.tokenizer import RustBPETokenizer
 
 Choice = Callable[[int, Said], dict[str, Any]]  # from the number of a sample and what it said
@@ -41,6 +42,11 @@ def openai_routes(generations: Generations, settings: Settings) -> APIRouter:
     backend = generations.backend
     tokenizer = backend.tokenizer
     model = {"id": backend.name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
+
+    def answer(kind: str, body: Completing, requests: list[Request], choice: Choice) -> Response:
+        num_tokens = sum(len(request.tokens) for request in requests)
+        started = generations.start_all(requests, body.stops)
+        return _Answer(kind, backend.name, body, started, num_tokens, choice).response()
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -58,19 +64,19 @@ def openai_routes(generations: Generations, settings: Settings) -> APIRouter:
         messages = [message.plain() for message in body.messages]
         tokens = chat_prompt(tokenizer, settings, messages, backend.context - max_tokens)
         request = body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.num_alternatives)
-        generation = generations.start(request, body.stops)
         choice = partial(_chat_choice, tokenizer, body.logprobs)
-        return _Answer("chat.completion", backend.name, body, generation, len(tokens), choice).response()
+        return answer("chat.completion", body, [request], choice)
 
     @router.post("/completions")
     async def completions(body: TextCompleting) -> Response:
         _check_model(backend, body.model)
-        tokens = _text_prompt(tokenizer, settings, body.prompt)
-        max_tokens = _text_limit(body, settings, backend.context, len(tokens))
-        request = body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.logprobs)
-        generation = generations.start(request, body.stops)
+        requests = []
+        for prompt in body.prompts:
+            tokens = _text_prompt(tokenizer, settings, prompt)
+            max_tokens = _text_limit(body, settings, backend.context, len(tokens))
+            requests.append(body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.logprobs))
         choice = partial(_text_choice, tokenizer, body.logprobs is not None)
-        return _Answer("text_completion", backend.name, body, generation, len(tokens), choice).response()
+        return answer("text_completion", body, requests, choice)
 
     return router
 
@@ -82,7 +88,7 @@ class _Answer:
     kind: str
     model: str
     body: Completing
-    generation: Generation
+    generations: list[Generation]
     num_prompt_tokens: int
     choice: Choice
 
@@ -97,12 +103,13 @@ class _Answer:
     def response(self) -> Response:
         """Return it as the client wants it."""
         answer = event_stream(self._chunks()) if self.body.stream else self._whole
-        return WhileConnected(self.generation, answer)
+        return WhileConnected(self.generations, answer)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async for _ in self.generation.pieces():
-            pass
-        choices = [self.choice(i, sample) for i, sample in enumerate(self.generation.samples)]
+        for generation in self.generations:
+            async for _ in generation.pieces():
+                pass
+        choices = [self.choice(i, sample) for i, sample in enumerate(self._samples)]
         full = {**self.head, "choices": choices, "usage": self._usage()}
         await Response(json.dumps(full), media_type="application/json")(scope, receive, send)
 
@@ -114,18 +121,24 @@ class _Answer:
         for index in range(self.body.n if is_chat else 0):
             start = {**self.choice(index, Piece()), "delta": {"role": "assistant", "content": ""}}
             yield event({**head, "choices": [start], **usage})
-        async for pieces in self.generation.pieces():
-            yield "".join(
-                event({**head, "choices": [self.choice(piece.sample, piece)], **usage})
-                for piece in pieces
-                if piece.text or piece.finish
-            )
+        for number, generation in enumerate(self.generations):
+            first = number * self.body.n
+            async for pieces in generation.pieces():
+                yield "".join(
+                    event({**head, "choices": [self.choice(first + piece.sample, piece)], **usage})
+                    for piece in pieces
+                    if piece.text or piece.finish
+                )
         if has_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
+    @property
+    def _samples(self) -> list[Sample]:
+        return [sample for generation in self.generations for sample in generation.samples]
+
     def _usage(self) -> dict[str, int]:
-        num_new = sum(sample.num_tokens for sample in self.generation.samples)
+        num_new = sum(sample.num_tokens for sample in self._samples)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_new,
@@ -142,8 +155,9 @@ def _check_model(backend: Backend, name: str | None) -> None:
 def _chat_limit(body: ChatCompleting, settings: Settings, half: int) -> int:
     asked = body.max_tokens or body.max_completion_tokens
     if asked and asked > half:
-        message = f"max_tokens={asked} is more than {half}, half of the context"
-        raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+        name = "max_tokens" if body.max_tokens else "max_completion_tokens"
+        message = f"{name}={asked} is more than {half}, half of the context"
+        raise ApiError(400, message, param=name, code="context_length_exceeded")
     return asked or min(settings.max_tokens, half)
 
 
@@ -158,15 +172,14 @@ def _text_limit(body: TextCompleting, settings: Settings, context: int, num_prom
     return body.max_tokens or min(settings.max_tokens, room)
 
 
-def _text_prompt(tokenizer: RustBPETokenizer, settings: Settings, prompt: Any) -> list[int]:
-    if isinstance(prompt, list) and isinstance(prompt[0], int):
+def _text_prompt(tokenizer: RustBPETokenizer, settings: Settings, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, list):
         size = tokenizer.get_vocab_size()
         if max(prompt) >= size:
             raise ApiError(400, f"there is no token {max(prompt)}, only {size} of them", param="prompt")
         return prompt
-    text = prompt if isinstance(prompt, str) else prompt[0]
-    check_length(settings, len(text), "prompt")
-    return tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())
+    check_length(settings, len(prompt), "prompt")
+    return tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
 
 
 def _chat_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, said: Said) -> dict[str, Any]:
@@ -191,11 +204,20 @@ def _chat_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, sa
 
 
 def _text_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, said: Said) -> dict[str, Any]:
-    name = tokenizer.id_to_token
+    def name(token: int) -> str:
+        raw = tokenizer.enc.decode_single_token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:  # part of a character
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
     scores = {
         "tokens": [name(token.token) for _, token in said.scored],
         "token_logprobs": [token.logprob for _, token in said.scored],
-        "top_logprobs": [{name(t): p for t, p in token.alternatives} for _, token in said.scored],
+        "top_logprobs": [
+            {name(t): p for t, p in (*token.alternatives, (token.token, token.logprob))}
+            for _, token in said.scored
+        ],
         "text_offset": [start for start, _ in said.scored],
     }
     return {

@@ -6,11 +6,15 @@ says "off", is let through: many clients send every field that they know.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
+from nanochat.api_errors import ApiError
 from nanochat.chat_request import Items, Message, Sampling, StrictModel, Whole
+
+MAX_PROMPTS = 128  # of one request
 
 # Fields that are not served, and the values of them that ask for nothing.
 _OFF: dict[str, list[Any]] = {
@@ -18,25 +22,54 @@ _OFF: dict[str, list[Any]] = {
     "presence_penalty": [0],
     "logit_bias": [{}],
     "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "reasoning_effort": ["none"],
+    "verbosity": ["medium"],
+    "service_tier": ["auto", "default"],
     "tools": [[]],
     "tool_choice": ["none", "auto"],
     "functions": [[]],
+    "function_call": ["none", "auto"],
     "store": [False],
     "echo": [False],
     "best_of": [1],
     "suffix": [""],
 }
-_NO_EFFECT = ("user", "safety_identifier", "metadata")  # say who asks, not what
+# These say who asks, not what, or how to use the tools, of which there are none.
+_NO_EFFECT = ("user", "safety_identifier", "metadata", "prompt_cache_key", "parallel_tool_calls")
+
+
+def _must_be(what: str) -> WrapValidator:
+    """Say so of whatever is wrong, where pydantic would say of each of several types why it is not that."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise ValueError(f"must be {what}") from error
+
+    return WrapValidator(check)
+
 
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
+Stops = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=4)],
+    _must_be("a string of 1 to 200 characters, or a list of up to 4 such strings"),
+]
 TokenId = Annotated[Whole, Field(ge=0)]
-ONE = Field(min_length=1, max_length=1)
+TokenIds = Annotated[Items[TokenId], Field(min_length=1)]
+SEVERAL = Field(min_length=1, max_length=MAX_PROMPTS)
+Prompts = Annotated[
+    str | TokenIds | Annotated[Items[str], SEVERAL] | Annotated[Items[TokenIds], SEVERAL],
+    _must_be(f"a string or a list of token ids, or a list of 1 to {MAX_PROMPTS} of one kind of them"),
+]
 
 
 class StreamOptions(StrictModel):
     """Whether a stream ends with a chunk that has the usage."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False  # there is none
 
 
 class Completing(Sampling):
@@ -46,25 +79,26 @@ class Completing(Sampling):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Whole = Field(1, ge=1, le=8)
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
+    stop: Stops = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
     def drop_what_is_off(cls, fields: Any) -> Any:
-        """Leave out what is null or asks for nothing; ValueError for the rest of what is not served."""
+        """Leave out what is null or asks for nothing; ApiError 400 for the rest of what is not served."""
         if not isinstance(fields, dict):
             return fields
         kept = {name: v for name, v in fields.items() if v is not None and name not in _NO_EFFECT}
         for name, off in _OFF.items():
-            if name in kept and kept.pop(name) not in off:
-                raise ValueError(f"{name} is not served here; leave it out")
+            if name in kept and (value := kept.pop(name)) not in off:
+                message = f"{name}={reprlib.repr(value)} is not served here; leave {name} out"
+                raise ApiError(400, message, param=name)
         return kept
 
     @model_validator(mode="after")
     def check_stream_options(self) -> Completing:
-        """ValueError if there are options of a stream and no stream."""
+        """ApiError 400 if there are options of a stream and no stream."""
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options need stream=true")
+            raise ApiError(400, "stream_options need stream=true", param="stream_options")
         return self
 
     @property
@@ -84,7 +118,9 @@ class ChatMessage(StrictModel):
     """A message as OpenAI has it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[TextPart]
+    content: Annotated[
+        str | Items[TextPart], _must_be('a string, or a list of {"type": "text", "text": ...}')
+    ]
 
     @model_validator(mode="before")
     @classmethod
@@ -111,11 +147,12 @@ class ChatCompleting(Completing):
 
     @model_validator(mode="after")
     def check_pairs(self) -> ChatCompleting:
-        """ValueError for two limits, or for alternatives without log probabilities."""
+        """ApiError 400 for two limits, or for alternatives without log probabilities."""
         if self.max_tokens and self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            message = "max_tokens and max_completion_tokens are the same; give one of them"
+            raise ApiError(400, message, param="max_completion_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         return self
 
     @property
@@ -125,7 +162,13 @@ class ChatCompleting(Completing):
 
 
 class TextCompleting(Completing):
-    """The body of POST /v1/completions: one prompt, as text or as tokens."""
+    """The body of POST /v1/completions: prompts, as text or as tokens."""
 
-    prompt: str | Annotated[Items[TokenId], Field(min_length=1)] | Annotated[Items[str], ONE]
+    prompt: Prompts
     logprobs: Whole | None = Field(None, ge=0, le=5)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, however many."""
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else self.prompt

@@ -5,7 +5,7 @@
                               data: {"tool": {"expression": "12*7", "result": "84"}}     or null: refused
                               data: {"done": true}                                       or {"error": {...}}
     /v1/...                   see openai_api
-    GET /  /health            the page, and whether the server is up; these two need no key
+    GET /  /health            the page, and whether the server is up; these two need no key, and have HEAD
     GET /stats                counters of the worker, and the sampling of a chat that asks for none of its own
     GET /metrics              counters of worker and server, for Prometheus
 
@@ -21,9 +21,10 @@ import hmac
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -87,7 +88,7 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
         )
     return app
 
@@ -101,7 +102,7 @@ def _add_chat(app: FastAPI, generations: Generations, settings: Settings) -> Non
         tokens = chat_prompt(backend.tokenizer, settings, body.messages, backend.context - max_tokens)
         request = body.to_request(settings, tokens, max_tokens)
         generation = generations.start(request)
-        return WhileConnected(generation, event_stream(_chat_events(generation)))
+        return WhileConnected([generation], event_stream(_chat_events(generation)))
 
 
 async def _chat_events(generation: Generation) -> AsyncIterator[str]:
@@ -118,11 +119,13 @@ async def _chat_events(generation: Generation) -> AsyncIterator[str]:
 
 
 def _add_information(app: FastAPI, backend: Backend, settings: Settings, counters: Counters) -> None:
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
         text = files("nanochat").joinpath("ui.html").read_text("utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, Any]:
         if not counters.is_open:
@@ -169,7 +172,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, counters: Counters, settings: Settings):
         self.app, self.counters, self.max_body_bytes = app, counters, settings.max_body_bytes
-        self.credentials = f"Bearer {settings.api_key}".encode() if settings.api_key else b""
+        self.api_key, self.hosts = settings.api_key.encode(), settings.allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
@@ -207,12 +210,19 @@ class Gate:
             self.counters.seconds[path] += time.perf_counter() - start
 
     def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self.hosts and (host := _host(headers)) not in self.hosts:
+            # A page may give its own name this machine's address, and then read what the server answers.
+            return ApiError(
+                403,
+                f"this server is {' or '.join(self.hosts)}, not {host[:100]!r}; to serve by other names, "
+                "start it with --api-key, or with --host if others need no key",
+            )
         if scope["path"] in OPEN_PATHS:
             return None
         if not self.counters.is_open:
             return ApiError(503, CLOSING, headers={"Retry-After": "30"})
-        headers = dict(scope["headers"])
-        if self.credentials and not hmac.compare_digest(headers.get(b"authorization", b""), self.credentials):
+        if self.api_key and not hmac.compare_digest(_bearer(headers), self.api_key):
             return ApiError(
                 401,
                 "this server needs its key: Authorization: Bearer KEY",
@@ -225,3 +235,16 @@ class Gate:
 
     def _too_large(self) -> str:
         return f"the request is larger than {self.max_body_bytes} bytes"
+
+
+def _host(headers: dict[bytes, bytes]) -> str:
+    """Return the name by which the client addresses the server, without port and brackets."""
+    with suppress(ValueError):
+        return urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+    return ""
+
+
+def _bearer(headers: dict[bytes, bytes]) -> bytes:
+    """Return the key that the client sends."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""

@@ -4,6 +4,9 @@
     python -m scripts.chat_web -i rl -p 8080
     NANOCHAT_API_KEY=secret python -m scripts.chat_web --host 0.0.0.0     # for others, who need the key
 
+Without a key, the server at this machine's own address is for this machine: it is addressed as localhost or
+127.0.0.1. Pages of others may ask only if --allowed-origins names them.
+
 Each GPU (-n) decodes up to --slots replies at a time; up to --max-waiting more requests wait for it, and
 any more are told to come back later. Nothing that is said is logged, unless --log-chats. Ctrl-C or SIGTERM
 lets the replies that run finish, for half a minute at most; a second Ctrl-C does not.
@@ -56,6 +59,8 @@ class ServerConfig:
     """address to listen at; 0.0.0.0: all of this machine's"""
     api_key: str = ""
     """what clients must know; empty: $NANOCHAT_API_KEY, and without that nothing"""
+    allowed_origins: tuple[str, ...] = ()
+    """web pages of others that may ask, say https://example.org; * is all"""
     slots: int = 32
     """replies that are decoded at a time"""
     max_waiting: int = 256
@@ -112,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         top_k=config.top_k,
         max_tokens=config.max_tokens,
         api_key=api_key,
+        allowed_hosts=() if api_key or config.host not in LOOPBACK else LOOPBACK,
+        allowed_origins=config.allowed_origins,
         log_chats=config.log_chats,
     )
     sock = listen(config.host, config.port)  # before the model is loaded, which takes a while

@@ -38,6 +38,8 @@ def test_from_start_to_end(checkpoint):
         "-m",
         "9",
         "--slots=2",
+        "--allowed-origins",
+        "https://example.org",
     ]
     environment = {**os.environ, "NANOCHAT_API_KEY": "secret"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -48,7 +50,9 @@ def test_from_start_to_end(checkpoint):
             body = {"messages": [{"role": "user", "content": "the river"}]}
             assert client.post("/chat/completions", json=body).status_code == 401
             client.headers["authorization"] = "Bearer secret"
-            response = client.post("/chat/completions", json=body)
+            elsewhere = {"host": "example.com", "origin": "https://example.org"}
+            response = client.post("/chat/completions", json=body, headers=elsewhere)
+            assert response.headers["access-control-allow-origin"] == "https://example.org"
             assert response.text.endswith('data: {"done": true}\n\n')
             usage = client.post("/v1/chat/completions", json={**body, "n": 2}).json()["usage"]
             assert 0 < usage["completion_tokens"] <= 18
@@ -80,8 +84,34 @@ def test_a_port_that_is_taken(checkpoint):
         (["-m", "0"], "max_tokens"),
         (["--slots=0", "-p", "0"], "slots=0"),
         (["-p", "0", "-s", "4"], "no checkpoint of step 4"),
+        (["--api-key", "two words"], "api_key"),
+        (["--allowed-origins", "https://example.org", "example.com"], "'example.com' must be like https"),
     ],
 )
 def test_settings_that_cannot_be(checkpoint, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         chat_web.main(["--device-type=cpu", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts"),
+    [
+        ([], chat_web.LOOPBACK),
+        (["--host=localhost"], chat_web.LOOPBACK),
+        (["--api-key=secret"], ()),
+        (["--host=0.0.0.0"], ()),
+    ],
+)
+def test_without_a_key_this_machine_is_served_alone(checkpoint, monkeypatch, flags, hosts):
+    """A page of another name at this machine's address could use the model."""
+    found = []
+
+    def end(pool, settings):
+        found.append(settings.allowed_hosts)
+        raise ValueError("enough")
+
+    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
+    monkeypatch.setattr("nanochat.server.create_app", end)
+    with pytest.raises(ValueError, match="enough"):
+        chat_web.main(["--device-type=cpu", "-p", "0", *flags])
+    assert found == [hosts]

@@ -274,10 +274,20 @@ def test_text_logprobs(continue_, backend):
     backend.prepare(scored_tokens(backend))
     scores = continue_(logprobs=2).choices[0].logprobs
     the = backend.tokenizer.decode(backend.ids("the")[:1])
-    assert scores.tokens == [the] + ["\ufffd"] * 4
+    assert scores.tokens == [the] + [f"bytes:\\x{byte:02x}" for byte in ROCKET.encode()]
     assert scores.token_logprobs == [-0.5, -0.25, 0, 0, 0]
-    assert scores.top_logprobs[1] == {"\ufffd": -0.25, the: -2.0}
+    assert scores.top_logprobs[1] == {"bytes:\\xf0": -0.25, the: -2.0}
     assert scores.text_offset == [0] + [len(the)] * 4
+
+
+def test_parts_of_characters_have_names_of_their_own(continue_, backend):
+    """Two of them were both "\ufffd", so that one was lost; and so was a token drawn from further down."""
+    first, second, *_ = byte_ids(backend, ROCKET)
+    the, *_ = backend.ids("the")
+    backend.prepare([Token(0, the, logprob=-3.0, alternatives=((second, -0.5), (first, -1.5)))])
+    scores = continue_(logprobs=2).choices[0].logprobs
+    name = backend.tokenizer.decode([the])
+    assert scores.top_logprobs == [{"bytes:\\x9f": -0.5, "bytes:\\xf0": -1.5, name: -3.0}]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -302,6 +312,38 @@ def test_prompts(continue_, backend):
     continue_(prompt="")
     bos = backend.tokenizer.get_bos_token_id()
     assert [request.tokens for request in backend.requests] == [[bos, *backend.ids("the")], [5, 6, 7], [bos]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts(continue_, backend, stream):
+    """Choices come prompt by prompt, n of each."""
+    backend.prepare([(0, "a"), (1, "b")], [(0, "c"), (1, "d")])
+    answer = continue_(prompt=["the", "river"], n=2, stream=stream)
+    texts = [""] * 4
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert texts == ["a", "b", "c", "d"]
+    assert backend.prompts() == ["<|bos|>the", "<|bos|>river"]
+    assert all(handle.cancelled.is_set() for handle in backend.handles)
+    if not stream:
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage.prompt_tokens == sum(len(request.tokens) for request in backend.requests)
+        assert answer.usage.completion_tokens == 4
+
+
+def test_several_prompts_of_tokens(continue_, backend):
+    """Evaluation programs send a list of lists even for one."""
+    assert len(continue_(prompt=[[5, 6]]).choices) == 1
+    assert len(continue_(prompt=[[5], [6, 7]]).choices) == 2
+    assert [request.tokens for request in backend.requests] == [[5, 6], [5], [6, 7]]
+
+
+def test_several_prompts_are_taken_all_or_none(continue_, backend):
+    backend.prepare([Pause()], QueueFull("full"))
+    with pytest.raises(openai.RateLimitError):
+        continue_(prompt=["a", "b"])
+    assert backend.handles[0].cancelled.is_set()
 
 
 def test_completions_fill_the_context_and_no_more(continue_, backend):
@@ -338,27 +380,38 @@ def test_another_model(client, backend):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tools": [{"type": "function"}]}, "tools is not served here"),
-        ({"tool_choice": "required"}, "tool_choice is not served here"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not served here"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is not served here"),
-        ({"logit_bias": {"5": 100}}, "logit_bias is not served here"),
-        ({"reasoning_effort": "high"}, "reasoning_effort: Extra inputs"),
+        ({"tools": [{"type": "function"}]}, "tools=[{'type': 'function'}] is not served here"),
+        ({"tool_choice": "required"}, "tool_choice='required' is not served here"),
+        ({"response_format": {"type": "json_object"}}, "response_format={'type': 'json_object'} is not"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty=0.5 is not served here"),
+        ({"logit_bias": {"5": 100}}, "logit_bias={'5': 100} is not served here"),
+        ({"reasoning_effort": "high"}, "reasoning_effort='high' is not served here"),
+        ({"service_tier": "flex"}, "service_tier='flex' is not served here"),
+        ({"modalities": ["text", "audio"]}, "modalities=['text', 'audio'] is not served here"),
+        ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obf"),
+        ({"web_search_options": {}}, "web_search_options: Extra inputs"),
         ({"n": 0}, "n: "),
         ({"n": 9}, "n: "),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
-        ({"stop": ""}, "stop"),
-        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop: must be a string of 1 to 200 characters, or a list of"),
+        (
+            {"stop": ""},
+            "stop: must be a string of 1 to 200 characters, or a list of up to 4 such strings, not ''",
+        ),
+        ({"stop": ["a", ""]}, "stop: must be a string"),
         ({"temperature": 2.5}, "temperature: "),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs=true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens and max_completion_tokens"),
         ({"max_tokens": 101}, "max_tokens=101 is more than 100, half of the context"),
+        ({"max_completion_tokens": 101}, "max_completion_tokens=101 is more than 100, half of the context"),
         ({"stream_options": {"include_usage": True}}, "stream_options need stream=true"),
         ({"messages": []}, "the last message must be the user's"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: "),
         ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages.0.name: "),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            """messages.0.content: must be a string, or a list of {"type": "text", "text": ...}, not [{'""",
+        ),
         ({"messages": MESSAGES * 2}, "user and assistant take turns"),
     ],
 )
@@ -368,6 +421,7 @@ def test_bad_requests(server, backend, fields, message):
     error = response.json()["error"]
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
+    assert error["param"].split(".")[0] in fields
     assert not backend.requests
 
 
@@ -375,9 +429,13 @@ def test_bad_requests(server, backend, fields, message):
     "fields",
     [
         {"prompt": []},
-        {"prompt": ["a", "b"]},
-        {"prompt": [[5], [6]]},
+        {"prompt": [[]]},
+        {"prompt": ["a", 5]},
+        {"prompt": [[5], "a"]},
+        {"prompt": ["a"] * 129},
+        {"prompt": {"list[str]": 1}},
         {"prompt": [10**6]},
+        {"prompt": [[5], [10**6]]},
         {"prompt": [-1]},
         {"prompt": "a" * 32001},
         {"echo": True},
@@ -391,7 +449,11 @@ def test_bad_completions(server, backend, fields):
     body = fields if "prompt" in fields or not fields else {"prompt": "a", **fields}
     response = server.post("/v1/completions", json=body)
     assert response.status_code == 400
-    assert response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert error["param"] == next(iter(fields), "prompt")
+    if isinstance(fields.get("prompt"), (list, dict)) and "no token" not in error["message"]:
+        rule = "a string or a list of token ids, or a list of 1 to 128 of one kind of them"
+        assert error["message"].startswith(f"prompt: must be {rule}, not ")
     assert not backend.requests
 
 
@@ -406,6 +468,10 @@ def test_what_asks_for_nothing_is_let_through(server, backend):
             "n": None,
         },
         **{"response_format": {"type": "text"}, "tools": None, "user": "ann", "store": False, "stop": None},
+        **{"parallel_tool_calls": True, "service_tier": "auto", "modalities": ["text"], "verbosity": None},
+        **{"function_call": "none", "prompt_cache_key": "ann", "reasoning_effort": "none"},
+        **{"logprobs": False, "top_logprobs": 0, "stream": True},
+        **{"stream_options": {"include_usage": False, "include_obfuscation": False}},
     }
     assert server.post("/v1/chat/completions", json=body).status_code == 200
     assert backend.requests[0].n == 1

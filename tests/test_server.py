@@ -15,8 +15,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 from schemathesis.checks import not_a_server_error
+from starlette.testclient import TestClient
 
-from nanochat.server import create_app
+from nanochat.server import Settings, create_app
 from nanochat.serving import Closed, End, QueueFull
 from nanochat.worker import Worker
 from tests.fake_backend import FakeBackend, Pause, serve, wait_for
@@ -227,6 +228,49 @@ def test_bodies_that_are_no_request(server, body):
     assert refusal(server.post("/chat/completions", content=body, headers=headers), 400)
 
 
+@pytest.mark.parametrize("content_type", ["application/json", "application/x-www-form-urlencoded", None])
+def test_a_body_without_its_type(server, content_type):
+    """What curl -d sends was told that it is no dictionary, and an empty body "Field required"."""
+    headers = {"content-type": content_type} if content_type else {}
+    for path in ("/chat/completions", "/v1/completions"):
+        for body in (b"[]", b"") if content_type == "application/json" else (json.dumps(HELLO).encode(), b""):
+            response = server.post(path, content=body, headers=headers)
+            message = refusal(response, 400)
+            assert message == "the body must be a JSON object, sent with Content-Type: application/json"
+            assert response.json()["error"]["param"] is None
+
+
+def test_a_body_that_is_no_json(server):
+    """It was told "1: JSON decode error", of a parameter of that name."""
+    headers = {"content-type": "application/json"}
+    response = server.post("/chat/completions", content=b"{", headers=headers)
+    assert refusal(response, 400).startswith("the body is no JSON: Expecting property name ")
+    assert refusal(response, 400).endswith(", at character 1")
+    assert response.json()["error"]["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        (
+            {"temperature": 2.1},
+            "temperature: Input should be less than or equal to 2, not 2.1",
+            "temperature",
+        ),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted", "colour"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: Field required", "messages.0.content"),
+        ({"messages": [7]}, "messages.0: ", "messages.0"),
+        ({"messages": {"str": 1}}, "messages: Input should be a valid list, not {'str': 1}", "messages"),
+        ({"top_k": "7" * 999}, f"top_k: Input should be a valid integer, not '{'7' * 12}...", "top_k"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place_and_value(server, fields, message, param):
+    response = chat(server, **fields)
+    assert refusal(response, 400).startswith(message)
+    assert response.json()["error"]["param"] == param
+    assert len(response.text) < 300
+
+
 def test_half_a_character(server, backend):
     """Half a surrogate pair, which a careless cut leaves of an emoji, is no UTF-8."""
     body = b'{"messages": [{"role": "user", "content": "a\\ud83d"}]}'
@@ -279,8 +323,17 @@ def test_a_mistake_of_ours_says_nothing(server, backend):
 
 
 def test_paths_and_methods_that_are_not(server):
-    assert refusal(server.get("/nothing"), 404)
-    assert refusal(server.get("/chat/completions"), 405)
+    message = refusal(server.get("/nothing"), 404)
+    assert message.startswith("there is no /nothing here, but /v1/models, ")
+    assert "/chat/completions" in message
+    assert refusal(server.get("/chat/completions"), 405) == "/chat/completions is for POST, not GET"
+
+
+def test_head(server):
+    """It was refused, and with it the probes of some balancers."""
+    for path in ("/", "/health"):
+        response = server.head(path)
+        assert (response.status_code, response.text) == (200, "")
 
 
 def test_large_bodies(server, backend):
@@ -313,8 +366,9 @@ def test_key(backend):
                 assert "needs its key" in refusal(response, 401)
                 assert response.headers["www-authenticate"] == "Bearer"
         assert not backend.requests
-        client.headers["authorization"] = "Bearer secret"
-        assert said(chat(client)) == "the river"
+        for scheme in ("Bearer", "bearer", "BEARER"):  # the case of a scheme says nothing
+            client.headers["authorization"] = f"{scheme} secret"
+            assert said(chat(client)) == "the river"
         assert client.get("/stats").status_code == 200
         # Two strings cannot be compared in constant time unless they are ASCII; bytes can.
         connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
@@ -323,8 +377,50 @@ def test_key(backend):
         connection.close()
 
 
+@pytest.mark.parametrize("key", ["secret\n", " secret", "two words", "schl\u00fcssel", "tab\t"])
+def test_a_key_that_no_client_can_send(key):
+    """A file's line end became part of the key, and everyone was turned away."""
+    with pytest.raises(ValueError, match="api_key must be ASCII without spaces or line ends") as error:
+        Settings(api_key=key)
+    assert "schl" not in str(error.value)
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:8000", "LOCALHOST", "127.0.0.1:1", "[::1]:80", "[::1]"]
+)
+def test_names_of_this_machine(backend, host):
+    with TestClient(create_app(backend, Settings(allowed_hosts=LOOPBACK))) as client:
+        assert client.get("/health", headers={"host": host}).status_code == 200
+        assert said(client.post("/chat/completions", json=HELLO, headers={"host": host})) == "the river"
+
+
+@pytest.mark.parametrize(
+    "host", ["example.org", "localhost.example.org", "[::1", "", "127.0.0.1.example.org:80"]
+)
+def test_a_page_whose_name_has_this_machine_s_address(backend, host):
+    """Any page could bind its name to 127.0.0.1 (DNS rebinding), and then use the model of its reader."""
+    with TestClient(create_app(backend, Settings(allowed_hosts=LOOPBACK))) as client:
+        for path in ("/", "/health", "/stats"):
+            message = refusal(client.get(path, headers={"host": host}), 403)
+            assert message.startswith("this server is 127.0.0.1 or ::1 or localhost, not ")
+            assert "--api-key" in message
+        refusal(client.post("/chat/completions", json=HELLO, headers={"host": host}), 403)
+    assert not backend.requests
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://example.org/", "https://a b", ""])
+def test_an_origin_that_no_page_has(origin):
+    with pytest.raises(ValueError, match="must be like https:"):
+        Settings(allowed_origins=(origin,))
+
+
 def preflight(client, origin):
+    names = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # OpenAI's client's
     headers = {"origin": origin, "access-control-request-method": "POST"}
+    headers["access-control-request-headers"] = names
     return client.options("/chat/completions", headers=headers)
 
 
@@ -333,7 +429,9 @@ def test_other_pages(server, backend):
     assert "access-control-allow-origin" not in chat(server).headers
     assert "access-control-allow-origin" not in preflight(server, origin).headers
     with serve(backend, allowed_origins=(origin,), api_key="key") as client:
+        assert preflight(client, origin).status_code == 200
         assert preflight(client, origin).headers["access-control-allow-origin"] == origin
+        assert "x-stainless-lang" in preflight(client, origin).headers["access-control-allow-headers"]
         assert "access-control-allow-credentials" not in preflight(client, origin).headers
         assert preflight(client, "https://example.com").status_code == 400
 
