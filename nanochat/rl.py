@@ -199,15 +199,16 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
         "rewards": {
             task: dict(zip(("first", "last"), tenths, strict=True)) for task, tenths in by_task.items()
         },
-        "first_accuracy": measured[0]["accuracy"],
+        "first_accuracy": measured[0]["accuracy"] if measured[0]["step"] == 0 else None,
         "accuracy": measured[-1]["accuracy"],
         "standard_error": measured[-1]["standard_error"],
         "metrics": str(path),
     }
-    write_report("chat_rl", result)
+    write_report("chat_rl", result, progress.earlier_seconds)
     return (
         f"chat_rl: {directory.name}, {plan.num_steps} steps in {progress.train_seconds / 60:.1f} min; "
         + (f"reward {first:.4f} -> {last:.4f}, " if rewards else "")
-        + f"accuracy {result['first_accuracy']:.4f} -> {result['accuracy']:.4f} "
-        f"+- {result['standard_error']:.4f}"
+        + "accuracy "
+        + (f"{result['first_accuracy']:.4f} -> " if measured[0]["step"] == 0 else "")
+        + f"{result['accuracy']:.4f} +- {result['standard_error']:.4f}"
     )

@@ -127,8 +127,8 @@ class Chat:
                     break
                 print(reply.add(token), end="", flush=True)
         finally:
+            self.history.append({"role": "assistant", "content": reply.parts})  # Ctrl-C may end the print
             print(reply.close(), flush=True)
-            self.history.append({"role": "assistant", "content": reply.parts})
 
 
 def converse(chat: Chat, greeting: str) -> None:

@@ -30,8 +30,7 @@ class ChatRLConfig:
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage whose model is trained: sft or mid"""
     data: str = "auto"
-    """questions: hub (GSM8K), embedded (arithmetic and spelling, measured on arithmetic) or auto; a path of
-    your own text counts as embedded"""
+    """questions: hub (GSM8K), embedded (arithmetic and spelling, measured on arithmetic) or auto"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
     model_tag: str = ""
@@ -54,7 +53,7 @@ class ChatRLConfig:
     temperature: float = 1.0
     """of sampling"""
     top_k: int = 50
-    """sample from the so many likeliest tokens; 0: from all"""
+    """sample from the k likeliest tokens; 0: from all"""
     rollout_batch_size: int = 128
     """answers decoded at a time on one device, on a GPU fastest up to 128; lower it when memory runs out in
     sampling or evaluation"""
@@ -99,6 +98,15 @@ class ChatRLConfig:
             raise ValueError("resume and overwrite exclude each other")
 
 
+def check_resumed(next_question: int, step: int, examples_per_step: int) -> None:
+    """Raise ValueError if other steps were done than these: their number and rates would change."""
+    if next_question != step * examples_per_step:
+        raise ValueError(
+            f"examples_per_step={examples_per_step} is not that of the run to resume, whose steps took "
+            f"{next_question // step}: resume with {next_question // step}, or start anew with --overwrite"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/chat_rl.json."""
     config = parse(ChatRLConfig, argv)
@@ -119,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = start_or_resume(
         directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
     )
+    if progress.step:
+        check_resumed(progress.loader_state["next_question"], progress.step, config.examples_per_step)
 
     max_new_tokens = min(config.max_new_tokens, model.config.sequence_len // 2)
     if max_new_tokens < config.max_new_tokens and runtime.is_main:

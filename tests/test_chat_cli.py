@@ -215,6 +215,22 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(tokenizer, capsys, term
     assert "<|assistant_start|>the river<|assistant_end|><|user_start|>two" in engine.prompts[1]
 
 
+def test_a_second_ctrl_c_keeps_what_was_said(tokenizer, capsys, terminal, monkeypatch):
+    """It came while the end of the line was printed: the reply was missing, and the next turn an error."""
+    engine = ScriptedEngine(tokenizer, ["the river", STOP_HERE], say("yes"))
+    terminal("one", "two")
+    ends_of_lines = []
+
+    def print_until_interrupted(*text, end="\n", **_):
+        ends_of_lines.append(end)
+        if end and ends_of_lines.count(end) == 2:  # the first is the greeting's
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", print_until_interrupted)
+    converse(Chat(engine, max_tokens=50), "hello")
+    assert "<|assistant_start|>the river<|assistant_end|><|user_start|>two" in engine.prompts[1]
+
+
 def test_ctrl_c_ends_a_run_over_a_pipe(tokenizer, capsys, monkeypatch):
     pipe(monkeypatch, b"one\ntwo\n")
     with pytest.raises(KeyboardInterrupt):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import report_text
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_tensors, model_path
 from nanochat.gpt import GPTConfig
 from nanochat.graph_decoder import supports
@@ -77,7 +78,17 @@ def test_a_finished_run_without_its_metrics(base_dir, capsys):
     chat_rl.main([*SMALL, "--num-steps=1", "--resume"])
     result = json.loads((base_dir / "report" / "chat_rl.json").read_text())
     assert (result["first_reward"], result["rewards"]) == (None, {})
-    assert f"min; accuracy {result['accuracy']:.4f} ->" in capsys.readouterr().out
+    assert result["first_accuracy"] is None  # that of its end was told as that of its start
+    assert f"min; accuracy {result['accuracy']:.4f} +-" in capsys.readouterr().out
+    shown = " ".join(report_text.section("chat_rl", result).split())
+    assert "| greedy accuracy, before | - |" in shown
+
+
+def test_resume_with_other_steps():
+    """Their number and the learning rates changed, and nobody was told."""
+    chat_rl.main([*SMALL, "--num-steps=1"])
+    with pytest.raises(ValueError, match=r"examples_per_step=2 is not that .* took 4: resume with 4, or"):
+        chat_rl.main([*SMALL, "--examples-per-step=2", "--num-steps=2", "--resume"])
 
 
 def test_steps_of_an_epoch():
