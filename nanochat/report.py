@@ -1,6 +1,7 @@
 """The report of a run: report/report.md with pictures, made of the JSON that each stage leaves in report/.
 
     python -m nanochat.report reset                                # before the first stage
+    python -m nanochat.report reset --since=mid_train              # before this stage is done again
     python -m nanochat.report generate --dollars-per-hour=24       # at any time, also of an unfinished run
     python -m nanochat.report plot d12 sft/d12 B/metrics.jsonl --out=curves.png
 
@@ -25,26 +26,35 @@ from typing import Annotated, Any
 from tyro.conf import Positional, subcommand
 
 from nanochat.common import atomic_write, base_dir, parse, run, write_json
-from nanochat.report_format import duration
+from nanochat.report_format import duration, items
 from nanochat.report_text import PICTURES, STAGES, card, cost, render, total_seconds
 
 logger = logging.getLogger(__name__)
+DOLLARS_PER_GPU_HOUR = 3.0  # of an H100 that is rented, eight of which are the $24 of the speedrun
 
 
 @dataclass(frozen=True)
 class Reset:
     """Start a new report: remove the results of the last run, note the time and the environment."""
 
+    since: str | None = None
+    """the first stage that is done again: the results of those before it stay, and so do time and environment
+    unless a finished pretraining is done again"""
+
+    def __post_init__(self) -> None:
+        if self.since not in (None, *STAGES):
+            raise ValueError(f"since={self.since!r} must be one of {', '.join(STAGES)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
     """Write report.md and its pictures, and show a short card."""
 
-    dollars_per_hour: float = 24.0
-    """rent of the machine"""
+    dollars_per_hour: float | None = None
+    """rent of the machine; None: 3 for each GPU that was there at the start"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dollars_per_hour < math.inf:
+        if self.dollars_per_hour is not None and not 0 <= self.dollars_per_hour < math.inf:
             raise ValueError(f"dollars_per_hour={self.dollars_per_hour} must be 0 or more, and finite")
 
 
@@ -62,6 +72,8 @@ class Plot:
             raise ValueError("plot needs at least one run: a metrics.jsonl, its folder, or a model tag")
         if self.out.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"out={str(self.out)!r} must end in .png, .svg or .pdf")
+        if not self.out.parent.is_dir():
+            raise ValueError(f"out={str(self.out)!r}: there is no folder {self.out.parent}; make it first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +90,8 @@ class ReportConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Reset, generate or plot."""
     match parse(ReportConfig, argv).command:
-        case Reset():
-            reset()
+        case Reset(since=since):
+            reset(since)
         case Generate(dollars_per_hour=dollars_per_hour):
             generate(dollars_per_hour)
         case Plot(runs=runs, out=out):
@@ -90,22 +102,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def reset() -> None:
-    """Remove what an earlier run left in report/, and nothing else there; write report/start.json."""
+def reset(since: str | None) -> None:
+    """Remove what an earlier run left in report/ of a stage (None: the first) and all after it, and no more.
+
+    With None, or if a finished pretraining is removed, another run begins: write report/start.json.
+    """
     folder = base_dir() / "report"
-    for name in (*(f"{stage}.json" for stage in STAGES), "report.md", *PICTURES):
+    stages = STAGES[STAGES.index(since) :] if since else STAGES
+    had_pretrained = "base_train" in stages and (folder / "base_train.json").exists()
+    for name in (*(f"{stage}.json" for stage in stages), "report.md", *PICTURES):
         (folder / name).unlink(missing_ok=True)
-    write_json(folder / "start.json", {"started_at": time.time(), **environment()})
-    logger.info(f"report: started anew in {folder}")
+    if since is None or had_pretrained:
+        write_json(folder / "start.json", {"started_at": time.time(), **environment()})
+    logger.info(f"report: started anew in {folder}" + (f" from {since} on" if since else ""))
 
 
-def generate(dollars_per_hour: float) -> None:
+def generate(dollars_per_hour: float | None) -> None:
     """Write report/report.md and its pictures from whatever results there are."""
     from nanochat.report_plots import draw_all
 
     folder = base_dir() / "report"
     folder.mkdir(exist_ok=True)
     results, problems = read_results(folder)
+    if dollars_per_hour is None:
+        dollars_per_hour = DOLLARS_PER_GPU_HOUR * len(items(results, "start", "gpus"))
     pictures = draw_all(results, folder)
     with atomic_write(folder / "report.md", "w") as file:
         file.write(render(results, problems, pictures, dollars_per_hour))

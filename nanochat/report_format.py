@@ -7,16 +7,16 @@ can neither end a table nor open a tag.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether this is a finite number, of a size that can be computed with."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def dig(value: Any, *keys: str) -> Any:
@@ -42,7 +42,7 @@ def show(value: Any, form: Callable[[Any], str] = str) -> str:
     """Format a value; "-" if it is absent or of a kind that the format does not take."""
     try:
         return "-" if value is None else form(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, OSError):  # the last of a date too far away
         return "-"
 
 

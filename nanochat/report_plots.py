@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from nanochat.checkpoint_manager import STAGES, checkpoint_dir
@@ -93,7 +94,7 @@ def reward(records: list[dict], window: int = 20) -> Figure | None:
         steps, rewards = series(records, "step", f"rewards.{task}")
         axis.plot(steps, _recent(rewards, window), linewidth=1, label=f"of these {task}")
     axis.set(xlabel="step", ylabel="reward")
-    axis.legend()
+    _spell_out(axis.legend())
     _tidy(axis)
     return figure
 
@@ -118,6 +119,7 @@ def chat_tasks(results: dict[str, dict]) -> Figure | None:
             [_or_nan(dig(results, stage, "tasks", task, key)) for task in tasks]
             for key in ("accuracy", "standard_error")
         )
+        errors = [error if error >= 0 else math.nan for error in errors]
         centres = [i + width * (number - (len(stages) - 1) / 2) for i in range(len(tasks))]
         axis.bar(centres, heights, width, yerr=errors, label=label, color=COLOURS[label], capsize=3)
     ends = ([i + side * 0.45 for i in range(len(tasks))] for side in (-1, 1))
@@ -159,7 +161,7 @@ def compare(runs: Sequence[str], out: Path) -> None:
     for axis, (x, _, label) in zip(axes, panels, strict=True):
         axis.set(xlabel="seconds of training" if x == "train_seconds" else x, title=label)
     lines = {line.get_label(): line for axis in axes for line in axis.lines}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+    _spell_out(figure.legend(lines.values(), lines, loc="outside lower center", ncols=4))
     axes[-1].set_ylim(bottom=0)
     axes[-1].yaxis.set_major_formatter(EngFormatter())
     _save(figure, out)
@@ -235,6 +237,12 @@ def _curve(axis: Axes, xs: list[float], ys: list[float], **style: Any) -> None:
 def _tidy(axis: Axes) -> None:
     axis.grid(alpha=0.3)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _spell_out(legend: Legend) -> None:
+    """Have names shown as they are, with no formula between dollar signs."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _save(figure: Figure, path: Path) -> None:

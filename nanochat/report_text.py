@@ -117,7 +117,7 @@ def render(
         environment(results["start"]) if "start" in results else f"reset: {problems['start']}",
         "## Wall clock and cost",
         wall_clock(results, problems, dollars_per_hour),
-        "A stage that was stopped and resumed counts its last process only.",
+        "Of a stage that was cut off and resumed, what came after its last save is not counted.",
         elapsed(results, dollars_per_hour),
         *(["## Curves", *figures.values()] if figures else []),
         *(section(stage, results[stage]) for stage in STAGES if stage in results),

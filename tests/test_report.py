@@ -54,7 +54,7 @@ def folder(base_dir):
 
 
 def generated(folder, *flags):
-    assert report.main(["generate", *flags]) == 0
+    assert report.main(["generate", *(flags or ["--dollars-per-hour=24"])]) == 0
     return (folder / "report.md").read_text(encoding="utf-8")
 
 
@@ -165,7 +165,10 @@ def test_damaged_results_are_told(folder, caplog, damage):
     assert "## base_loss" in text
 
 
-@pytest.mark.parametrize("junk", [None, 7, "x", [1], {"a": 1}, {"a": {"b": None}}, math.nan, math.inf, True])
+JUNK = [None, 7, "x", [1], {"a": 1}, {"a": {"b": None}}, math.nan, math.inf, True, -1, 1e18, 10**400]
+
+
+@pytest.mark.parametrize("junk", JUNK)
 def test_no_field_is_taken_for_granted(folder, junk):
     fields = (
         "settings config hardware model parameters steps tokens train_seconds val_bpb metrics samples bpb"
@@ -177,6 +180,14 @@ def test_no_field_is_taken_for_granted(folder, junk):
     text = generated(folder)
     for stage in STAGES:
         assert f"## {stage}\n" in text
+
+
+def test_no_number_is_taken_for_granted(folder):
+    """A negative standard error ended the report."""
+    for junk in (number for number in JUNK if isinstance(number, (int, float))):
+        task = {"accuracy": junk, "standard_error": junk, "n": junk, "chance": junk}
+        (folder / "chat_eval_mid.json").write_text(json.dumps({"tasks": {"a": task}}))
+        assert "| a " in generated(folder)
 
 
 def test_text_of_a_model_cannot_break_the_report():
@@ -275,10 +286,20 @@ def test_plot_compares_runs(tmp_path):
     assert report.main(["plot", str(tmp_path / "a.jsonl"), str(tmp_path / "d4"), f"--out={out}"]) == 0
     assert_is_a_picture(out)
     write_metrics(tmp_path / "b.jsonl", n_steps=0)
+    out.unlink()
+    report.main(["plot", str(tmp_path / "b.jsonl"), f"--out={out}"])
     assert_is_a_picture(out)
     write_metrics(tmp_path / "b.jsonl", n_steps=0, evals=())
     with pytest.raises(ValueError, match=r"b\.jsonl has no steps and no evaluations"):
         report.main(["plot", str(tmp_path / "b.jsonl"), f"--out={out}"])
+
+
+def test_a_name_is_no_formula(tmp_path):
+    """Matplotlib could not read that of this run."""
+    run = write_metrics(tmp_path / "$x^$" / "metrics.jsonl")
+    assert report.main(["plot", run, f"--out={tmp_path / 'curves.png'}"]) == 0
+    records = [{"step": i, "reward": 0.5, "rewards": {"$x^$": 1.0, "b": 0.0}} for i in range(3)]
+    report_plots._save(report_plots.reward(records), tmp_path / "reward.png")
 
 
 def test_the_panels_of_a_comparison(tmp_path, base_dir, monkeypatch):
@@ -334,6 +355,29 @@ def test_reset_removes_the_last_report_and_nothing_else(folder, monkeypatch):
     assert "| NPROC_PER_NODE | 8 |" in lines
 
 
+def test_what_is_done_again_leaves_the_report(folder):
+    """A run of another depth, cut off or without RL, was shown beside stages of the last one."""
+    (folder / "start.json").write_text('{"started_at": 1}')
+    assert report.main(["reset", "--since=base_eval"]) == 0
+    assert {path.stem for path in folder.iterdir()} == {"start", *list(RESULTS)[:4]}
+    assert json.loads((folder / "start.json").read_text()) == {"started_at": 1}
+    report.main(["reset", "--since=base_train"])  # had ended: this is another run
+    assert {path.stem for path in folder.iterdir()} == {"start", "tok_train", "tok_eval"}
+    started = json.loads((folder / "start.json").read_text())["started_at"]
+    assert started > 1
+    report.main(["reset", "--since=base_train"])  # was cut off: this is still that run
+    assert json.loads((folder / "start.json").read_text())["started_at"] == started
+
+
+def test_the_default_rent_is_that_of_the_gpus(folder):
+    """It was $24 an hour on a laptop, too."""
+    argv = ["generate"]
+    for gpus, price in (([], "$0.00"), ([{"name": "H100"}] * 8, "$24.00"), ("junk", "$0.00")):
+        (folder / "start.json").write_text(json.dumps({"gpus": gpus}))
+        report.main(argv)
+        assert f"at {price}/h" in (folder / "report.md").read_text()
+
+
 def test_environment_without_git_or_gpu(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     found = report.environment()
@@ -347,6 +391,11 @@ def test_environment_without_git_or_gpu(monkeypatch):
         (["generate", "--dollars-per-hour=nan"], "dollars_per_hour=nan must be 0 or more"),
         (["plot"], "plot needs at least one run"),
         (["plot", "a", "--out=b.gif"], r"out='b\.gif' must end in"),
+        (
+            ["plot", "a", "--out=/nowhere/b.png"],
+            r"out='/nowhere/b\.png': there is no folder /nowhere;",
+        ),
+        (["reset", "--since=download"], "since='download' must be one of tok_train, "),
         (["draw"], r"draw.*\(see --help\)"),
         ([], "reset, generate, plot"),
     ],
