@@ -7,6 +7,7 @@ An example to change: a reply is a list of parts, of which "python" is a call of
 Numbers that seven divides are kept back, to see whether it has learned to convert or learned by heart.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -43,5 +44,7 @@ def conversations(kept_back: bool) -> Iterator[list[dict]]:
 
 
 if __name__ == "__main__":
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is).parse_args()  # there are none
     for messages in conversations(kept_back=False):
         sys.stdout.write(json.dumps({"messages": messages}) + "\n")

@@ -14,10 +14,11 @@ if they are there, as $NANOCHAT_BASE_DIR/identity_conversations.jsonl; dev/gen_i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
-from nanochat.common import base_dir, run
+from nanochat.common import base_dir, parse, run
 from nanochat.dataset import own_files, source
 from tasks.arc import ARC
 from tasks.arithmetic import FORMS, NEW_FORMS, Arithmetic
@@ -74,7 +75,7 @@ def sft_tasks(data: str) -> tuple[Task, Task]:
 
 def rl_tasks(data: str) -> tuple[Task, Task]:
     """Return what reinforcement learning is rewarded on, and what it is measured on."""
-    if source(data) == "hub":
+    if _judged(data) == "hub":
         return GSM8K("main", "train"), GSM8K("main", "test")
     forms, words = (*FORMS, *NEW_FORMS), _short_words()
     train = [  # with arithmetic alone, letters were unlearnt in two runs of three (dev/LOG.md)
@@ -87,9 +88,7 @@ def rl_tasks(data: str) -> tuple[Task, Task]:
 
 def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
     """Return how to make each task of a chat evaluation; none is loaded before it is asked for."""
-    if source(data) not in ("hub", "embedded"):
-        raise ValueError(f"data={data!r} must be hub, embedded or auto: conversations alone judge no answer")
-    if source(data) == "hub":
+    if _judged(data) == "hub":
         return {
             "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
             "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
@@ -106,6 +105,14 @@ def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
         "SpellingBee": lambda: SpellingBee(words(), 500, "test"),
         "DocChoice": lambda: DocChoice(1000, "test"),
     }
+
+
+def _judged(data: str) -> str:
+    """Return which data that knows right answers is meant: hub or embedded."""
+    data = source(data)
+    if data not in ("hub", "embedded"):
+        raise ValueError(f"data={data!r} must be hub, embedded or auto: conversations alone judge no answer")
+    return data
 
 
 def _local(data: str, size: int, alphabetical: float) -> tuple[Task, Task]:
@@ -155,8 +162,14 @@ def _identity() -> list[Task]:
     return []
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class DownloadConfig:
+    """No settings: what is downloaded is all that the recipes name."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Read all sets of the hub once; what is read is there for ever after."""
+    parse(DownloadConfig, argv)
     train, _ = TaskMixture(mid_tasks("hub")), sft_tasks("hub")
     rl_tasks("hub")
     for make in eval_tasks("hub").values():

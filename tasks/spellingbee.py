@@ -27,15 +27,17 @@ COUNT = (
     'Count the "{letter}" in "{word}".',
 )
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MIN_LENGTH = 3  # of a word
+N_BATCHES = 40  # of the training text
 
 
-def word_list(data: str, min_length: int = 3, max_length: int = 20, n_batches: int = 40) -> list[str]:
+def word_list(data: str, max_length: int = 20) -> list[str]:
     """Return the lower-case words that the first training text has twice or more, most frequent first."""
     counts: Counter[str] = Counter()
-    for texts in islice(parquets_iter_batched("train", data=data), n_batches):
+    for texts in islice(parquets_iter_batched("train", data=data), N_BATCHES):
         for text in texts:
             counts.update(re.findall(r"\b[a-z]+\b", text))
-    return [word for word, n in counts.most_common() if n > 1 and min_length <= len(word) <= max_length]
+    return [word for word, n in counts.most_common() if n > 1 and MIN_LENGTH <= len(word) <= max_length]
 
 
 class _WordTask(Task):

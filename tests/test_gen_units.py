@@ -21,6 +21,13 @@ def write_units(path):
     return CustomJSON(path)
 
 
+def test_help_and_unknown_arguments_write_no_conversations():
+    for flag, status in (("--help", 0), ("--num=5", 2)):
+        command = [sys.executable, "dev/gen_units.py", flag]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, "messages" in done.stdout) == (status, False)
+
+
 def test_the_calculator_says_what_the_conversations_say(tmp_path):
     task = write_units(tmp_path / "units.jsonl")
     assert len(task) > 1000

@@ -52,10 +52,29 @@ def test_the_sets_of_the_hub(hub, monkeypatch):
         for task in (train, val):
             for index in [*range(0, len(task), 9973), len(task) - 1]:
                 assert render_conversation(tokenizer, task[index], 2048)[1][-1] == 1
-    assert recipes.main() == 0
+    assert recipes.main([]) == 0
     gone = hub / "task_data" / "allenai--ai2_arc--ARC-Challenge--test"
     gone.rename(hub / "elsewhere")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("tasks.hub.RETRY_AFTER_S", ())
     with pytest.raises(OSError, match="cannot download ARC-Challenge/test"):
-        recipes.main()
+        recipes.main([])
+
+
+def test_help_and_unknown_arguments_start_no_download(monkeypatch, capsys):
+    """Either began to download."""
+    monkeypatch.setattr(recipes, "mid_tasks", None)
+    with pytest.raises(SystemExit) as end:
+        recipes.main(["--help"])
+    assert end.value.code == 0
+    assert "download the hub's sets" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Unrecognized options: --data=hub"):
+        recipes.main(["--data=hub"])
+
+
+@pytest.mark.parametrize("make", [recipes.rl_tasks, recipes.eval_tasks])
+@pytest.mark.parametrize("data", ["own.jsonl", "/no/such", "nonsense"])
+def test_conversations_alone_reward_and_measure_nothing(make, data):
+    """RL took any path, or none, for the embedded questions."""
+    with pytest.raises(ValueError, match=f"data='{data}' must be hub, embedded or auto"):
+        make(data)
