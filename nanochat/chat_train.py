@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nanochat.common import Runtime
+from nanochat.common import Runtime, require_at_least
 from nanochat.schedule import Cadence, LearningRates, Plan
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class ChatTrainConfig:
     """delete the checkpoints that this stage has under this model tag and start anew"""
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "val_conversations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least(self, num_epochs=1, val_conversations=1)
         for name in ("num_iterations", "max_seq_len"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or -1")

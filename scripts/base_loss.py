@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from nanochat.common import parse, run, setup_runtime, write_report
+from nanochat.common import parse, require_at_least, run, setup_runtime, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class BaseLossConfig:
     """sequences of one forward on one device"""
     split_tokens: int = 20 * 524_288
     """tokens of each split to evaluate, at most all"""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, device_batch_size=1, split_tokens=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,12 +10,12 @@ to $NANOCHAT_BASE_DIR/mid_checkpoints/<model tag>.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from nanochat.chat_train import ChatTrainConfig, train_on_conversations
 from nanochat.common import parse, run, setup_runtime
-from nanochat.schedule import lr_multiplier
+from nanochat.schedule import Cadence, lr_multiplier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class MidTrainConfig(ChatTrainConfig):
     """rows of one forward on one device; 0: as many as its memory holds, at most 32"""
     total_batch_size: int = 524_288
     """tokens of one optimizer step, over all devices"""
+    cadence: Cadence = field(default_factory=partial(Cadence, eval_every=150))
 
     def rows_per_step(self, seq_len: int) -> int:
         """How many rows hold the tokens of a step; ValueError when they do not divide."""

@@ -9,6 +9,7 @@ TIKTOKEN_CACHE_DIR or downloads them; one that cannot be had is left out. Leaves
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -16,7 +17,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from nanochat.common import parse, run, write_report
+from nanochat.common import parse, require_at_least, run, write_report
 
 if TYPE_CHECKING:
     from nanochat.tokenizer import RustBPETokenizer
@@ -97,6 +98,11 @@ class TokEvalConfig:
     """How many characters of each of the two to encode."""
     download_timeout: float = 15.0
     """Seconds to wait for a vocabulary of tiktoken's before it is left out."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_chars=1)
+        if not 0 < self.download_timeout < math.inf:
+            raise ValueError(f"download_timeout={self.download_timeout} must be above 0 and finite")
 
 
 def first_documents(batches: Iterable[list[str]], max_chars: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from nanochat.common import base_dir, parse, run, write_report
+from nanochat.common import base_dir, parse, require_at_least, run, write_report
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -41,9 +41,7 @@ class TokTrainConfig:
     """Number of tokens, the 256 bytes and 9 special tokens included."""
 
     def __post_init__(self) -> None:
-        for name in ("max_chars", "doc_cap"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least(self, max_chars=1, doc_cap=1)
 
 
 def capped(
@@ -78,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     seconds = time.perf_counter() - start
 
-    assert tokenizer.decode(tokenizer.encode(HARD_TEXT)) == HARD_TEXT
+    if (found := tokenizer.decode(tokenizer.encode(HARD_TEXT))) != HARD_TEXT:
+        raise ValueError(f"the tokenizer makes {found!r} of {HARD_TEXT!r}; it is not saved")
     tokenizer.save(base_dir() / "tokenizer")
 
     lengths = tokenizer.token_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps
 from nanochat.common import run
-from scripts import chat_eval
+from scripts import chat_eval, chat_sft, mid_train
 from tasks import recipes
 from tests.chats import ColourTask, learn, same, train, weights, write_base_checkpoint
 
@@ -69,6 +69,11 @@ def test_settings_that_cannot_work(stage, flags, message, monkeypatch):
         (directory / name).touch()
     assert re.search(message, error_of(lambda: train(stage, *flags, "--overwrite")))
     assert sorted(path.name for path in directory.iterdir()) == sorted(names)
+
+
+def test_midtraining_validates_as_often_as_the_published_run():
+    assert mid_train.MidTrainConfig().cadence.eval_every == 150
+    assert chat_sft.ChatSFTConfig().cadence.eval_every == 250
 
 
 def test_checkpoints_are_not_mixed_or_overwritten_unasked():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanochat.loss_eval import evaluate_bpb
+from scripts import base_loss
 from tests.models import random_model, small_config
 
 
@@ -37,3 +38,9 @@ def test_nothing_to_evaluate_says_so():
     model, idx = random_model(small_config()), torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="no text to evaluate"):
         evaluate_bpb(model, [(idx, torch.full_like(idx, -1))], None, torch.ones(50, dtype=torch.long))
+
+
+@pytest.mark.parametrize("flag", ["split_tokens=0", "device_batch_size=0"])
+def test_settings_of_base_loss_that_cannot_be(flag):
+    with pytest.raises(ValueError, match=f"{flag} must be at least 1"):
+        base_loss.main([f"--{flag}"])

@@ -72,6 +72,22 @@ def test_bad_settings_leave_the_old_tokenizer(corpus, capsys, flag):
     assert get_tokenizer().get_vocab_size() == 300
 
 
+def test_a_tokenizer_that_loses_text_is_not_saved(corpus, base_dir, monkeypatch):
+    """Said by an assert, which was no sentence and which python -O leaves out."""
+    tok_train.main([f"--data={corpus}", "--vocab_size=300"])
+    monkeypatch.setattr(RustBPETokenizer, "decode", lambda self, ids: "lost")
+    with pytest.raises(ValueError, match=r"the tokenizer makes 'lost' of .*; it is not saved"):
+        tok_train.main([f"--data={corpus}", "--vocab_size=310"])
+    assert get_tokenizer().get_vocab_size() == 300
+
+
+@pytest.mark.parametrize("flag", ["max_chars=0", "download_timeout=0", "download_timeout=nan"])
+def test_bad_settings_of_tok_eval(flag):
+    """Nothing was measured, by a division by zero, or nothing of tiktoken's."""
+    with pytest.raises(ValueError, match=f"{flag}(.0)? must be"):
+        tok_eval.main([f"--{flag}"])
+
+
 def test_tok_eval(corpus, base_dir, capsys, monkeypatch):
     tok_train.main([f"--data={corpus}", "--vocab_size=300"])
     pretrained = RustBPETokenizer.train_from_iterator(TRAIN, 265)  # one token a byte
