@@ -14,11 +14,13 @@ What goes when there are more than max_tokens, so that the sequence stays well f
   learned with all that it answers to in view. To complete, they are kept from the end, the most recent.
 - If one exchange alone is too long, the user text loses its start until the reply fits, but keeps half of
   the room; then the reply loses its end with <|assistant_end|>, which would be learned too early there.
+- To complete, the system text stays: it goes in front of the oldest user text that is kept. If that is the
+  last one and too long, the system text is cut with it where it would take more than half of its room.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def part_after(tokenizer: RustBPETokenizer) -> dict[int, str]:
 
 @dataclass
 class _Exchange:
-    user: list[int]  # the text alone
+    user: list[int]  # the text alone, after the system text in the first one
     reply: list[int]  # from <|assistant_start|> on; empty where nobody replies
     reply_mask: list[int]
 
@@ -51,7 +53,7 @@ def render_conversation(
     tokenizer: RustBPETokenizer, conversation: dict[str, Any], max_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Return (ids, mask) of a conversation to learn from; ValueError if malformed or max_tokens < 6."""
-    first, *others = _exchanges(tokenizer, conversation)
+    _, (first, *others) = _exchanges(tokenizer, conversation)
     ids, mask = [tokenizer.get_bos_token_id()], [0]
     for exchange in (_fit(first, max_tokens), *others):
         more_ids, more_mask = _render(tokenizer, exchange)
@@ -70,18 +72,27 @@ def render_for_completion(
     A reply to that message, as data sets have it, is left out: it is what is to be completed. max_tokens is
     the context length less the new tokens that it has to hold. ValueError as in render_conversation.
     """
-    *others, last = _exchanges(tokenizer, conversation)
-    last.reply, last.reply_mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
-    ids: list[int] = []
-    for exchange in (_fit(last, max_tokens), *reversed(others)):
-        more_ids, _ = _render(tokenizer, exchange)
-        if 1 + len(more_ids) + len(ids) > max_tokens:
+    system, exchanges = _exchanges(tokenizer, conversation)
+    exchanges[-1].reply, exchanges[-1].reply_mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
+    ids: list[int] = []  # what is kept
+    later: list[int] = []  # the same without the system text, to put another exchange in front
+    for exchange in reversed(exchanges):
+        user = exchange.user if exchange is exchanges[0] else system + exchange.user
+        oldest = replace(exchange, user=user)
+        if not ids:
+            oldest = _fit(oldest, max_tokens, len(system))
+        more_ids, _ = _render(tokenizer, oldest)
+        if 1 + len(more_ids) + len(later) > max_tokens:
             break
-        ids = more_ids + ids
+        ids = more_ids + later
+        later = _render(tokenizer, exchange)[0] + later
     return [tokenizer.get_bos_token_id(), *ids]
 
 
-def _exchanges(tokenizer: RustBPETokenizer, conversation: dict[str, Any]) -> list[_Exchange]:
+def _exchanges(
+    tokenizer: RustBPETokenizer, conversation: dict[str, Any]
+) -> tuple[list[int], list[_Exchange]]:
+    """Return the system text as it goes in front of a user text, and the exchanges."""
     messages = conversation["messages"]
     for index, message in enumerate(messages):
         if not message.get("content"):
@@ -101,13 +112,13 @@ def _exchanges(tokenizer: RustBPETokenizer, conversation: dict[str, Any]) -> lis
                 "assistant take turns, after a system message if there is one"
             )
         if expected == "user":
-            exchanges.append(_Exchange(tokenizer.encode(preface + _string(content, index)), [], []))
-            preface = ""
+            text = ("" if exchanges else preface) + _string(content, index)
+            exchanges.append(_Exchange(tokenizer.encode(text), [], []))
         else:
             exchanges[-1].reply, exchanges[-1].reply_mask = _reply(tokenizer, content, index)
     if not exchanges:
         raise ValueError(f"none of the {len(messages)} messages is the user's")
-    return exchanges
+    return tokenizer.encode(preface), exchanges
 
 
 def _reply(tokenizer: RustBPETokenizer, content: Any, index: int) -> tuple[list[int], list[int]]:
@@ -132,14 +143,15 @@ def _string(value: Any, index: int) -> str:
     return value
 
 
-def _fit(exchange: _Exchange, max_tokens: int) -> _Exchange:
-    """Cut an exchange down to what fits after <|bos|>."""
+def _fit(exchange: _Exchange, max_tokens: int, num_kept: int = 0) -> _Exchange:
+    """Cut an exchange down to what fits after <|bos|>; its first num_kept tokens stay if they are few."""
     room = max_tokens - 3  # <|bos|>, <|user_start|>, <|user_end|>
     if room < 3:
         raise ValueError(f"max_tokens={max_tokens} must be 6 at least: 4 special tokens, 1 of text each")
     kept = min(len(exchange.user), max(room - len(exchange.reply), room // 2))
+    head = exchange.user[: num_kept if num_kept <= kept // 2 else 0]
     return _Exchange(
-        user=exchange.user[len(exchange.user) - kept :],
+        user=head + exchange.user[len(exchange.user) - kept + len(head) :],
         reply=exchange.reply[: room - kept],
         reply_mask=exchange.reply_mask[: room - kept],
     )

@@ -205,6 +205,36 @@ def test_completion_cut_at_every_length(tokenizer, spell):
         assert_well_formed(tokenizer, ids, open_end=True)
 
 
+def test_the_system_text_stays_when_exchanges_fall_away(tokenizer):
+    """It was the first thing that a long chat lost: it stood in the oldest exchange."""
+    wholes = [
+        tokenizer.render_for_completion(chat(*LONG_CHAT[n:5], system="stone"), 10_000) for n in (4, 2, 0)
+    ]
+    sizes = [len(ids) for ids in wholes]
+    for max_tokens in range(sizes[0], sizes[-1] + 3):
+        ids = tokenizer.render_for_completion(chat(*LONG_CHAT[:5], system="stone"), max_tokens)
+        fitting = [whole for whole, size in zip(wholes, sizes, strict=True) if size <= max_tokens]
+        assert ids == fitting[-1]
+        assert tokenizer.decode(ids).startswith("<|bos|><|user_start|>stone\n\n")
+
+
+def test_a_question_that_is_too_long_leaves_the_system_text_half_of_the_room(tokenizer, spell):
+    question = " ".join(random.Random(1).choices(WORDS, k=60))
+    preface, words = spell("Be brief.\n\n"), spell(question)
+    whole = tokenizer.render_for_completion(chat(question, system="Be brief."), 10_000)
+    assert whole[2:-2] == preface + words
+    for max_tokens in range(6, len(whole) + 3):
+        ids = tokenizer.render_for_completion(chat("Hi", "Hi", question, system="Be brief."), max_tokens)
+        assert len(ids) == min(max_tokens, len(whole))
+        kept, room = ids[2:-2], max_tokens - 4
+        if len(preface) <= room // 2:
+            assert kept[: len(preface)] == preface
+            assert kept[len(preface) :] == words[-(room - len(preface)) :]
+        else:
+            assert kept == (preface + words)[-room:]
+        assert_well_formed(tokenizer, ids, open_end=True)
+
+
 @pytest.mark.parametrize("max_tokens", [-1, 0, 5])
 def test_too_few_tokens_for_any_conversation(tokenizer, max_tokens):
     for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
