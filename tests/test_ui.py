@@ -1,114 +1,16 @@
-"""The chat page in a real browser, against a server that answers by script."""
+"""The chat page in a real browser: what it asks, shows and keeps."""
 
 import json
-import os
 import re
-import shutil
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import expect
 
+from tests.chat_page import MARKDOWN, PATIENCE_S, answers, ask, box, chat_button, exchange, finish, say, sent
 from tests.fake_chat_server import HANG_UP, PAGE, WAIT, FakeChatServer, Refusal, tokens
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-PATIENCE_S = 30
-expect.set_options(timeout=1000 * PATIENCE_S)
-NO_BROWSER = "no browser: install chromium or set CHROMIUM to the path of one"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_BROWSER)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def server():
-    """Each test has one of its own, and thereby an origin of its own: what the browser keeps is apart."""
-    with FakeChatServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def context(browser):
-    return browser.new_context(locale="en-US")
-
-
-@pytest.fixture
-def open_page(browser, context, server):
-    """Opens the page, with options in a profile of its own.
-
-    What its console calls an error fails the test, except for refused requests.
-    """
-    opened, errors = [], []
-
-    def open_page(script="", **options) -> Page:
-        place = browser.new_context(**{"locale": "en-US", **options}) if options else context
-        page = place.new_page()
-        opened.append(place if options else page)
-        page.add_init_script(script)
-        page.set_default_timeout(1000 * PATIENCE_S)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.goto(server.url)
-        return page
-
-    yield open_page
-    for place in opened:
-        place.close()
-    assert [error for error in errors if not error.startswith("Failed to load resource")] == []
-
-
-@pytest.fixture
-def page(open_page):
-    return open_page()
-
-
-def box(page):
-    return page.get_by_role("textbox", name="Message")
-
-
-def say(page, text):
-    box(page).fill(text)
-    box(page).press("Enter")
-
-
-def answers(page):
-    return page.locator("article.assistant .prose")
-
-
-def finish(page):
-    """Wait until no answer is under way."""
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
-
-
-def exchange(page, text, number=0):
-    """Send, and wait for the answer."""
-    say(page, text)
-    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
-    expect(answers(page)).to_have_count(number + 1)
-
-
-def ask(page, server, reply):
-    """Return the answer, drawn, to one question."""
-    server.replies = [reply]
-    exchange(page, "Go")
-    return answers(page)
-
-
-def sent(server, number=-1):
-    return [(message["role"], message["content"]) for message in server.requests[number]["messages"]]
-
-
-def chat_button(page, title):
-    return page.get_by_label("Conversations", exact=True).get_by_role("button", name=title, exact=True)
+pytest_plugins = "tests.chat_browser"
 
 
 # ---- Asking
@@ -222,6 +124,48 @@ def test_failed_edit_loses_nothing(page, server):
     expect(box(page)).to_have_value("")
 
 
+def test_a_double_click_sends_and_does_not_stop(page, server):
+    """The second click found the answer under way, and ended it."""
+    server.replies = [[*tokens("Once"), WAIT]]
+    box(page).fill("Hello")
+    page.get_by_role("button", name="Send").dblclick()
+    expect(answers(page)).to_have_text("Once")
+    assert not server.client_left.is_set()
+    expect(box(page)).to_have_value("")
+
+
+def test_an_example_leaves_the_draft(page, server):
+    """It was asked through the box, in place of what stood there."""
+    box(page).fill("a draft")
+    page.get_by_role("button", name="Why is the sky blue?").click()
+    expect(answers(page)).to_have_text("Fine.")
+    expect(box(page)).to_have_value("a draft")
+    assert sent(server) == [("user", "Why is the sky blue?")]
+
+
+def test_the_end_of_an_answer_leaves_what_the_reader_holds(page, server):
+    """The whole thread was drawn anew: selection, focus and the scrolling of code were lost."""
+    server.replies = [
+        tokens("```\n" + "wide " * 100 + "\n```\nRead me."),
+        [*tokens("Slow"), WAIT, *tokens(" end")],
+    ]
+    exchange(page, "first")
+    say(page, "second")
+    expect(answers(page).last).to_have_text("Slow")
+    page.locator("pre").evaluate("(pre) => (pre.scrollLeft = 50)")
+    answers(page).first.locator("p").evaluate("(p) => getSelection().selectAllChildren(p)")
+    copy = page.locator("article").nth(1).get_by_role("button", name="Copy").last
+    copy.focus()
+    server.go_on()
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    expect(answers(page).last).to_have_text("Slow end")
+    expect(copy).to_be_focused()
+    assert page.evaluate("() => String(getSelection())") == "Read me."
+    assert page.locator("pre").evaluate("(pre) => pre.scrollLeft") == 50
+    expect(page.get_by_role("button", name="Edit").first).to_be_enabled()
+    expect(page.locator("#thread")).to_have_attribute("aria-busy", "false")
+
+
 # ---- What goes wrong
 
 
@@ -299,6 +243,21 @@ def test_a_wrong_key_is_asked_for_again(page, server):
     assert server.keys == [None, "Bearer wrong", "Bearer right"]
 
 
+def test_a_key_that_no_header_can_carry(page, server):
+    """With one in full width, fetch failed from then on, and the key was never asked for again."""
+    server.replies = [Refusal(401)]
+    say(page, "Hello")
+    key = page.get_by_label("API key")
+    key.fill("\uff53\uff45\uff43\uff52\uff45\uff54")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert "ASCII" in key.evaluate("(key) => key.validationMessage")
+    key.fill(" secret ")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_text("Fine.")
+    assert server.keys == [None, "Bearer secret"]
+
+
 def test_no_key_given(page, server):
     server.replies = [Refusal(401, {"error": {"message": "a key is needed"}})]
     say(page, "Hello")
@@ -322,6 +281,20 @@ def test_no_more_is_sent_than_the_server_takes(page, server):
     assert messages[1]["content"] == "a" * 7999 + "\ufffd"
     note = page.get_by_text("Too long: what is above is no longer sent.")
     expect(note.locator("xpath=following-sibling::article").first).to_contain_text("Question 2")
+
+
+def test_what_the_model_may_not_see_is_marked(open_page, server):
+    """Its context ends far sooner than the characters that the server takes, and nothing said so."""
+    server.stats |= {"context": 1024, "max_tokens": 512}  # 512 tokens are left for what was said
+    server.replies = [tokens("word " * 120) for _ in range(5)]
+    page = open_page()
+    note = page.get_by_text("The model may no longer see what is above.")
+    for i in range(5):
+        exchange(page, f"Question {i}", i)
+        expect(note).to_have_count(int(i > 2))
+    page.reload()
+    expect(note.locator("xpath=following-sibling::article").first).to_contain_text("Question 2")
+    assert len(server.requests[-1]["messages"]) == 9  # what falls away is the server's choice
 
 
 def stored_chat(chat_id, num_messages):
@@ -431,6 +404,64 @@ def test_rename_delete_undo(page):
     expect(page.locator("#chats li")).to_have_count(0)
 
 
+def test_a_click_elsewhere_ends_a_rename_and_counts(page):
+    """The list was drawn anew between the press and the release: the click hit nothing."""
+    exchange(page, "first")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    page.get_by_role("button", name="Rename").first.click()
+    page.keyboard.type("Flowers")
+    chat_button(page, "first").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("first")
+    expect(chat_button(page, "Flowers")).to_be_visible()
+
+
+def test_the_list_keeps_the_focus(page, server):
+    """When an answer ended elsewhere, the list was drawn anew and the focus fell to the page."""
+    server.replies = [[*tokens("Slow"), WAIT]]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Slow")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    chat_button(page, "second").focus()
+    server.go_on()
+    expect(page.locator("#chats .title")).to_have_text(["first", "second"])
+    expect(chat_button(page, "second")).to_be_focused()
+
+
+def test_a_deleted_answer_is_silent(page, server):
+    """What had come of it was read out in place of "Deleted"."""
+    server.replies = [[*tokens("Half an"), WAIT]]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Half an")
+    page.evaluate(
+        """() => {
+          window.heard = [];
+          const hear = () => live.textContent && heard.push(live.textContent);
+          new MutationObserver(hear).observe(live, { childList: true });
+        }"""
+    )
+    page.get_by_role("button", name="Delete").click()
+    assert server.client_left.wait(PATIENCE_S)
+    expect(page.locator("#live")).to_have_text("Deleted: first")
+    page.wait_for_timeout(100)  # twice as long as an announcement waits
+    assert page.evaluate("() => heard") == ["Deleted: first"]
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+
+
+def test_a_failure_out_of_sight_says_where_and_leaves_undo(page, server):
+    server.replies = [tokens("A."), [WAIT, {"error": "the worker died"}]]
+    exchange(page, "first")
+    page.get_by_role("button", name="New chat").click()
+    say(page, "second")
+    chat_button(page, "first").click()
+    page.get_by_role("button", name="Delete").last.click()
+    server.go_on()
+    expect(page.locator("#notice span")).to_have_text("Deleted: first \u00b7 second: the worker died")
+    page.get_by_role("button", name="Undo").click()
+    expect(answers(page)).to_have_text("A.")
+
+
 def test_corrupt_storage_is_passed_over(page):
     exchange(page, "good")
     broken = {
@@ -478,6 +509,99 @@ def test_two_tabs_see_each_other(page, server):
     server.go_on()
     expect(answers(page)).to_have_text(["Fine.", "Fine.", "Slow but sure"])  # an answer on its way stays
     expect(answers(other)).to_have_count(3)
+
+
+@pytest.fixture
+def twins(page, server):
+    """Two tabs with the same conversation open, as after duplicating one."""
+    exchange(page, "first")
+    other = page.context.new_page()
+    other.goto(server.url)
+    chat_button(other, "first").click()
+    yield page, other
+    other.close()
+
+
+HIDE = "() => window.dispatchEvent(new Event('pagehide'))"  # whereupon a tab saves its draft
+
+
+def test_two_tabs_with_drafts_leave_each_other_alone(twins):
+    """Each took the other's save for news, and saved its own draft back, without end."""
+    one, two = twins
+    box(one).fill("draft one")
+    box(two).fill("draft two")
+    for page in twins:
+        page.evaluate("() => { window.news = 0; window.addEventListener('storage', () => news++) }")
+    one.get_by_role("button", name="Copy").first.focus()
+    two.evaluate(HIDE)
+    one.wait_for_function("() => news === 1")
+    one.wait_for_timeout(100)
+    assert [page.evaluate("() => news") for page in twins] == [1, 0]
+    expect(one.get_by_role("button", name="Copy").first).to_be_focused()
+    expect(box(one)).to_have_value("draft one")
+    expect(box(two)).to_have_value("draft two")
+
+
+def test_a_foreign_save_leaves_the_notice(twins):
+    one, two = twins
+    one.get_by_role("button", name="New chat").click()
+    exchange(one, "second")
+    one.get_by_role("button", name="Delete").first.click()
+    expect(one.locator("#notice span")).to_have_text("Deleted: second")
+    chat_button(one, "first").focus()
+    two.get_by_role("button", name="Rename").click()
+    two.keyboard.type("Flowers")
+    two.keyboard.press("Enter")
+    expect(chat_button(one, "Flowers")).to_be_focused()
+    expect(one.get_by_role("button", name="Undo")).to_be_visible()
+
+
+def test_deleted_in_the_other_tab(twins):
+    one, two = twins
+    box(one).fill("a draft")
+    two.get_by_role("button", name="Delete").click()
+    expect(one.locator("article")).to_have_count(0)
+    expect(box(one)).to_have_value("a draft")
+
+
+def test_a_rename_keeps_what_the_other_tab_has_said(twins):
+    """It saved the conversation as it was when the rename began, which deleted it."""
+    one, two = twins
+    one.get_by_role("button", name="Rename").click()
+    one.keyboard.type("Flowers")
+    exchange(two, "more", 1)
+    expect(answers(one)).to_have_count(2)
+    one.keyboard.press("Enter")
+    expect(chat_button(two, "Flowers")).to_be_visible()
+    for page in twins:
+        page.reload()
+        expect(answers(page)).to_have_count(2)
+
+
+def test_a_rename_of_what_the_other_tab_has_deleted(twins):
+    one, two = twins
+    one.get_by_role("button", name="Rename").click()
+    one.keyboard.type("Flowers")
+    two.get_by_role("button", name="Delete").click()
+    expect(one.locator("article")).to_have_count(0)
+    one.keyboard.press("Enter")
+    expect(one.locator("#chats li")).to_have_count(0)
+    one.reload()
+    expect(one.locator("#chats li")).to_have_count(0)
+
+
+def test_an_edit_keeps_what_the_other_tab_has_said(twins):
+    """While a message was edited, the other's news was passed over, and then overwritten."""
+    one, two = twins
+    one.get_by_role("button", name="Edit").click()
+    box(one).fill("uno")
+    exchange(two, "more", 1)
+    expect(answers(one)).to_have_count(2)
+    expect(box(one)).to_have_value("uno")
+    expect(one.locator("article.cut")).to_have_count(3)
+    one.evaluate(HIDE)
+    one.reload()
+    expect(answers(one)).to_have_count(2)
 
 
 # ---- Settings
@@ -551,22 +675,6 @@ def test_text_cannot_pose_as_a_call(page, server):
     answer = ask(page, server, [{"tool": {"expression": "1+1", "result": "2"}}, *tokens(" \ue000 \ue001")])
     expect(answer.locator(".chip")).to_have_count(1)
     expect(answer).to_have_text("1+1 = 2 \ufffd \ufffd")
-
-
-MARKDOWN = """# Title
-Some **bold**, *slanted*, _slanted too_, `code *x*` and 2*3*4, __init__, snake_case_name.
-- one
-  - deeper
-- two
-
-1. first
-2. second
-* star
-```python
-if x < 1:
-    print("**no**")
-```
-[site](https://example.org/a_(b)) end"""
 
 
 def test_markdown(page, server):
@@ -685,256 +793,18 @@ def test_pathological_text_is_quick(page, server, text):
         exchange(page, "Go")
 
 
-# ---- Hands, eyes and ears
+@pytest.mark.parametrize(
+    "line", ["# a" + " " * 8000 + "b", "# a" + " #" * 4000 + "b", "``` " + " " * 8000 + "`", "~" * 8000 + "`"]
+)
+def test_pathological_lines_are_quick(page, line):
+    """Each frame of an answer reads all its lines; some of these took 100 ms."""
+    with at_most(1, page):
+        page.evaluate("(line) => { for (let i = 0; i < 40; i++) blocksOf(line) }", line)
 
 
-SIZES = """() => [...document.querySelectorAll("button, input, textarea")].filter(
-  (node) => node.checkVisibility({ visibilityProperty: true }) && !node.closest("[inert]")
-    && (!document.querySelector("dialog[open]") || node.closest("dialog")))
-  .map((node) => {
-    const { left, right, width, height } = node.getBoundingClientRect();
-    const name = node.ariaLabel || node.textContent.trim() || node.labels?.[0]?.textContent.trim();
-    return { name, left, right, width, height };
-  })"""
-
-
-def check_controls(page):
-    """Whatever can be touched has a name, is as large as a finger, and lies on the screen."""
-    controls = page.evaluate(SIZES)
-    width = page.viewport_size["width"]
-    assert len(controls) >= 3
-    for control in controls:
-        assert control["name"], control
-        assert min(control["width"], control["height"]) >= 40, control
-        assert 0 <= control["left"] <= control["right"] <= width, control
-    assert page.evaluate("() => document.documentElement.scrollWidth") == width
-
-
-@pytest.mark.parametrize("width", [320, 390, 768, 1280])
-def test_screens(open_page, server, width):
-    page = open_page(viewport={"width": width, "height": 568}, has_touch=True, is_mobile=width < 1000)
-    check_controls(page)
-    server.replies = [tokens("```\n" + "wide " * 60 + "\n```\n" + "x" * 300 + "\n\n| " + "long_word_" * 20)]
-    box(page).fill("long title " * 20 + "w" * 200)
-    page.get_by_role("button", name="Send").click()
-    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
-    check_controls(page)
-    scroller = page.locator("#scroller")
-    assert scroller.evaluate("(node) => node.scrollWidth - node.clientWidth") == 0
-    assert page.locator("main").bounding_box()["width"] >= min(width, 480)
-    assert page.evaluate("() => parseFloat(getComputedStyle(box).fontSize)") >= 16  # else iOS zooms in
-    page.get_by_role("button", name="Edit").last.click()
-    check_controls(page)
-    page.keyboard.press("Escape")
-    if page.get_by_role("button", name="Show conversations").is_visible():
-        page.get_by_role("button", name="Show conversations").click()
-        expect(page.get_by_role("button", name="Hide conversations")).to_be_focused()
-    check_controls(page)
-    page.get_by_role("button", name="New chat").click()
-    expect(page.locator("article")).to_have_count(0)
-    expect(page.get_by_label("Conversations", exact=True)).to_be_visible(visible=width > 760)
-    page.get_by_role("button", name="Sampling settings").click()
-    check_controls(page)
-    dialog = page.get_by_role("dialog").bounding_box()
-    assert dialog["y"] >= 0
-    assert dialog["y"] + dialog["height"] <= 568
-
-
-def test_box_grows_and_shift_enter_is_a_new_line(page, server):
-    height = box(page).bounding_box()["height"]
-    box(page).press("a")
-    for _ in range(3):
-        box(page).press("Shift+Enter")
-    assert box(page).bounding_box()["height"] > height + 40
-    assert server.requests == []
-    for _ in range(60):
-        box(page).press("Shift+Enter")
-    assert box(page).bounding_box()["height"] <= 0.41 * page.viewport_size["height"]
-
-
-def test_enter_of_an_input_method_does_not_send(page, server):
-    box(page).focus()
-    keyboard = page.context.new_cdp_session(page)
-    keyboard.send(
-        "Input.imeSetComposition", {"text": "\u306b\u307b\u3093", "selectionStart": 3, "selectionEnd": 3}
-    )
-    box(page).press("Enter")  # while composing, as Chromium reports it
-    box(page).evaluate(
-        """(box) => {
-          const enter = (more) =>
-            box.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true, ...more }));
-          box.dispatchEvent(new CompositionEvent("compositionstart"));
-          enter({ isComposing: true });
-          box.dispatchEvent(new CompositionEvent("compositionend"));
-          enter({ keyCode: 229 });  // Safari, after the composition has ended
-        }"""
-    )
-    keyboard.send("Input.insertText", {"text": "\u65e5\u672c"})
-    expect(box(page)).to_have_value(re.compile("\u65e5\u672c"))
-    assert server.requests == []
-    box(page).press("Enter")
-    expect(answers(page)).to_have_text("Fine.")
-
-
-def test_keyboard_only(page, server):
-    """Every control can be reached by Tab, in the order of the page, and shows that it has the focus."""
-    expect(box(page)).to_be_focused()
-    page.keyboard.type("Hello")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
-    page.get_by_text("Saint Iberis").first.click()  # Tab goes on from there
-    seen = []
-    while "Send" not in seen and len(seen) < 30:
-        page.keyboard.press("Tab")
-        name, is_marked = page.evaluate(
-            """() => {
-              const node = document.activeElement;
-              const style = getComputedStyle(node.id === "box" ? node.form : node);
-              const isMarked = style.outlineStyle !== "none" || style.boxShadow !== "none";
-              return [node.ariaLabel ?? node.textContent.trim(), isMarked];
-            }"""
-        )
-        assert is_marked, name
-        seen.append(name)
-    assert seen == [
-        *("Hide conversations", "New chat", "Hello", "Rename", "Delete"),
-        *("Dark or light", "Sampling settings"),
-        *("Messages", "Edit", "Copy", "Regenerate", "Copy"),
-        *("Message", "Send"),
-    ]
-
-
-def test_view_follows_until_the_reader_scrolls_up(page, server):
-    lines = tokens(*(f"line {i}\n\n" for i in range(60)))
-    server.replies = [[*lines, WAIT, *lines, WAIT, *lines]]
-    say(page, "Go")
-    expect(answers(page).get_by_text("line 59")).to_be_in_viewport()
-    page.locator("#scroller").hover()
-    page.mouse.wheel(0, -400)
-    expect(page.get_by_role("button", name="To the latest message")).to_be_visible()
-    top = page.locator("#scroller").evaluate("(node) => node.scrollTop")
-    server.go_on()
-    expect(answers(page).get_by_text("line 59")).to_have_count(2)
-    assert abs(page.locator("#scroller").evaluate("(node) => node.scrollTop") - top) < 2
-    page.get_by_role("button", name="To the latest message").click()
-    server.go_on()
-    expect(answers(page).get_by_text("line 59")).to_have_count(3)
-    expect(answers(page).get_by_text("line 59").last).to_be_in_viewport()
-    finish(page)
-
-
-def luminance(page):
-    color = page.evaluate("() => getComputedStyle(document.documentElement).backgroundColor")
-    return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
-
-
-def test_dark_and_light(open_page):
-    page = open_page(color_scheme="light")
-    assert luminance(page) > 200
-    page.emulate_media(color_scheme="dark")
-    assert luminance(page) < 50
-    page.get_by_role("button", name="Dark or light").click()
-    assert luminance(page) > 200
-    page.reload()
-    assert luminance(page) > 200
-
-
-# Contrast by WCAG 2.2 of every text in sight against what is painted behind it, as [ratio, text]
-CONTRAST = r"""() => {
-  const rgba = (css) => {
-    const [r, g, b, a = 1] = css.match(/[\d.]+/g).map(Number);
-    return { rgb: css.startsWith("color(") ? [r, g, b] : [r / 255, g / 255, b / 255], a };
-  };
-  const over = (top, alpha, under) => top.map((c, i) => alpha * c + (1 - alpha) * under[i]);
-  const luminance = (rgb) => {
-    const [r, g, b] = rgb.map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
-  };
-  const ratio = (a, b) => Math.max(luminance(a), luminance(b)) / Math.min(luminance(a), luminance(b));
-  const paper = (node) => {
-    const { rgb, a } = rgba(getComputedStyle(node).backgroundColor);
-    return a === 1 ? rgb : over(rgb, a, paper(node.parentElement)); // that of the root is opaque
-  };
-  const opacity = (node) => (node ? Number(getComputedStyle(node).opacity) * opacity(node.parentElement) : 1);
-  const found = [];
-  const scope = document.querySelector("dialog[open]") ?? document.body;
-  for (const node of scope.querySelectorAll("*")) {
-    const own = [...node.childNodes].filter((child) => child.nodeType === Node.TEXT_NODE);
-    const text = node.placeholder || own.map((child) => child.data).join("").trim();
-    const isSeen = node.checkVisibility() && !node.matches(".spoken, :disabled") && opacity(node) > 0;
-    if (!text || !isSeen) continue;
-    const style = getComputedStyle(node, node.placeholder && !node.value ? "::placeholder" : null);
-    const behind = paper(node);
-    found.push([ratio(over(rgba(style.color).rgb, opacity(node), behind), behind), text]);
-  }
-  for (const node of scope.querySelectorAll("form:not([method]), input:not([type='range'], [type='file'])")) {
-    if (!node.checkVisibility()) continue;
-    const edge = rgba(getComputedStyle(node).borderTopColor).rgb;
-    found.push([1.5 * ratio(edge, paper(node.parentElement)), "edge of " + (node.name || node.id)]);
-  }
-  return found;
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read(open_page, server, scheme):
-    """WCAG AA: 4.5 to 1 wherever there is text, 3 to 1 for the edges of what can be written in."""
-    page = open_page(color_scheme=scheme)
-    seen = {}
-
-    def look():
-        seen.update({text: ratio for ratio, text in page.evaluate(CONTRAST)})
-
-    look()
-    call = {"tool": {"expression": "1+1", "result": "2"}}
-    server.replies = [[*tokens(MARKDOWN), call], Refusal(500)]
-    exchange(page, "Go")
-    say(page, "Again")
-    expect(page.locator("#notice")).to_be_visible()
-    page.get_by_role("button", name="Edit").first.click()
-    box(page).fill("word " * 2000)
-    look()
-    page.get_by_role("button", name="Sampling settings").click()
-    look()
-    assert len(seen) > 30, seen
-    for known in (
-        "Message",
-        "Title",
-        "1+1 = 2",
-        "HTTP 500",
-        "New chat",
-        "python",
-        "Temperature",
-        "edge of seed",
-    ):
-        assert known in seen
-    assert {text: ratio for text, ratio in seen.items() if ratio < 4.5} == {}
-
-
-def test_reduced_motion(open_page, server):
-    page = open_page(reduced_motion="reduce")
-    server.replies = [[WAIT]]
-    say(page, "Hello")
-    assert page.locator(".waiting").evaluate("(node) => getComputedStyle(node).animationName") == "none"
-    server.go_on()
-
-
-def test_japanese(open_page, server):
-    page = open_page(locale="ja-JP")
-    expect(page.locator("html")).to_have_attribute("lang", "ja")
-    page.get_by_label("\u30e1\u30c3\u30bb\u30fc\u30b8", exact=True).fill("Hello")
-    page.get_by_role("button", name="\u9001\u4fe1").click()
-    expect(answers(page)).to_have_text("Fine.")
-
-
-def test_every_word_has_its_translation(open_page):
-    page = open_page(locale="ja-JP")
-    words = page.evaluate(
-        """() => [...document.querySelectorAll("[data-words], [aria-label]")].map(
-          (node) => node.getAttribute("aria-label") ?? node.textContent)"""
-    )
-    assert [text for text in words if text.isascii()] == ["Top-p"]
-    script = page.content().split("<script>")[1]
-    known = set(re.findall(r'"([^"]+)":\s+"', script.split("const JAPANESE")[1].split("};")[0]))
-    assert set(re.findall(r'\bt\("([^"]+)"', script)) <= known
-    assert set(re.findall(r'toolButton\("\w+", "([^"]+)"', script)) <= known
+def test_headings(page, server):
+    answer = ask(page, server, tokens("# One #\n## Two ##  \n### About C#\n#no"))
+    expect(answer.locator("h3")).to_have_text("One")
+    expect(answer.locator("h4")).to_have_text("Two")
+    expect(answer.locator("h5")).to_have_text("About C#")
+    expect(answer.locator("p")).to_have_text("#no")

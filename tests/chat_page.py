@@ -1,0 +1,62 @@
+"""What the tests of the chat page do in it and look for, and an answer with all of its Markdown."""
+
+from playwright.sync_api import expect
+
+PATIENCE_S = 30
+expect.set_options(timeout=1000 * PATIENCE_S)
+
+
+def box(page):
+    return page.get_by_role("textbox", name="Message")
+
+
+def say(page, text):
+    box(page).fill(text)
+    box(page).press("Enter")
+
+
+def answers(page):
+    return page.locator("article.assistant .prose")
+
+
+def finish(page):
+    """Wait until no answer is under way."""
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def exchange(page, text, number=0):
+    """Send, and wait for the answer."""
+    say(page, text)
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    expect(answers(page)).to_have_count(number + 1)
+
+
+def ask(page, server, reply):
+    """Return the answer, drawn, to one question."""
+    server.replies = [reply]
+    exchange(page, "Go")
+    return answers(page)
+
+
+def sent(server, number=-1):
+    return [(message["role"], message["content"]) for message in server.requests[number]["messages"]]
+
+
+def chat_button(page, title):
+    return page.get_by_label("Conversations", exact=True).get_by_role("button", name=title, exact=True)
+
+
+MARKDOWN = """# Title
+Some **bold**, *slanted*, _slanted too_, `code *x*` and 2*3*4, __init__, snake_case_name.
+- one
+  - deeper
+- two
+
+1. first
+2. second
+* star
+```python
+if x < 1:
+    print("**no**")
+```
+[site](https://example.org/a_(b)) end"""
