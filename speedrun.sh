@@ -11,22 +11,34 @@
 # texts), DEPTH, DEVICE_BATCH_SIZE (rows of one forward), FP8 (1: pretrain in 8 bits, on Hopper cards and newer ones of
 # data centres), SEED (of weights and order of text), RL (1: reinforcement learning, too, which is done on embedded
 # conversations unless it is 0), CORE_BUNDLE (folder or address of the CORE evaluation bundle; without it CORE is not
-# measured), DOLLARS_PER_HOUR.
+# measured), DOLLARS_PER_HOUR (3 for each GPU).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() { echo "speedrun: $*" >&2; exit 1; }
 case "${1:-}" in "" | --fresh) ;; *) fail "unknown argument '$1'; usage: bash speedrun.sh [--fresh]" ;; esac
+for setting in FP8 RL; do
+    case ${!setting:-0} in 0 | 1) ;; *) fail "$setting=${!setting} must be 0 or 1" ;; esac
+done
+[ "${DATA:-}" != auto ] || fail "DATA=auto must be hub, embedded or a path of your own texts; left out it is chosen"
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 export PYTHONUNBUFFERED=1
 state=$NANOCHAT_BASE_DIR/speedrun
 mkdir -p "$state" 2>/dev/null && [ -w "$state" ] || fail "cannot write to $NANOCHAT_BASE_DIR; set NANOCHAT_BASE_DIR"
-[ -z "${1:-}" ] || rm -f "$state"/*.done "$state/seed"
-seed=${SEED:-42}
-begun=$(cat "$state/seed" 2>/dev/null || echo "$seed")
-[ "$seed" = "$begun" ] || fail "SEED=$seed, but the run in $NANOCHAT_BASE_DIR began with SEED=$begun: \
+[ -z "${1:-}" ] || rm -f "$state"/*.done "$state/seed" "$state/fp8"
+
+# keep SETTING VALUE: note what the run begins with, or refuse another value than that
+keep() {
+    local file=$state/$1 begun name
+    begun=$(cat "$file" 2>/dev/null || echo "$2")
+    name=$(echo "$1" | tr '[:lower:]' '[:upper:]')
+    [ "$2" = "$begun" ] || fail "$name=$2, but the run in $NANOCHAT_BASE_DIR began with $name=$begun: \
 say so, set NANOCHAT_BASE_DIR to another folder, or do every stage again with --fresh"
-echo "$seed" >"$state/seed"
+    echo "$2" >"$file"
+}
+
+seed=${SEED:-42}
+keep seed "$seed"
 bash dev/setup.sh
 python=.venv/bin/python
 [ -z "${WANDB_RUN:-}" ] || $python -c 'import wandb' 2>/dev/null \
@@ -67,10 +79,11 @@ else
     base+=(--warmdown-ratio=0.5 --eval-every=40 --save-every=40)
     loss=("--device-batch-size=$rows" --split-tokens=200000)
 fi
-if [ "${FP8:-0}" != 0 ]; then
+if [ "${FP8:-0}" = 1 ]; then
     [ "$has_fp8" = True ] || fail "FP8=$FP8 needs Hopper GPUs, or newer ones of data centres; leave it out"
     base+=(--fp8)
 fi
+keep fp8 "${FP8:-0}"
 if [ "$chat_data" = hub ]; then
     mid=("--device-batch-size=$rows") sft=("--device-batch-size=$((gib >= 22 ? 4 : 2))") evals=() rl=()
 else # a million tokens: small steps, whatever the model
@@ -98,13 +111,16 @@ redone=no
 stage() {
     local name=$1 module=$2 ranks=$3
     shift 3
-    local done_file=$state/$name.done anew=$state/$name.anew log=$state/$name.log again=""
+    local done_file=$state/$name.done anew=$state/$name.anew log=$state/$name.log again="" changes
     if [ "$redone" = no ] && [ "$(cat "$done_file" 2>/dev/null)" = "$ranks $*" ]; then
         echo "== $name: done before"
         return
     fi
     echo "== $name"
     rm -f "$done_file"
+    # more shards do not change what was learnt from the first
+    case $name in download | chat_data) changes=$redone ;; *) changes=yes ;; esac
+    [ "$redone" = "$changes" ] || "$python" -m nanochat.report reset "--since=$name"
     case $name in base_train | mid_train | chat_sft | chat_rl)
         if [ "$redone" = yes ]; then
             rm -f "$log"
@@ -123,8 +139,7 @@ stage() {
         fail "$name was told to stop and has saved; run again to go on"
     fi
     echo "$ranks $*" >"$done_file"
-    # more shards do not change what was learnt from the first
-    case $name in download | chat_data) ;; *) redone=yes ;; esac
+    redone=$changes
 }
 
 # name of a wandb run: one a stage
@@ -142,16 +157,16 @@ stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"
 stage base_train scripts.base_train "$ranks" "--depth=$depth" "--seed=$seed" "$(wandb base)" \
     "--device-batch-size=$rows" "${base_model[@]}" "${base[@]}"
-stage base_loss scripts.base_loss "$ranks" "${base_model[@]}" "${loss[@]}"
+stage base_loss scripts.base_loss "$ranks" "${base_model[@]}" ${loss[@]+"${loss[@]}"}
 [ -z "$bundle" ] || stage base_eval scripts.base_eval "$ranks" "$tag" "$bundle"
 stage mid_train scripts.mid_train "$ranks" "--data=$chat_data" "$tag" "$(wandb mid)" "${mid[@]}"
-stage chat_eval_mid scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i mid "${evals[@]}"
+stage chat_eval_mid scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i mid ${evals[@]+"${evals[@]}"}
 stage chat_sft scripts.chat_sft "$ranks" "--data=$chat_data" "$tag" "$(wandb sft)" "${sft[@]}"
-stage chat_eval_sft scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i sft "${evals[@]}"
+stage chat_eval_sft scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i sft ${evals[@]+"${evals[@]}"}
 if [ "${RL:-0}" = 1 ]; then
-    stage chat_rl scripts.chat_rl "$ranks" "--data=$chat_data" "$tag" "$(wandb rl)" "${rl[@]}"
-    stage chat_eval_rl scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i rl "${evals[@]}"
+    stage chat_rl scripts.chat_rl "$ranks" "--data=$chat_data" "$tag" "$(wandb rl)" ${rl[@]+"${rl[@]}"}
+    stage chat_eval_rl scripts.chat_eval "$ranks" "--data=$chat_data" "$tag" -i rl ${evals[@]+"${evals[@]}"}
 fi
 echo "== report"
-$python -m nanochat.report generate "--dollars-per-hour=${DOLLARS_PER_HOUR:-$((3 * gpus))}"
+$python -m nanochat.report generate ${DOLLARS_PER_HOUR:+"--dollars-per-hour=$DOLLARS_PER_HOUR"}
 echo "talk to it: $python -m scripts.chat_web   (or in the terminal: $python -m scripts.chat_cli)"

@@ -13,9 +13,12 @@ case "${1:-}" in
     --tests) lock=tests/requirements.lock ;;
     *) fail "unknown argument $1; the only one is --tests" ;;
 esac
-inputs=$(cat dev/setup.sh {,tests/}requirements.lock pyproject.toml rustbpe/*.toml rustbpe/*.pyi rustbpe/src/*.rs | sha256sum)
+checksum() { if has sha256sum; then sha256sum; else shasum -a 256; fi; } # older macOS has the latter
+inputs=$(cat dev/setup.sh {,tests/}requirements.lock pyproject.toml rustbpe/*.toml rustbpe/*.pyi rustbpe/src/*.rs | checksum)
 stamp=.venv/.setup-done
-case "$(cat "$stamp" 2>/dev/null)" in "$lock $inputs" | "tests/requirements.lock $inputs") exit 0 ;; esac
+case "$(cat "$stamp" 2>/dev/null)" in
+    "$lock $inputs" | "tests/requirements.lock $inputs") [ ! -x .venv/bin/python ] || exit 0 ;; # its Python may be gone
+esac
 
 apt_install() {
     has apt-get && [ "$(id -u)" = 0 ] || return 1

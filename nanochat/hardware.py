@@ -22,6 +22,12 @@ PEAK_FLOPS = {
     "A10G": 70e12,
     "RTX 5090": 210e12,
     "RTX 4090": 165e12,
+    "RTX 4080 SUPER": 104e12,
+    "RTX 4080": 97e12,
+    "RTX 4070 Ti SUPER": 88e12,
+    "RTX 4070 Ti": 80e12,
+    "RTX 4070 SUPER": 71e12,
+    "RTX 4070": 58e12,
     "RTX 3090": 71e12,
 }
 

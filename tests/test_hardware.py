@@ -16,6 +16,8 @@ from nanochat.hardware import PEAK_FLOPS, peak_flops
         ("NVIDIA L40", 181e12),  # was taken for an L4
         ("NVIDIA L4", 121e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104e12),
+        ("NVIDIA GeForce RTX 4070", 58e12),
         ("Tesla V100-SXM2-16GB", None),
     ],
 )

@@ -121,6 +121,43 @@ def test_does_not_pass_over_another_seed(speedrun, capfd):
     assert any("--seed=8" in words for words in calls)
 
 
+def test_does_not_pass_over_another_precision(speedrun, capfd):
+    """Pretraining went on at its last step, did nothing, and all after it was done again for that."""
+    assert speedrun(machine="eight of 80 GiB")[0] == 0
+    assert speedrun(FP8="1", machine="eight of 80 GiB") == (1, [])
+    assert "FP8=1, but the run in" in capfd.readouterr().err
+    assert speedrun("--fresh", FP8="1", machine="eight of 80 GiB")[0] == 0
+    assert speedrun(machine="eight of 80 GiB") == (1, [])
+
+
+@pytest.mark.parametrize("setting", ["RL=yes", "RL=2", "FP8=yes", "FP8=2", "DATA=auto"])
+def test_does_not_guess_what_a_setting_means(setting, speedrun, capfd):
+    """RL=yes was off, FP8=no was on, and DATA=auto a path."""
+    name, value = setting.split("=")
+    assert speedrun(**{name: value}, machine="eight of 80 GiB") == (1, [])
+    assert f"{setting} must be " in capfd.readouterr().err
+
+
+def test_the_report_is_of_one_run(speedrun, tmp_path):
+    """That of a deeper model, without RL or cut off, had results of the last one beside its own."""
+    start = Path(os.environ["NANOCHAT_BASE_DIR"]) / "report" / "start.json"
+    start.parent.mkdir(parents=True)
+    start.touch()
+
+    def before_training(**settings):
+        speedrun(**settings)
+        lines = (tmp_path / "calls").read_text().splitlines()
+        assert sum(" reset" in line for line in lines) <= 1
+        return [line.partition("reset --since=")[2] for line in lines if " reset" in line]
+
+    cut = {"CUT": "mid_train", "LAST_WORDS": "step 00000"}
+    assert before_training() == ["tok_train"]
+    assert before_training() == []
+    assert before_training(DEPTH="6", RL="0", **cut) == ["base_train"]
+    assert before_training(DEPTH="6", RL="0") == ["mid_train"]
+    assert before_training(DEPTH="6") == ["chat_rl"]
+
+
 def test_takes_as_many_ranks_as_batches_divide_by(speedrun, capfd):
     """With six GPUs it ended after download and tokenizer: no batch of 524,288 tokens divides by six."""
     status, calls = speedrun(machine="six of 80 GiB")
