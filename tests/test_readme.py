@@ -316,7 +316,6 @@ def test_the_hardware_table():
 
     Rows were those of plain PyTorch on all cards but the H100, whose tiles only the MLP's kernels need.
     """
-    peaks = {**PEAK_FLOPS, "RTX 4080": 97e12, "RTX 4070": 58e12}
     table = [row for row in rows(README) if re.search(r"\d+ GB", row[0])]
     assert len(table) == 7
     for name, *cells in table:
@@ -328,7 +327,7 @@ def test_the_hardware_table():
             config = GPTConfig.from_depth(depth, vocab_size=65_536)
             with torch.device("meta"):
                 model = GPT(config)
-            speed = 0.4 * peaks[card] / model.flops_per_token()
+            speed = 0.4 * PEAK_FLOPS[card] / model.flops_per_token()
             if card == "H100":
                 speed = MEASURED.get(depth, speed)
             time = 20 * model.num_parameters()["total"] / speed / int(n_cards or 1) / 3600
