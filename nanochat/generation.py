@@ -2,7 +2,8 @@
 
 The worker emits from a thread of its own. To wake the event loop for each token would take the interpreter
 from the worker as often, and send each client a packet a token. So the loop takes over what has come at most
-once in TICK_S, which is oftener than anyone reads.
+once in TICK_S, which is oftener than anyone reads, or less often where so many are served that it would do
+little but send.
 
 Whoever asked may leave at any time, even before the first word is sent. WhileConnected watches for that, and
 however an answer ends, its rows are freed.
@@ -26,10 +27,12 @@ from nanochat.sample_text import Piece, Sample
 from nanochat.serving import Backend, Closed, End, Handle, QueueFull, Request, Token
 
 logger = logging.getLogger(__name__)
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time
 
 RETRY_AFTER_S = 2
 CLOSING = "the server is shutting down"
 TICK_S = 0.02
+SEND_S = 0.00025  # of a tick, for each client: to send takes a tenth to a third of that
 _BATCH = 64  # events that are turned into text before others get a turn
 
 
@@ -40,7 +43,7 @@ class Generations:
         self.backend, self.log = backend, log
         self._emitted: deque[tuple[Generation, Token | End]] = deque()
         self._is_awake = False  # the loop knows that there is something
-        self._delivered_at = 0.0
+        self._next_delivery = 0.0  # at the earliest
 
     def start(self, request: Request, stops: Sequence[str] = ()) -> Generation:
         """Submit a request; ApiError 400 if it cannot be served, 429 or 503 if it is not taken."""
@@ -82,14 +85,19 @@ class Generations:
         return started
 
     def _wake(self) -> None:
-        asyncio.get_running_loop().call_at(self._delivered_at + TICK_S, self._deliver)
+        asyncio.get_running_loop().call_at(self._next_delivery, self._deliver)
 
     def _deliver(self) -> None:
         self._is_awake = False  # first: what is emitted from now on wakes the loop again
-        self._delivered_at = asyncio.get_running_loop().time()
+        receivers = set()
         while self._emitted:
             generation, event = self._emitted.popleft()
-            generation.events.put_nowait(event)
+            generation.events.append(event)
+            receivers.add(generation)
+        for generation in receivers:
+            generation.has_events.set()
+        tick = max(TICK_S, SEND_S * len(receivers))
+        self._next_delivery = asyncio.get_running_loop().time() + tick
 
 
 class Generation:
@@ -99,7 +107,8 @@ class Generation:
 
     def __init__(self, samples: list[Sample], log: bool):
         self.samples, self._log = samples, log
-        self.events: asyncio.Queue[Token | End] = asyncio.Queue()
+        self.events: deque[Token | End] = deque()
+        self.has_events = asyncio.Event()
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Yield what is said, as much as has come at a time, until every sample has finished.
@@ -107,16 +116,16 @@ class Generation:
         ApiError 500 if the worker fails, 503 if it was stopped.
         """
         while any(sample.finish is None for sample in self.samples):
-            events = [await self.events.get()]
-            while not self.events.empty() and len(events) < _BATCH:
-                events.append(self.events.get_nowait())
+            await self.has_events.wait()
             pieces: list[Piece] = []
             try:
-                for event in events:
-                    pieces.append(self._take(event))
+                while self.events and len(pieces) < _BATCH:
+                    pieces.append(self._take(self.events.popleft()))
             except ApiError:
                 yield pieces  # what was said before the failure
                 raise
+            if not self.events:
+                self.has_events.clear()
             yield pieces
 
     def _take(self, event: Token | End) -> Piece:
@@ -169,7 +178,7 @@ async def _disconnection(receive: Receive) -> None:
 
 def event(data: dict[str, Any]) -> str:
     """Return a server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {to_json(data)}\n\n"
 
 
 def event_stream(chunks: AsyncIterator[str]) -> ASGIApp:

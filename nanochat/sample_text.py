@@ -119,7 +119,9 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 
 def safe_length(text: str, stops: Sequence[str]) -> int:
     """Return how many characters of a text without stop strings cannot be the start of one."""
-    longest = max(map(len, stops), default=0)
+    if not stops:
+        return len(text)
+    longest = max(map(len, stops))
     for start in range(max(0, len(text) - longest + 1), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):
             return start

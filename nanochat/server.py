@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanochat import chat_request
 from nanochat.api_errors import ApiError, install_error_handlers
 from nanochat.chat_request import Items, Sampling, Settings, chat_prompt
-from nanochat.generation import CLOSING, Generation, Generations, WhileConnected, event, event_stream
+from nanochat.generation import CLOSING, Generation, Generations, WhileConnected, event, event_stream, to_json
 from nanochat.openai_api import openai_routes
 from nanochat.serving import Backend
 
@@ -106,13 +106,15 @@ def _add_chat(app: FastAPI, generations: Generations, settings: Settings) -> Non
 
 
 async def _chat_events(generation: Generation) -> AsyncIterator[str]:
+    gpu = generation.handle.gpu
     async for pieces in generation.pieces():
         events = []
         for piece in pieces:
             if piece.tool:
                 events.append(event({"tool": piece.tool}))
             if piece.text:
-                events.append(event({"token": piece.text, "gpu": generation.handle.gpu}))
+                # event({"token": ..., "gpu": ...}), which takes four times as long
+                events.append(f'data: {{"token": {to_json(piece.text)}, "gpu": {gpu}}}\n\n')
         if events:
             yield "".join(events)
     yield event({"done": True})

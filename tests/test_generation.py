@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from nanochat.generation import TICK_S, Generations
-from nanochat.serving import Request
-from tests.fake_backend import FakeBackend, Pause, wait_for
+from nanochat.generation import SEND_S, TICK_S, Generations
+from nanochat.serving import Request, Token
+from tests.fake_backend import FakeBackend, FakeHandle, Pause, wait_for
 from tests.vocabulary import train_tokenizer
 
 
@@ -73,3 +73,34 @@ def test_the_loop_is_woken_once_a_tick(backend):
         handle.cancel()
     assert texts == ["river" * 500] * 3
     assert num_wakes <= 10 + seconds / TICK_S  # of 1,500 tokens
+
+
+class Emitters:
+    """A backend that keeps what a request is emitted by."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.emits = tokenizer, []
+
+    def submit(self, request, emit):
+        self.emits.append(emit)
+        return FakeHandle()
+
+
+def test_many_clients_are_sent_to_less_often(backend):
+    """Two hundred streams took a packet every 20 ms each: the loop did little but send."""
+    num_clients = int(5 * TICK_S / SEND_S)
+
+    async def wait_for_second():
+        emitters = Emitters(backend.tokenizer)
+        generations = Generations(emitters)
+        started = [generations.start(Request(tokens=[1], max_tokens=9)) for _ in range(num_clients)]
+        for number in range(2):
+            for emit in emitters.emits[: None if number == 0 else 1]:
+                emit(Token(0, backend.ids("the")[0]))
+            first = asyncio.get_running_loop().time()
+            async for pieces in started[0].pieces():
+                assert len(pieces) == 1
+                break
+        return asyncio.get_running_loop().time() - first
+
+    assert asyncio.run(wait_for_second()) > 4 * TICK_S
