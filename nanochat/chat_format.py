@@ -93,7 +93,10 @@ def _exchanges(
     tokenizer: RustBPETokenizer, conversation: dict[str, Any]
 ) -> tuple[list[int], list[_Exchange]]:
     """Return the system text as it goes in front of a user text, and the exchanges."""
-    messages = conversation["messages"]
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        form = '{"messages": [{"role": ..., "content": ...}, ...]}'
+        raise ValueError(f"a conversation must be {form}, not {conversation!r:.200}")
     for index, message in enumerate(messages):
         if not message.get("content"):
             raise ValueError(f"message {index} is empty")

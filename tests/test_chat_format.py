@@ -128,6 +128,14 @@ def test_malformed_conversations(tokenizer, messages, message):
         tokenizer.render_for_completion(conversation)
 
 
+@pytest.mark.parametrize("conversation", [None, {}, {"messages": "x"}, {"messages": ["x"]}])
+def test_what_is_no_conversation(tokenizer, conversation):
+    """It was a KeyError or an AttributeError."""
+    for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
+        with pytest.raises(ValueError, match="a conversation must be"):
+            render(conversation)
+
+
 LONG_CHAT = (
     "a river and a bridge over the water",
     "it is light",
