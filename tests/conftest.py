@@ -51,6 +51,12 @@ def base_dir(tmp_path, monkeypatch):
     return path
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Scripts that a test has run leave the GPU with products in TF32."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def library_is_parsed_once():
     """Python's own library, for all tests that make text or tasks of it."""
@@ -66,7 +72,6 @@ def device(request):
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("the kernels are compiled on this machine, and run by -m gpu")
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("highest")
     return request.param
 
 

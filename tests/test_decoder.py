@@ -27,13 +27,6 @@ SHAPES = [
 SMALL = SHAPES[0]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels are compiled on this machine, and run by -m gpu")
-    return request.param
-
-
 def model_on(device, config, dtype=torch.float32):
     model = random_model(config).eval().to(device)
     model.compute_dtype = dtype
