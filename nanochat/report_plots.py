@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
@@ -86,15 +87,16 @@ def reward(records: list[dict], window: int = 20) -> Figure | None:
     if not steps:
         return None
     tasks = sorted({task for record in records for task in entries(record, "rewards")})
-    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     axis = figure.subplots()
+    axis.set_prop_cycle(color=[colour for colour in TABLEAU_COLORS if colour != COLOURS["RL"]])
     axis.plot(steps, rewards, color=COLOURS["RL"], alpha=0.35, linewidth=1, label="step")
     axis.plot(steps, _recent(rewards, window), color=COLOURS["RL"], label=f"mean of {window} steps")
     for task in tasks if len(tasks) > 1 else ():
         steps, rewards = series(records, "step", f"rewards.{task}")
         axis.plot(steps, _recent(rewards, window), linewidth=1, label=f"of these {task}")
     axis.set(xlabel="step", ylabel="reward")
-    _spell_out(axis.legend())
+    _spell_out(figure.legend(loc="outside upper left", ncols=3))
     _tidy(axis)
     return figure
 

@@ -248,6 +248,7 @@ def test_rewards_of_several_tasks(tmp_path):
     _, mean, *tasks = report_plots.reward(records, window=2).axes[0].lines
     assert [[*line.get_xdata()] for line in tasks] == [[0, 1, 2, 3], [0, 2]]
     assert [[*line.get_ydata()] for line in tasks] == [[0.5, 0.75, 0.75, 0.75], [1.0, 1.0]]
+    assert len({line.get_color() for line in (mean, *tasks)}) == 3
     assert [line.get_label() for line in (mean, *tasks)] == ["mean of 2 steps", "of these A", "of these B"]
     assert len(report_plots.reward([r | {"rewards": {"A": 1.0}} for r in records]).axes[0].lines) == 2
 
