@@ -509,6 +509,8 @@ def test_two_tabs_see_each_other(page, server):
     server.go_on()
     expect(answers(page)).to_have_text(["Fine.", "Fine.", "Slow but sure"])  # an answer on its way stays
     expect(answers(other)).to_have_count(3)
+    for tab in (page, other):  # and so does the new name, which the end of the answer used to undo
+        expect(chat_button(tab, "Flowers")).to_be_visible()
 
 
 @pytest.fixture
