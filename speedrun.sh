@@ -27,14 +27,13 @@ state=$NANOCHAT_BASE_DIR/speedrun
 mkdir -p "$state" 2>/dev/null && [ -w "$state" ] || fail "cannot write to $NANOCHAT_BASE_DIR; set NANOCHAT_BASE_DIR"
 [ -z "${1:-}" ] || rm -f "$state"/*.done "$state/seed" "$state/fp8"
 
-# keep SETTING VALUE: note what the run begins with, or refuse another value than that
+# keep SETTING VALUE: refuse another value than the one that pretraining began with
 keep() {
-    local file=$state/$1 begun name
-    begun=$(cat "$file" 2>/dev/null || echo "$2")
+    local begun name
+    begun=$(cat "$state/$1" 2>/dev/null || echo "$2")
     name=$(echo "$1" | tr '[:lower:]' '[:upper:]')
     [ "$2" = "$begun" ] || fail "$name=$2, but the run in $NANOCHAT_BASE_DIR began with $name=$begun: \
 say so, set NANOCHAT_BASE_DIR to another folder, or do every stage again with --fresh"
-    echo "$2" >"$file"
 }
 
 seed=${SEED:-42}
@@ -155,6 +154,8 @@ if [ "$data" = hub ]; then # a shard is about 50 M tokens, and 20 tokens a param
 fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"
+echo "$seed" >"$state/seed"
+echo "${FP8:-0}" >"$state/fp8"
 stage base_train scripts.base_train "$ranks" "--depth=$depth" "--seed=$seed" "$(wandb base)" \
     "--device-batch-size=$rows" "${base_model[@]}" "${base[@]}"
 stage base_loss scripts.base_loss "$ranks" "${base_model[@]}" ${loss[@]+"${loss[@]}"}

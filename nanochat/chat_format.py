@@ -15,7 +15,7 @@ What goes when there are more than max_tokens, so that the sequence stays well f
 - If one exchange alone is too long, the user text loses its start until the reply fits, but keeps half of
   the room; then the reply loses its end with <|assistant_end|>, which would be learned too early there.
 - To complete, the system text stays: it goes in front of the oldest user text that is kept. If that is the
-  last one and too long, the system text is cut with it where it would take more than half of its room.
+  last one and too long, the start of the system text keeps half of the room at most.
 """
 
 from __future__ import annotations
@@ -147,12 +147,12 @@ def _string(value: Any, index: int) -> str:
 
 
 def _fit(exchange: _Exchange, max_tokens: int, num_kept: int = 0) -> _Exchange:
-    """Cut an exchange down to what fits after <|bos|>; its first num_kept tokens stay if they are few."""
+    """Cut an exchange down to what fits after <|bos|>; its first num_kept stay, or half the room."""
     room = max_tokens - 3  # <|bos|>, <|user_start|>, <|user_end|>
     if room < 3:
         raise ValueError(f"max_tokens={max_tokens} must be 6 at least: 4 special tokens, 1 of text each")
     kept = min(len(exchange.user), max(room - len(exchange.reply), room // 2))
-    head = exchange.user[: num_kept if num_kept <= kept // 2 else 0]
+    head = exchange.user[: min(num_kept, kept // 2)]
     return _Exchange(
         user=head + exchange.user[len(exchange.user) - kept + len(head) :],
         reply=exchange.reply[: room - kept],

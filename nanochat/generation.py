@@ -41,25 +41,43 @@ class Generations:
 
     def __init__(self, backend: Backend, log: bool = False):
         self.backend, self.log = backend, log
-        self._emitted: deque[tuple[Generation, Token | End]] = deque()
+        self._emitted: deque[tuple[Generation, int, Token | End]] = deque()
         self._is_awake = False  # the loop knows that there is something
         self._next_delivery = 0.0  # at the earliest
 
-    def start(self, request: Request, stops: Sequence[str] = ()) -> Generation:
-        """Submit a request; ApiError 400 if it cannot be served, 429 or 503 if it is not taken."""
-        loop = asyncio.get_running_loop()
+    def start(self, *requests: Request, stops: Sequence[str] = ()) -> Generation:
+        """Submit the requests of one answer, all of them or none.
+
+        ApiError 400 if one cannot be served, 429 or 503 if it is not taken.
+        """
         tokenizer = self.backend.tokenizer
-        generation = Generation([Sample(tokenizer, stops) for _ in range(request.n)], self.log)
+        samples = [Sample(tokenizer, stops) for request in requests for _ in range(request.n)]
+        generation = Generation(samples, self.log)
+        first = 0
+        try:
+            for request in requests:
+                generation.handles.append((first, self._submit(request, generation)))
+                first += request.n
+        except BaseException:
+            generation.cancel()
+            raise
+        if self.log:
+            for request in requests:
+                logger.info("prompt: %r", tokenizer.decode(request.tokens))
+        return generation
+
+    def _submit(self, request: Request, generation: Generation) -> Handle:
+        loop, number = asyncio.get_running_loop(), len(generation.handles)
 
         def emit(event: Token | End) -> None:
-            self._emitted.append((generation, event))
+            self._emitted.append((generation, number, event))
             if not self._is_awake:
                 self._is_awake = True
                 with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                     loop.call_soon_threadsafe(self._wake)
 
         try:
-            generation.handle = self.backend.submit(request, emit)
+            return self.backend.submit(request, emit)
         except QueueFull as error:
             raise ApiError(
                 429, "too many requests wait; try again later", headers={"Retry-After": str(RETRY_AFTER_S)}
@@ -68,21 +86,6 @@ class Generations:
             raise ApiError(503, f"no more requests are taken: {error}") from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        if self.log:
-            logger.info("prompt: %r", tokenizer.decode(request.tokens))
-        return generation
-
-    def start_all(self, requests: Sequence[Request], stops: Sequence[str] = ()) -> list[Generation]:
-        """Start several requests, or none of them; errors as of start."""
-        started: list[Generation] = []
-        try:
-            for request in requests:
-                started.append(self.start(request, stops))
-        except BaseException:
-            for generation in started:
-                generation.cancel()
-            raise
-        return started
 
     def _wake(self) -> None:
         asyncio.get_running_loop().call_at(self._next_delivery, self._deliver)
@@ -91,8 +94,8 @@ class Generations:
         self._is_awake = False  # first: what is emitted from now on wakes the loop again
         receivers = set()
         while self._emitted:
-            generation, event = self._emitted.popleft()
-            generation.events.append(event)
+            generation, number, event = self._emitted.popleft()
+            generation.events.append((number, event))
             receivers.add(generation)
         for generation in receivers:
             generation.has_events.set()
@@ -101,13 +104,12 @@ class Generations:
 
 
 class Generation:
-    """A request under way."""
-
-    handle: Handle
+    """An answer under way. Its samples are those of its requests, one request after the other."""
 
     def __init__(self, samples: list[Sample], log: bool):
         self.samples, self._log = samples, log
-        self.events: deque[Token | End] = deque()
+        self.handles: list[tuple[int, Handle]] = []  # of each request, and the number of its first sample
+        self.events: deque[tuple[int, Token | End]] = deque()  # and the number of the request
         self.has_events = asyncio.Event()
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
@@ -120,16 +122,19 @@ class Generation:
             pieces: list[Piece] = []
             try:
                 while self.events and len(pieces) < _BATCH:
-                    pieces.append(self._take(self.events.popleft()))
+                    pieces.append(self._take(*self.events.popleft()))
             except ApiError:
                 yield pieces  # what was said before the failure
                 raise
-            if not self.events:
+            if self.events:
+                await asyncio.sleep(0)  # so that others get a turn
+            else:
                 self.has_events.clear()
             yield pieces
 
-    def _take(self, event: Token | End) -> Piece:
-        sample = self.samples[event.sample]
+    def _take(self, number: int, event: Token | End) -> Piece:
+        first, handle = self.handles[number]
+        sample = self.samples[first + event.sample]
         if sample.finish is None and isinstance(event, End):
             if event.reason == "error":
                 logger.error("a request failed: %s", event.message)
@@ -137,23 +142,25 @@ class Generation:
             if event.reason == "cancelled":
                 raise ApiError(503, CLOSING)
         piece = sample.take(event)
+        piece.sample += first
         if piece.finish and isinstance(event, Token):  # a stop string: the model would go on
-            self.handle.stop(event.sample)
+            handle.stop(event.sample)
         if self._log and piece.finish:
             logger.info("reply: %r", sample.text)
         return piece
 
     def cancel(self) -> None:
         """Free its rows, if it still has any."""
-        self.handle.cancel()
+        for _, handle in self.handles:
+            handle.cancel()
 
 
 class WhileConnected(Response):
-    """Sends an answer for as long as the client is there, and cancels generations however that ends."""
+    """Sends an answer for as long as the client is there, and cancels the generation however that ends."""
 
-    def __init__(self, generations: Sequence[Generation], answer: ASGIApp):
+    def __init__(self, generation: Generation, answer: ASGIApp):
         super().__init__()
-        self.generations, self.answer = generations, answer
+        self.generation, self.answer = generation, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
@@ -164,8 +171,7 @@ class WhileConnected(Response):
             if answer.done():
                 answer.result()
         finally:
-            for generation in self.generations:
-                generation.cancel()
+            self.generation.cancel()
             answer.cancel()
             absence.cancel()
             await asyncio.gather(answer, absence, return_exceptions=True)

@@ -29,7 +29,7 @@ from nanochat.api_errors import ApiError
 from nanochat.chat_request import Settings, chat_prompt, check_length
 from nanochat.generation import Generation, Generations, WhileConnected, event, event_stream
 from nanochat.openai_schema import ChatCompleting, Completing, TextCompleting
-from nanochat.sample_text import Piece, Said, Sample
+from nanochat.sample_text import Piece, Said
 from nanochat.serving import Backend, Request
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -45,8 +45,8 @@ def openai_routes(generations: Generations, settings: Settings) -> APIRouter:
 
     def answer(kind: str, body: Completing, requests: list[Request], choice: Choice) -> Response:
         num_tokens = sum(len(request.tokens) for request in requests)
-        started = generations.start_all(requests, body.stops)
-        return _Answer(kind, backend.name, body, started, num_tokens, choice).response()
+        generation = generations.start(*requests, stops=body.stops)
+        return _Answer(kind, backend.name, body, generation, num_tokens, choice).response()
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -88,7 +88,7 @@ class _Answer:
     kind: str
     model: str
     body: Completing
-    generations: list[Generation]
+    generation: Generation
     num_prompt_tokens: int
     choice: Choice
 
@@ -103,13 +103,12 @@ class _Answer:
     def response(self) -> Response:
         """Return it as the client wants it."""
         answer = event_stream(self._chunks()) if self.body.stream else self._whole
-        return WhileConnected(self.generations, answer)
+        return WhileConnected(self.generation, answer)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        for generation in self.generations:
-            async for _ in generation.pieces():
-                pass
-        choices = [self.choice(i, sample) for i, sample in enumerate(self._samples)]
+        async for _ in self.generation.pieces():
+            pass
+        choices = [self.choice(i, sample) for i, sample in enumerate(self.generation.samples)]
         full = {**self.head, "choices": choices, "usage": self._usage()}
         await Response(json.dumps(full), media_type="application/json")(scope, receive, send)
 
@@ -121,24 +120,18 @@ class _Answer:
         for index in range(self.body.n if is_chat else 0):
             start = {**self.choice(index, Piece()), "delta": {"role": "assistant", "content": ""}}
             yield event({**head, "choices": [start], **usage})
-        for number, generation in enumerate(self.generations):
-            first = number * self.body.n
-            async for pieces in generation.pieces():
-                yield "".join(
-                    event({**head, "choices": [self.choice(first + piece.sample, piece)], **usage})
-                    for piece in pieces
-                    if piece.text or piece.finish
-                )
+        async for pieces in self.generation.pieces():
+            yield "".join(
+                event({**head, "choices": [self.choice(piece.sample, piece)], **usage})
+                for piece in pieces
+                if piece.text or piece.finish
+            )
         if has_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    @property
-    def _samples(self) -> list[Sample]:
-        return [sample for generation in self.generations for sample in generation.samples]
-
     def _usage(self) -> dict[str, int]:
-        num_new = sum(sample.num_tokens for sample in self._samples)
+        num_new = sum(sample.num_tokens for sample in self.generation.samples)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_new,

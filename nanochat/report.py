@@ -110,7 +110,8 @@ def reset(since: str | None) -> None:
     folder = base_dir() / "report"
     stages = STAGES[STAGES.index(since) :] if since else STAGES
     had_pretrained = "base_train" in stages and (folder / "base_train.json").exists()
-    for name in (*(f"{stage}.json" for stage in stages), "report.md", *PICTURES):
+    parts = [f"{stage}_part.json" for stage in stages]  # of a chat evaluation, which no report shows
+    for name in (*(f"{stage}.json" for stage in stages), *parts, "report.md", *PICTURES):
         (folder / name).unlink(missing_ok=True)
     if since is None or had_pretrained:
         write_json(folder / "start.json", {"started_at": time.time(), **environment()})

@@ -102,11 +102,11 @@ def _add_chat(app: FastAPI, generations: Generations, settings: Settings) -> Non
         tokens = chat_prompt(backend.tokenizer, settings, body.messages, backend.context - max_tokens)
         request = body.to_request(settings, tokens, max_tokens)
         generation = generations.start(request)
-        return WhileConnected([generation], event_stream(_chat_events(generation)))
+        return WhileConnected(generation, event_stream(_chat_events(generation)))
 
 
 async def _chat_events(generation: Generation) -> AsyncIterator[str]:
-    gpu = generation.handle.gpu
+    ((_, handle),) = generation.handles
     async for pieces in generation.pieces():
         events = []
         for piece in pieces:
@@ -114,7 +114,7 @@ async def _chat_events(generation: Generation) -> AsyncIterator[str]:
                 events.append(event({"tool": piece.tool}))
             if piece.text:
                 # event({"token": ..., "gpu": ...}), which takes four times as long
-                events.append(f'data: {{"token": {to_json(piece.text)}, "gpu": {gpu}}}\n\n')
+                events.append(f'data: {{"token": {to_json(piece.text)}, "gpu": {handle.gpu}}}\n\n')
         if events:
             yield "".join(events)
     yield event({"done": True})
@@ -242,7 +242,8 @@ class Gate:
 def _host(headers: dict[bytes, bytes]) -> str:
     """Return the name by which the client addresses the server, without port and brackets."""
     with suppress(ValueError):
-        return urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+        name = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+        return name.removesuffix(".")
     return ""
 
 

@@ -18,7 +18,7 @@ from tasks.common import PART_TYPES, Conversation, Task
 from tasks.hub import check_choice, load_rows
 
 _SUM = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
-_ANSWER = re.compile(r"####[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![-\d.,]|\s*/)")
+_ANSWER = re.compile(r"[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![\d.,]|-\d|[ \t]*/[ \t]*\d)")
 
 
 class GSM8K(Task):
@@ -64,7 +64,7 @@ def extract_answer(text: str) -> Decimal | None:
 
     None if there is none; what goes on as a fraction or a range, "3/4" or "3-4", is none.
     """
-    match = _ANSWER.search(text)
+    match = _ANSWER.match(text.partition("####")[2])
     try:
         return Decimal(re.sub(r"[$,\s]", "", match[1]).rstrip(".")) if match else None
     except InvalidOperation:

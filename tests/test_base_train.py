@@ -170,9 +170,7 @@ def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
 SIGTERM_AT_A_STEP = """
 import os, signal, sys
 from nanochat import train_loop
-from nanochat.common import Runtime, run
-from nanochat.core_bundle import load_bundle
-from nanochat.core_eval import evaluate_core
+from nanochat.common import run
 from scripts import base_train
 step, *flags = sys.argv[1:]
 set_schedule = train_loop.set_schedule

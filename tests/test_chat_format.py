@@ -235,11 +235,9 @@ def test_a_question_that_is_too_long_leaves_the_system_text_half_of_the_room(tok
         ids = tokenizer.render_for_completion(chat("Hi", "Hi", question, system="Be brief."), max_tokens)
         assert len(ids) == min(max_tokens, len(whole))
         kept, room = ids[2:-2], max_tokens - 4
-        if len(preface) <= room // 2:
-            assert kept[: len(preface)] == preface
-            assert kept[len(preface) :] == words[-(room - len(preface)) :]
-        else:
-            assert kept == (preface + words)[-room:]
+        n = min(len(preface), room // 2)
+        assert kept[:n] == preface[:n]
+        assert kept[n:] == (preface + words)[n:][-(room - n) :]
         assert_well_formed(tokenizer, ids, open_end=True)
 
 

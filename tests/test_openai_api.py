@@ -325,11 +325,23 @@ def test_several_prompts(continue_, backend, stream):
             texts[choice.index] += choice.text
     assert texts == ["a", "b", "c", "d"]
     assert backend.prompts() == ["<|bos|>the", "<|bos|>river"]
-    assert all(handle.cancelled.is_set() for handle in backend.handles)
+    wait_for(lambda: all(handle.cancelled.is_set() for handle in backend.handles))
     if not stream:
         assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
         assert answer.usage.prompt_tokens == sum(len(request.tokens) for request in backend.requests)
         assert answer.usage.completion_tokens == 4
+
+
+def test_a_stop_string_of_a_later_prompt(continue_, backend):
+    """Prompts were read one after the other: the later ones ran on until the first had ended."""
+    pause = Pause()
+    backend.prepare([pause, "the"], ["light river light", Pause()])
+    choices = (part.choices[0] for part in continue_(prompt=["a", "b"], stop="river", stream=True))
+    while (choice := next(choices)).finish_reason is None:
+        assert choice.index == 1
+    assert backend.handles[1].stopped == [0]
+    pause.end()
+    assert "".join(choice.text for choice in choices if choice.index == 0) == "the"
 
 
 def test_several_prompts_of_tokens(continue_, backend):

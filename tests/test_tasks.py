@@ -228,6 +228,9 @@ def test_gsm8k_has_no_empty_parts(tokenizer, rows, answer, types):
         ("#### **72**", "72"),
         ("**#### $-1,072.**", "-1072"),
         ("#### 20%", "20"),
+        ("#### $20/hour", "20"),
+        ("#### 5\n/x", "5"),
+        ("#### 10-", "10"),
         ("####\n18 of 20 / 4", "18"),
     ],
 )
@@ -236,7 +239,7 @@ def test_answers_are_numbers(text, number):
     assert extract_answer(text) == Decimal(number)
 
 
-FRACTIONS = ["#### 3/4", "#### 13 / 4", "#### 1.5/2", "#### 1,000/4"]
+FRACTIONS = ["#### 3/4", "#### 1/2 and #### 4", "#### 13 / 4", "#### 1.5/2", "#### 1,000/4"]
 
 
 @pytest.mark.parametrize(

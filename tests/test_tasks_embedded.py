@@ -81,9 +81,9 @@ def test_a_word_has_the_same_tokens_in_the_question_and_in_the_call():
 def test_word_list_is_of_the_training_text(monkeypatch):
     monkeypatch.setattr(
         "tasks.spellingbee.parquets_iter_batched",
-        lambda split, data: iter([["the cat and the dog", "a cat; The dog"], ["the cat x2y Zed zed"]]),
+        lambda split, data: iter([["the cat and the dog", "a cat; The dog"], ["the cat and x2y Zed zed"]]),
     )
-    assert word_list("any") == ["the", "cat", "dog"]
+    assert word_list("any") == ["the", "cat", "and", "dog"]
     assert word_list("any", max_length=2) == []
     monkeypatch.setattr("tasks.spellingbee.N_BATCHES", 1)
     assert word_list("any") == ["the", "cat", "dog"]

@@ -418,14 +418,13 @@ def test_handlers_submit_while_the_worker_looks_through_its_queue():
     try:
         for handler in handlers:
             handler.start()
-        for _ in range(300):
+        while worker.stats()["waiting"] < 1000:
             worker._drop()
     finally:
         is_over.set()
         sys.setswitchinterval(interval)
         for handler in handlers:
             handler.join()
-    assert worker.stats()["waiting"] > 300
 
 
 def test_logprobs_of_many_rows_come_in_one_transfer(make_worker, monkeypatch):
