@@ -18,6 +18,7 @@ from nanochat.hardware import PEAK_FLOPS, peak_flops
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 4080 SUPER", 104e12),
         ("NVIDIA GeForce RTX 4070", 58e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),  # is a smaller card
         ("Tesla V100-SXM2-16GB", None),
     ],
 )

@@ -343,6 +343,7 @@ def test_reset_removes_the_last_report_and_nothing_else(folder, monkeypatch):
     kept = [folder / "notes.txt", folder / "other.json", folder / "other.png"]
     for path in kept:
         path.write_text("mine")
+    (folder / "chat_eval_sft_part.json").write_text("{}")
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     assert report.main(["reset"]) == 0
     assert sorted(folder.iterdir()) == sorted([*kept, folder / "start.json"])
