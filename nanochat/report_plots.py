@@ -37,6 +37,7 @@ def draw_all(results: dict[str, dict], folder: Path) -> list[str]:
         "chat_tasks.png": chat_tasks(results),
         "losses.png": losses(runs),
         "throughput.png": throughput(runs),
+        "core.png": core(runs["BASE"], results.get("base_eval", {})),
         "reward.png": reward(_metrics("chat_rl", results)),
     }
     for name, figure in figures.items():
@@ -78,6 +79,21 @@ def throughput(runs: dict[str, list[dict]]) -> Figure | None:
         axis.yaxis.set_major_formatter(EngFormatter())
         _tidy(axis)
     axes[0].set_ylabel("tokens a second")
+    return figure
+
+
+def core(records: list[dict], result: dict[str, Any]) -> Figure | None:
+    """CORE on the way through pretraining and, if there is one, the result of base_eval."""
+    steps, values = series(records, "step", "core")
+    if not steps:
+        return None
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(steps, values, color=COLOURS["BASE"], marker=".", label="on the way, with fewer examples")
+    axis.plot(*series([result], "step", "core"), "o", color="black", label="base_eval")
+    axis.set(xlabel="step", ylabel="CORE")
+    axis.legend(loc="lower right")
+    _tidy(axis)
     return figure
 
 

@@ -28,6 +28,7 @@ PICTURES = {
     "chat_tasks.png": "Accuracy on the chat tasks by stage",
     "losses.png": "Training loss and validation bits per byte by stage",
     "throughput.png": "Tokens a second by stage",
+    "core.png": "CORE over the steps of pretraining",
     "reward.png": "Reward over the steps of RL",
 }
 

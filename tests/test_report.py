@@ -228,6 +228,8 @@ def test_pictures(folder, tmp_path):
     for stage in ("base_train", "mid_train", "chat_sft"):
         metrics = write_metrics(tmp_path / f"{stage}.jsonl")
         (folder / f"{stage}.json").write_text(json.dumps({"metrics": metrics}))
+    with open(tmp_path / "base_train.jsonl", "a") as file:
+        file.write('{"step": 20, "core": 0.1}\n')
     rewards = "".join(json.dumps({"step": i, "reward": i % 5 / 9}) + "\n" for i in range(30))
     (tmp_path / "rl.jsonl").write_text(rewards)
     (folder / "chat_rl.json").write_text(json.dumps({"metrics": str(tmp_path / "rl.jsonl")}))
@@ -240,6 +242,14 @@ def test_pictures(folder, tmp_path):
     (tmp_path / "base_train.jsonl").unlink()
     assert "reward.png" not in generated(folder)
     assert not (folder / "reward.png").exists()
+
+
+def test_core_on_the_way():
+    records = [{"step": 2, "loss": 1.0}, {"step": 2, "core": 0.1}, {"step": 4, "core": 0.2}]
+    way, end = report_plots.core(records, {"step": 5, "core": 0.25}).axes[0].lines
+    assert [[*line.get_xydata().ravel()] for line in (way, end)] == [[2, 0.1, 4, 0.2], [5, 0.25]]
+    assert len(report_plots.core(records, {}).axes[0].lines[1].get_xdata()) == 0
+    assert report_plots.core(records[:1], {"step": 5, "core": 0.25}) is None
 
 
 def test_rewards_of_several_tasks(tmp_path):
