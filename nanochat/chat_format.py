@@ -31,6 +31,7 @@ _PART_TOKENS = {
     "python": ("<|python_start|>", "<|python_end|>"),
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
+PART_TYPES = tuple(_PART_TOKENS)
 
 
 def part_after(tokenizer: RustBPETokenizer) -> dict[int, str]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nanochat.common import Runtime, require_at_least
+from nanochat.common import Runtime, require_at_least, require_counts
 from nanochat.schedule import Cadence, LearningRates, Plan
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ class ChatTrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, num_epochs=1, val_conversations=1)
-        for name in ("num_iterations", "max_seq_len"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or -1")
+        require_counts(self, "num_iterations", "max_seq_len")
         if not 0 < self.init_lr_frac < math.inf:
             raise ValueError(f"init_lr_frac={self.init_lr_frac} must be above 0 and finite")
         if not 0 < self.warmdown_ratio <= 1:

@@ -85,6 +85,13 @@ def require_at_least(config: Any, **least: int) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {minimum}")
 
 
+def require_counts(config: Any, *names: str) -> None:
+    """Raise ValueError if a setting is neither a number of things nor -1, which leaves it open."""
+    for name in names:
+        if getattr(config, name) < 1 and getattr(config, name) != -1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1, or -1")
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and exit; an error that the user can mend is one line on stderr and status 1."""
     is_main_rank = os.environ.get("RANK", "0") == "0"
@@ -191,13 +198,15 @@ def process_seconds() -> float:
     return time.monotonic() - _STARTED
 
 
-def write_report(stage: str, result: dict[str, Any], earlier_seconds: float = 0.0) -> None:
+def write_report(stage: str, result: dict[str, Any], earlier_seconds: float = 0.0) -> Path:
     """Write what a stage found to report/<stage>.json, with the time and the seconds that it took.
 
-    earlier_seconds were those of processes that it was begun in.
+    earlier_seconds were those of processes that it was begun in. Returns the path.
     """
     stamps = {"finished_at": time.time(), "wall_seconds": earlier_seconds + process_seconds()}
-    write_json(base_dir() / "report" / f"{stage}.json", {**result, **stamps})
+    path = base_dir() / "report" / f"{stage}.json"
+    write_json(path, {**result, **stamps})
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------

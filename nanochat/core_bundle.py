@@ -174,15 +174,20 @@ def _example(row: dict[str, Any], kind: str, category: str) -> Example:
 # Finding one
 
 
+def bundle_folder(path: str) -> Path:
+    """Return where a bundle is, or is to be: the folder `path`, or eval_bundle if that is empty."""
+    return Path(path).expanduser() if path else base_dir() / "eval_bundle"
+
+
 def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "") -> Path:
     """Return the folder `path`, else base_dir()/eval_bundle, into which a zip may have to be downloaded.
 
     The first rank of each machine does that. All ranks call this together, and all raise OSError or
     ValueError if a download fails, or if eval_bundle was downloaded from elsewhere.
     """
+    folder = bundle_folder(path)
     if path:
-        return Path(path).expanduser()
-    folder = base_dir() / "eval_bundle"
+        return folder
     with runtime.together():
         if runtime.is_first_of_node:
             with locked(folder):  # machines may share the disk

@@ -37,8 +37,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    is_known = "Laptop" not in name  # cards of that name are smaller there
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name and is_known), None)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if "Laptop" in name:  # a smaller card of the same name
+        peak = None
     if peak is None:
         logger.warning(f"warning: no bf16 peak known for {name!r}, so no MFU is shown")
     return peak

@@ -184,6 +184,7 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
     rewards = [record["reward"] for record in records if "reward" in record]
     measured = [record for record in records if "accuracy" in record]
     first, last = _tenths(rewards) if rewards else (None, None)  # of a run that came without its metrics
+    before = measured[0]["accuracy"] if measured[0]["step"] == 0 else None
     by_task = {
         task: _tenths([r["rewards"][task] for r in records if task in r.get("rewards", {})])
         for task in sorted({task for record in records for task in record.get("rewards", {})})
@@ -199,7 +200,7 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
         "rewards": {
             task: dict(zip(("first", "last"), tenths, strict=True)) for task, tenths in by_task.items()
         },
-        "first_accuracy": measured[0]["accuracy"] if measured[0]["step"] == 0 else None,
+        "first_accuracy": before,
         "accuracy": measured[-1]["accuracy"],
         "standard_error": measured[-1]["standard_error"],
         "metrics": str(path),
@@ -209,6 +210,6 @@ def report_rl(model: GPT, plan: Plan, progress: Progress, directory: Path, setti
         f"chat_rl: {directory.name}, {plan.num_steps} steps in {progress.train_seconds / 60:.1f} min; "
         + (f"reward {first:.4f} -> {last:.4f}, " if rewards else "")
         + "accuracy "
-        + (f"{result['first_accuracy']:.4f} -> " if measured[0]["step"] == 0 else "")
+        + ("" if before is None else f"{before:.4f} -> ")
         + f"{result['accuracy']:.4f} +- {result['standard_error']:.4f}"
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from nanochat.common import parse, require_at_least, run, setup_runtime, write_report
+from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,7 @@ class BaseEvalConfig:
             raise ValueError("bundle and bundle_url exclude each other: a folder is never downloaded into")
         if self.bundle_sha256 and not self.bundle_url:
             raise ValueError("bundle_sha256 is that of the download: it needs bundle_url")
-        if self.max_per_task != -1 and self.max_per_task < 1:
-            raise ValueError(f"max_per_task={self.max_per_task} must be -1 (all) or 1 and more")
+        require_counts(self, "max_per_task")
         require_at_least(self, device_batch_size=1)
 
 

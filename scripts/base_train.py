@@ -13,10 +13,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.common import Runtime, base_dir, parse, require_at_least, run, setup_runtime
+from nanochat.common import Runtime, parse, require_at_least, require_counts, run, setup_runtime
 from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 if TYPE_CHECKING:
@@ -84,9 +83,8 @@ class BaseTrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, depth=1, max_seq_len=1, device_batch_size=0, total_batch_size=1, eval_tokens=1)
-        require_at_least(self, core_every=0, core_max_per_task=-1)
-        if self.core_max_per_task == 0:
-            raise ValueError("core_max_per_task=0 must be -1 (all) or 1 and more; core_every=0: no CORE")
+        require_at_least(self, core_every=0)
+        require_counts(self, "core_max_per_task")
         if self.core_bundle and not self.core_every:
             raise ValueError(f"core_bundle={self.core_bundle} needs core_every above 0; leave one out")
         for name in ("num_iterations", "target_flops"):
@@ -117,10 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.train_state import begin, report_training, save_progress, start_or_resume
 
     runtime = setup_runtime(config.device_type)
-    tokenizer, bundle = get_tokenizer(), core_bundle(config)
+    tokenizer = get_tokenizer()
     model = build_model(config, tokenizer.get_vocab_size(), runtime)
     config = with_rows(config, model, runtime)
     plan = make_plan(config, model, runtime)
+    bundle = read_bundle(config, plan)
     optimizer = build_optimizer(model, config.rates, runtime)
     directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
     progress = start_or_resume(
@@ -170,14 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def core_bundle(config: BaseTrainConfig) -> Bundle | None:
-    """Read what CORE is evaluated on, if that is to be done on the way and the bundle is there."""
-    from nanochat.core_bundle import load_bundle
+def read_bundle(config: BaseTrainConfig, plan: Plan) -> Bundle | None:
+    """Read what CORE is evaluated on: the bundle asked for, or one that is there if the run comes to it."""
+    from nanochat.core_bundle import bundle_folder, load_bundle
 
-    folder = Path(config.core_bundle).expanduser() if config.core_bundle else base_dir() / "eval_bundle"
-    if not config.core_every or not (config.core_bundle or folder.exists()):
-        return None
-    return load_bundle(folder)
+    folder = bundle_folder(config.core_bundle)
+    is_needed = 0 < config.core_every < plan.num_steps
+    return load_bundle(folder) if config.core_bundle or (is_needed and folder.exists()) else None
 
 
 def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> GPT:

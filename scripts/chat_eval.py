@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanochat.common import base_dir, parse, require_at_least, run, setup_runtime, write_report
+from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,7 @@ class ChatEvalConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, batch_size=1, max_new_tokens=1)
-        if self.max_problems < 1 and self.max_problems != -1:
-            raise ValueError(f"max_problems={self.max_problems} must be at least 1, or -1 for all")
+        require_counts(self, "max_problems")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,9 +112,7 @@ def report(config: ChatEvalConfig, step: int, results: dict[str, dict[str, Any]]
     }
     stage, line = f"chat_eval_{config.source}", f"chat_eval: {config.source} step {step}, "
     if len(results) < n_known:
-        stage += "_part"
-        write_report(stage, measured)
-        path = base_dir() / "report" / f"{stage}.json"
+        path = write_report(f"{stage}_part", measured)
         return f"{line}{len(results)} of {n_known} tasks, which make no ChatCORE, in {path}"
     core, without = chatcore(results), chatcore(results, without=["SpellingBee"])
     write_report(stage, {**measured, "chatcore": core, "chatcore_without_spellingbee": without})

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from nanochat.common import parse, run, setup_runtime
+from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime
 from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 
@@ -76,13 +76,10 @@ class ChatRLConfig:
     """delete the checkpoints that this stage has under this model tag and start anew"""
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "num_samples": 2, "top_k": 0}  # one sample alone is never better than the mean
         ones = ("num_epochs", "examples_per_step", "max_new_tokens", "device_batch_size", "eval_examples")
-        for name, minimum in {**least, **dict.fromkeys(ones, 1)}.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")
-        if self.num_steps < 1 and self.num_steps != -1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1, or -1")
+        # one sample alone is never better than the mean
+        require_at_least(self, seed=0, num_samples=2, top_k=0, **dict.fromkeys(ones, 1))
+        require_counts(self, "num_steps")
         if self.rollout_batch_size < self.num_samples:
             raise ValueError(
                 f"rollout_batch_size={self.rollout_batch_size} must hold the num_samples={self.num_samples} "

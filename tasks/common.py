@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 Conversation = dict[str, Any]
-PART_TYPES = ("text", "python", "python_output")  # of a reply: nanochat/chat_format.py
 HELD_OUT_SEED = 10_000_000  # random.Random(-n) is random.Random(n): splits never differ by a sign
 
 

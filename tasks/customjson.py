@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.common import PART_TYPES, Conversation, Task
+from nanochat.chat_format import PART_TYPES
+from tasks.common import Conversation, Task
 from tasks.hub import json_lines
 
 

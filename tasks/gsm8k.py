@@ -14,7 +14,8 @@ import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from tasks.common import PART_TYPES, Conversation, Task
+from nanochat.chat_format import PART_TYPES
+from tasks.common import Conversation, Task
 from tasks.hub import check_choice, load_rows
 
 _SUM = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
