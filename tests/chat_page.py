@@ -1,5 +1,8 @@
 """What the tests of the chat page do in it and look for, and an answer with all of its Markdown."""
 
+import json
+from contextlib import contextmanager
+
 from playwright.sync_api import expect
 
 PATIENCE_S = 30
@@ -44,6 +47,31 @@ def sent(server, number=-1):
 
 def chat_button(page, title):
     return page.get_by_label("Conversations", exact=True).get_by_role("button", name=title, exact=True)
+
+
+def stored_chat(chat_id, num_messages):
+    """What the browser would have kept of a conversation."""
+    messages = []
+    for i in range(0, num_messages, 2):
+        messages.append({"role": "user", "content": f"question {i}"})
+        messages.append({"role": "assistant", "content": f"- answer **{i}**", "tools": []})
+    chat = {"id": chat_id, "title": "Long", "updated": 1, "draft": "", "messages": messages}
+    return {f"iberis:chat:{chat_id}": json.dumps(chat)}
+
+
+@contextmanager
+def at_most(seconds, page):
+    """So long may the page compute; the time in which it waits for a core does not count."""
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def computed():
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
+    before = computed()
+    yield
+    assert 0 < computed() - before < seconds
 
 
 MARKDOWN = """# Title

@@ -12,6 +12,8 @@ import torch
 
 from nanochat import embedded
 
+pytest.register_assert_rewrite("tests.sandboxes")  # whose fixtures assert, and which is imported first
+
 # models in tests are tiny: threads would only wait for one another
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: torch has read it here

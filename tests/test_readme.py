@@ -75,7 +75,7 @@ ELSEWHERE = {
     "FP8=1 bash speedrun.sh": "tests/test_speedrun.py",
     "DATA=PATH bash speedrun.sh": "tests/test_speedrun.py",
     "bash tests/run.sh": ".ci/run",
-    "bash tests/run.sh tests/test_slc2.py tests/test_gpt.py": ".ci/run",
+    "bash tests/run.sh tests/test_slc2.py tests/test_gpt.py tests/test_decode_law.py": ".ci/run",
     "bash tests/run.sh -m gpu": ".ci/run",
     "bash dev/setup.sh --tests": "tests/run.sh",
     "python -m nanochat.dataset -n 240": "tests/test_download.py",

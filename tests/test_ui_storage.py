@@ -1,0 +1,267 @@
+"""The chat page: what the browser keeps of conversations, and two tabs that share it."""
+
+import json
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.chat_page import PATIENCE_S, answers, box, chat_button, exchange, say
+from tests.fake_chat_server import WAIT, tokens
+
+pytest_plugins = "tests.chat_browser"
+
+
+def test_reload_keeps_conversations_and_drafts(page, server):
+    server.replies = [[*tokens("See "), {"tool": {"expression": "2+3", "result": "5"}}]]
+    exchange(page, "first")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    box(page).fill("unfinished")
+    page.reload()
+    expect(answers(page)).to_have_text("Fine.")
+    expect(box(page)).to_have_value("unfinished")
+    chat_button(page, "first").click()
+    expect(answers(page)).to_have_text("See 2+3 = 5")
+
+
+def test_reload_in_the_middle_of_an_answer(page, server):
+    server.replies = [[*tokens("Half"), WAIT], [WAIT]]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Half")
+    page.reload()
+    expect(answers(page)).to_have_text("Half")
+    say(page, "second")  # of which nothing comes
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.reload()
+    expect(answers(page)).to_have_text(["Half"])
+    expect(box(page)).to_have_value("second")
+
+
+def test_an_answer_goes_on_while_another_conversation_is_open(page, server):
+    server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")], tokens("Quick")]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Slow")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    expect(answers(page)).to_have_text("Quick")
+    server.go_on()
+    chat_button(page, "first").click()
+    expect(answers(page)).to_have_text("Slow but sure")
+
+
+def test_rename_delete_undo(page):
+    exchange(page, "first")
+    page.get_by_role("button", name="Rename").click()
+    page.keyboard.type("Flowers")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Flowers")
+    page.get_by_role("button", name="Delete").click()
+    expect(chat_button(page, "Flowers")).to_have_count(0)
+    expect(page.locator("article")).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(answers(page)).to_have_text("Fine.")
+    page.get_by_role("button", name="Delete").click()
+    page.reload()
+    expect(page.locator("#chats li")).to_have_count(0)
+
+
+def test_a_click_elsewhere_ends_a_rename_and_counts(page):
+    """The list was drawn anew between the press and the release: the click hit nothing."""
+    exchange(page, "first")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    page.get_by_role("button", name="Rename").first.click()
+    page.keyboard.type("Flowers")
+    chat_button(page, "first").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("first")
+    expect(chat_button(page, "Flowers")).to_be_visible()
+
+
+def test_the_list_keeps_the_focus(page, server):
+    """When an answer ended elsewhere, the list was drawn anew and the focus fell to the page."""
+    server.replies = [[*tokens("Slow"), WAIT]]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Slow")
+    page.get_by_role("button", name="New chat").click()
+    exchange(page, "second")
+    chat_button(page, "second").focus()
+    server.go_on()
+    expect(page.locator("#chats .title")).to_have_text(["first", "second"])
+    expect(chat_button(page, "second")).to_be_focused()
+
+
+def test_a_deleted_answer_is_silent(page, server):
+    """What had come of it was read out in place of "Deleted"."""
+    server.replies = [[*tokens("Half an"), WAIT]]
+    say(page, "first")
+    expect(answers(page)).to_have_text("Half an")
+    page.evaluate(
+        """() => {
+          window.heard = [];
+          const hear = () => live.textContent && heard.push(live.textContent);
+          new MutationObserver(hear).observe(live, { childList: true });
+        }"""
+    )
+    page.get_by_role("button", name="Delete").click()
+    assert server.client_left.wait(PATIENCE_S)
+    expect(page.locator("#live")).to_have_text("Deleted: first")
+    page.wait_for_timeout(100)  # twice as long as an announcement waits
+    assert page.evaluate("() => heard") == ["Deleted: first"]
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+
+
+def test_a_failure_out_of_sight_says_where_and_leaves_undo(page, server):
+    server.replies = [tokens("A."), [WAIT, {"error": "the worker died"}]]
+    exchange(page, "first")
+    page.get_by_role("button", name="New chat").click()
+    say(page, "second")
+    chat_button(page, "first").click()
+    page.get_by_role("button", name="Delete").last.click()
+    server.go_on()
+    expect(page.locator("#notice span")).to_have_text("Deleted: first \u00b7 second: the worker died")
+    page.get_by_role("button", name="Undo").click()
+    expect(answers(page)).to_have_text("A.")
+
+
+def test_corrupt_storage_is_passed_over(page):
+    exchange(page, "good")
+    broken = {
+        "iberis:chat:1": "{oops",
+        "iberis:chat:2": "null",
+        "iberis:chat:3": json.dumps({"id": "3", "messages": [{"role": "user"}]}),
+        "iberis:settings": '{"top_k": 9999, "temperature": "hot", "seed": []}',
+        "iberis:theme": "7",
+    }
+    page.evaluate("(broken) => Object.assign(localStorage, broken)", broken)
+    page.reload()
+    expect(answers(page)).to_have_text("Fine.")
+    expect(page.locator("#chats li")).to_have_count(1)
+    exchange(page, "still works", 1)
+
+
+def test_full_storage_is_said(page):
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
+    exchange(page, "Hello")
+    expect(page.locator("#notice")).to_contain_text("storage is full")
+
+
+@pytest.mark.parametrize("storage", ["localStorage", "sessionStorage"])
+def test_forbidden_storage(open_page, storage):
+    """Browsers that block the data of sites throw as soon as the page looks at it."""
+    page = open_page(f"Object.defineProperty(window, '{storage}', {{ get() {{ throw new Error('no') }} }})")
+    exchange(page, "Hello")
+    exchange(page, "Again", 1)
+    expect(page.locator("#chats li")).to_have_count(1)
+
+
+def test_two_tabs_see_each_other(page, server):
+    exchange(page, "first")
+    other = page.context.new_page()
+    other.goto(server.url)
+    chat_button(other, "first").click()
+    exchange(other, "more", 1)
+    expect(answers(page)).to_have_count(2)
+    server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")]]
+    say(page, "and more")
+    expect(answers(page).last).to_have_text("Slow")
+    other.get_by_role("button", name="Rename").click()
+    other.keyboard.type("Flowers")
+    other.keyboard.press("Enter")
+    server.go_on()
+    expect(answers(page)).to_have_text(["Fine.", "Fine.", "Slow but sure"])  # an answer on its way stays
+    expect(answers(other)).to_have_count(3)
+    for tab in (page, other):  # and so does the new name, which the end of the answer used to undo
+        expect(chat_button(tab, "Flowers")).to_be_visible()
+
+
+@pytest.fixture
+def twins(page, server):
+    """Two tabs with the same conversation open, as after duplicating one."""
+    exchange(page, "first")
+    other = page.context.new_page()
+    other.goto(server.url)
+    chat_button(other, "first").click()
+    yield page, other
+    other.close()
+
+
+HIDE = "() => window.dispatchEvent(new Event('pagehide'))"  # whereupon a tab saves its draft
+
+
+def test_two_tabs_with_drafts_leave_each_other_alone(twins):
+    """Each took the other's save for news, and saved its own draft back, without end."""
+    one, two = twins
+    box(one).fill("draft one")
+    box(two).fill("draft two")
+    for page in twins:
+        page.evaluate("() => { window.news = 0; window.addEventListener('storage', () => news++) }")
+    one.get_by_role("button", name="Copy").first.focus()
+    two.evaluate(HIDE)
+    one.wait_for_function("() => news === 1")
+    one.wait_for_timeout(100)
+    assert [page.evaluate("() => news") for page in twins] == [1, 0]
+    expect(one.get_by_role("button", name="Copy").first).to_be_focused()
+    expect(box(one)).to_have_value("draft one")
+    expect(box(two)).to_have_value("draft two")
+
+
+def test_a_foreign_save_leaves_the_notice(twins):
+    one, two = twins
+    one.get_by_role("button", name="New chat").click()
+    exchange(one, "second")
+    one.get_by_role("button", name="Delete").first.click()
+    expect(one.locator("#notice span")).to_have_text("Deleted: second")
+    chat_button(one, "first").focus()
+    two.get_by_role("button", name="Rename").click()
+    two.keyboard.type("Flowers")
+    two.keyboard.press("Enter")
+    expect(chat_button(one, "Flowers")).to_be_focused()
+    expect(one.get_by_role("button", name="Undo")).to_be_visible()
+
+
+def test_deleted_in_the_other_tab(twins):
+    one, two = twins
+    box(one).fill("a draft")
+    two.get_by_role("button", name="Delete").click()
+    expect(one.locator("article")).to_have_count(0)
+    expect(box(one)).to_have_value("a draft")
+
+
+def test_a_rename_keeps_what_the_other_tab_has_said(twins):
+    """It saved the conversation as it was when the rename began, which deleted it."""
+    one, two = twins
+    one.get_by_role("button", name="Rename").click()
+    one.keyboard.type("Flowers")
+    exchange(two, "more", 1)
+    expect(answers(one)).to_have_count(2)
+    one.keyboard.press("Enter")
+    expect(chat_button(two, "Flowers")).to_be_visible()
+    for page in twins:
+        page.reload()
+        expect(answers(page)).to_have_count(2)
+
+
+def test_a_rename_of_what_the_other_tab_has_deleted(twins):
+    one, two = twins
+    one.get_by_role("button", name="Rename").click()
+    one.keyboard.type("Flowers")
+    two.get_by_role("button", name="Delete").click()
+    expect(one.locator("article")).to_have_count(0)
+    one.keyboard.press("Enter")
+    expect(one.locator("#chats li")).to_have_count(0)
+    one.reload()
+    expect(one.locator("#chats li")).to_have_count(0)
+
+
+def test_an_edit_keeps_what_the_other_tab_has_said(twins):
+    """While a message was edited, the other's news was passed over, and then overwritten."""
+    one, two = twins
+    one.get_by_role("button", name="Edit").click()
+    box(one).fill("uno")
+    exchange(two, "more", 1)
+    expect(answers(one)).to_have_count(2)
+    expect(box(one)).to_have_value("uno")
+    expect(one.locator("article.cut")).to_have_count(3)
+    one.evaluate(HIDE)
+    one.reload()
+    expect(answers(one)).to_have_count(2)
