@@ -3,7 +3,7 @@
 A setting called `data` says which folder:
 
     hub        $NANOCHAT_BASE_DIR/base_data, downloaded from karpathy/fineweb-edu-100b-shuffle by this module
-    embedded   the documentation of the Python that runs this (nanochat/embedded.py), made on first use
+    embedded   the documentation of the Python that runs this (nanochat/data/embedded.py), made on first use
     a path     your own text: a file, a folder or a glob of .parquet (column text), .jsonl (key text) or .txt
     auto       hub if it has been downloaded, else embedded; never downloads
 
@@ -12,7 +12,7 @@ shard_01822, whatever the number of training shards, so that losses compare betw
 goes on. Your own folder of two parquet files or more is used where it lies, in the same way; anything else is
 converted once, with every twentieth document held out.
 
-A download resumes where it was cut, and a shard that has its name is whole: see nanochat/download.py.
+A download resumes where it was cut, and a shard that has its name is whole: see nanochat/data/download.py.
 HF_ENDPOINT is honoured. The first 240 shards, four at a time, and the validation shard:
 
     python -m nanochat.dataset -n 240 -w 4
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from nanochat.common import atomic_write, base_dir, parse, run
-from nanochat.download import download_shard
+from nanochat.data.download import download_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,7 +74,7 @@ def resolve(data: str) -> Path:
             raise FileNotFoundError(f"{hub / VAL_SHARD} is missing; run `python -m nanochat.dataset -n 8`")
         return hub
     if data == "embedded":
-        from nanochat.embedded import write_shards
+        from nanochat.data.embedded import write_shards
 
         return _build_once(embedded, write_shards)
     return _own_shards(data)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanochat.common import base_dir, locked
-from nanochat.hub_files import download, hub_api, reason
+from nanochat.data.hub_files import download, hub_api, reason
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,7 +18,7 @@ import zlib
 from functools import cache
 from typing import NamedTuple
 
-from nanochat.embedded import library_entries
+from nanochat.data.embedded import library_entries
 from tasks.common import Conversation, Task, item_random, render_mc
 
 LETTERS = ("A", "B", "C", "D")

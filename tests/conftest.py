@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 
-from nanochat import embedded
+from nanochat.data import embedded
 
 pytest.register_assert_rewrite("tests.sandboxes")  # whose fixtures assert, and which is imported first
 

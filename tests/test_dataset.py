@@ -47,7 +47,7 @@ def test_the_validation_shard_of_the_hub_is_pinned(base_dir):
 
 def test_auto_takes_the_hub_only_when_it_is_there(base_dir, monkeypatch):
     monkeypatch.setattr(
-        "nanochat.embedded.write_shards", lambda path: make_shards(path, SHARD, "shard_00001.parquet")
+        "nanochat.data.embedded.write_shards", lambda path: make_shards(path, SHARD, "shard_00001.parquet")
     )
     assert resolve("auto") == base_dir / "embedded_data"
     make_shards(base_dir / "base_data", VAL_SHARD)

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from nanochat import download
+from nanochat.data import download
 from nanochat.dataset import REPO_ID, VAL_SHARD, main, shard_paths, write_parquet
 from tests.hub_server import HubServer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import embedded
+from nanochat.data import embedded
 from nanochat.dataset import parquets_iter_batched, resolve
 
 

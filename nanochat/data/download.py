@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from nanochat.hub_files import reason, sha256
+from nanochat.data.hub_files import reason, sha256
 
 logger = logging.getLogger(__name__)
 

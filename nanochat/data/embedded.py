@@ -9,7 +9,7 @@ paragraphs of them, that repeat earlier ones word for word are dropped (`bytes` 
 theirs), so that what is held out for validation is not also trained on. The rest is gathered, module by
 module, into documents of a few hundred to three thousand characters, and shuffled; one in twenty is held out.
 
-    python -c "from pathlib import Path; from nanochat.embedded import write_shards; write_shards(Path('.'))"
+    python -c "from pathlib import Path; from nanochat.data.embedded import write_shards; write_shards(Path('.'))"
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Where text comes from: shards, own files, the embedded documentation, downloads."""
