@@ -3,7 +3,7 @@
 A prompt is run once through the model and its decode state copied to each of its samples; each of them
 draws its own first token, by a seed of its own. From then on one step a token serves all rows, of
 whatever lengths; when one ends, the next prompt has its place. What a row does with a token,
-nanochat/row.py says.
+nanochat/decode/row.py says.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from nanochat.decoder import Decoder, decoder_for
+from nanochat.decode.decoder import Decoder, decoder_for
+from nanochat.decode.row import Completion, Row, special_ids
+from nanochat.decode.running import Running, Seat
 from nanochat.gpt import GPT
-from nanochat.row import Completion, Row, special_ids
-from nanochat.running import Running, Seat
 from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
 from nanochat.tokenizer import RustBPETokenizer
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
+from nanochat.decode.row import Completion
 from nanochat.engine import Engine
-from nanochat.row import Completion
 from tasks.common import Task
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nanochat.chat_format import part_after
+from nanochat.decode.stream_decoder import StreamDecoder
 from nanochat.serving import End, Token
-from nanochat.stream_decoder import StreamDecoder
 from nanochat.tokenizer import RustBPETokenizer
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.decoder import decoder_for
+from nanochat.decode.decoder import decoder_for
+from nanochat.decode.row import Row, special_ids
+from nanochat.decode.running import Running, Seat
 from nanochat.gpt import GPT
-from nanochat.row import Row, special_ids
-from nanochat.running import Running, Seat
 from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
 from nanochat.serving import Closed, End, QueueFull, Request, Token
 from nanochat.tokenizer import RustBPETokenizer

@@ -24,7 +24,7 @@ from nanochat.common import parse, run, setup_runtime
 if TYPE_CHECKING:
     import torch
 
-    from nanochat.decoder import Decoder
+    from nanochat.decode.decoder import Decoder
     from nanochat.gpt import GPT, GPTConfig
 
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = setup_runtime(config.device_type)
     import torch
 
-    from nanochat.decoder import PlainDecoder, decoder_for
+    from nanochat.decode.decoder import PlainDecoder, decoder_for
     from nanochat.gpt import GPTConfig
     from nanochat.hardware import describe
 

@@ -23,7 +23,7 @@ import tyro
 
 from nanochat.chat_format import part_after, render_for_completion
 from nanochat.common import parse, run, setup_runtime
-from nanochat.stream_decoder import StreamDecoder
+from nanochat.decode.stream_decoder import StreamDecoder
 
 if TYPE_CHECKING:
     from nanochat.engine import Engine

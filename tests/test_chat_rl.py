@@ -11,8 +11,8 @@ import torch
 
 from nanochat import report_text
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_tensors, model_path
+from nanochat.decode.graph_decoder import supports
 from nanochat.gpt import GPTConfig
-from nanochat.graph_decoder import supports
 from scripts import chat_rl
 from tasks import recipes
 from tests.chats import untimed_records
@@ -110,7 +110,7 @@ def test_two_ranks():
 import sys
 from nanochat import common, rl
 from nanochat.gpt import GPTConfig
-from nanochat.graph_decoder import supports
+from nanochat.decode.graph_decoder import supports
 from scripts import chat_rl
 from tasks import recipes
 from tests.chats import untimed_records

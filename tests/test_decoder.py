@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import decoder as decoder_module
-from nanochat.decoder import PlainDecoder, decoder_for
+from nanochat.decode import decoder as decoder_module
+from nanochat.decode.decoder import PlainDecoder, decoder_for
+from nanochat.decode.graph_decoder import GraphDecoder
 from nanochat.gpt import GPTConfig
-from nanochat.graph_decoder import GraphDecoder
 from nanochat.sampling import SamplingParams
 from tests.models import random_model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanochat import engine as engine_module
-from nanochat.decoder import Decoder, PlainDecoder
+from nanochat.decode.decoder import Decoder, PlainDecoder
 from nanochat.engine import Engine
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tests.models import random_model, small_config

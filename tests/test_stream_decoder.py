@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nanochat.stream_decoder import StreamDecoder
+from nanochat.decode.stream_decoder import StreamDecoder
 from tests.vocabulary import train_tokenizer
 
 

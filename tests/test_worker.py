@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanochat.cache import HybridCache
-from nanochat.decoder import PlainDecoder
+from nanochat.decode.decoder import PlainDecoder
 from nanochat.engine import Engine
 from nanochat.serving import Closed, End, QueueFull, Request, Token
 from nanochat.worker import Worker

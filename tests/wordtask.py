@@ -1,9 +1,9 @@
 """For tests of reinforcement learning: an easy task, rollouts of it, and a model to start from."""
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat.decode.row import Completion
 from nanochat.engine import Engine
 from nanochat.rollouts import Rollouts
-from nanochat.row import Completion
 from tasks.common import Task
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer

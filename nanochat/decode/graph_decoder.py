@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.decoder import Decoder
+from nanochat.decode.decoder import Decoder
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, norm, rotary_tables
 from nanochat.kernels import sampling
 from nanochat.kernels.attention_decode import attend, attend_causal, rope_append

@@ -10,8 +10,8 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from nanochat.decoder import Decoder
-from nanochat.row import Row
+from nanochat.decode.decoder import Decoder
+from nanochat.decode.row import Row
 
 
 @dataclass(eq=False)

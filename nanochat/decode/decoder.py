@@ -3,7 +3,7 @@
 A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, `fork` it for more
 samples of the same prompt. Each `launch` then takes the last token of every running sequence, and
 `collect` returns the next ones, drawn by each sequence's own settings and seed, whoever else is there.
-`PlainDecoder` runs the model as it is, anywhere; nanochat/graph_decoder.py does the same on NVIDIA GPUs
+`PlainDecoder` runs the model as it is, anywhere; nanochat/decode/graph_decoder.py does the same on NVIDIA GPUs
 without Python in the loop.
 """
 
@@ -77,7 +77,7 @@ class Decoder(ABC):
 def decoder_for(model: GPT, slots: int, context: int | None = None) -> Decoder:
     """The fastest decoder there is for a model, on its device; context None: the model's sequence_len."""
     if model.device.type == "cuda":
-        from nanochat.graph_decoder import GraphDecoder, supports
+        from nanochat.decode.graph_decoder import GraphDecoder, supports
 
         if supports(model.config, slots):
             return GraphDecoder(model, slots, context)

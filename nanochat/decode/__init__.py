@@ -1,0 +1,1 @@
+"""Decoding many sequences at once: the machine room behind engine.py."""
