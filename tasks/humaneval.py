@@ -44,7 +44,7 @@ class HumanEval(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the tests pass. Runs the completion, in the sandbox of nanochat/execution.py."""
+        """Whether the tests pass. Runs the completion, in the sandbox of nanochat/execution/__init__.py."""
         from nanochat.execution import execute_code
 
         return execute_code(program(conversation["problem"], completion)).success

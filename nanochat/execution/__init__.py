@@ -1,6 +1,6 @@
 """Running Python that a model wrote, in a process of its own that can do little else.
 
-    execute_code(code) -> fresh `python -I` -> execution_child.py gives up its rights -> the program
+    execute_code(code) -> fresh `python -I` -> child.py gives up its rights -> the program
 
 The program gets no environment to speak of, an empty stdin and an empty directory, which is removed
 afterwards. It is killed, with its process group, when its time is over and again after it has ended. All its
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import IO
 
 logger = logging.getLogger(__name__)
-CHILD = Path(__file__).with_name("execution_child.py")
+CHILD = Path(__file__).with_name("child.py")
 OUTPUT_BYTES = 64 << 10
 LEAST_MEMORY_BYTES = 64 << 20  # the interpreter itself takes some 30 MiB of addresses
 MOST_MEMORY_BYTES, MOST_SECONDS = 1 << 40, 24 * 3600
