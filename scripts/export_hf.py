@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export."""
     config = parse(ExportConfig, argv)
 
-    from nanochat.export import export_checkpoint
+    from nanochat.hub.export import export_checkpoint
 
     step = None if config.step == -1 else config.step
     tag, step = export_checkpoint(config.source, config.model_tag, step, config.out)

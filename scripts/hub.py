@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pull(config: Pull) -> None:
     """Pull, and say how to talk to the model."""
-    from nanochat import hub
+    from nanochat.hub.repository import repository as hub
 
     tag = config.model_tag or config.repo.rsplit("/", 1)[-1]
     directory = hub.pull(
@@ -109,8 +109,8 @@ def pull(config: Pull) -> None:
 
 def push(config: Push) -> None:
     """Push, or only show what would be pushed."""
-    from nanochat import hub
     from nanochat.checkpoint_manager import checkpoint_dir, resolve_tag
+    from nanochat.hub.repository import repository as hub
 
     tag = resolve_tag(config.source, config.model_tag)
     what = {

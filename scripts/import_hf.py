@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Import."""
     config = parse(ImportConfig, argv)
 
-    from nanochat.export import import_checkpoint
+    from nanochat.hub.export import import_checkpoint
 
     step = None if config.step == -1 else config.step
     source, tag, step = import_checkpoint(config.folder, config.source, config.model_tag, step)

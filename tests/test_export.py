@@ -18,8 +18,8 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     tokenizer_dir,
 )
-from nanochat.export import export_checkpoint, import_checkpoint
-from nanochat.hf_tokenizer import load_hf_tokenizer
+from nanochat.hub.export import export_checkpoint, import_checkpoint
+from nanochat.hub.hf_tokenizer import load_hf_tokenizer
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import export_hf, import_hf
 from tests.models import random_model, small_config

@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer
 
-from nanochat.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
+from nanochat.hub.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from scripts.tok_eval import TEXTS
 

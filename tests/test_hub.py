@@ -429,7 +429,7 @@ def test_a_refused_push_tells_why_but_never_the_token(allowed, base_dir, tokeniz
 
 def test_the_model_of_d20_has_a_card(tmp_path):
     """Of half a billion parameters; they are counted, not allocated."""
-    from nanochat.model_card import model_card
+    from nanochat.hub.model_card import model_card
 
     config = GPTConfig.from_depth(20, vocab_size=65536)
     card = model_card("me/d20", "sft", {"step": 700, "pulled_from": {"repo": REPO}}, config, {}, "mit")

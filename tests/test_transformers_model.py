@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
 from nanochat.common import base_dir
-from nanochat.export import import_checkpoint
+from nanochat.hub.export import import_checkpoint
 from scripts import export_hf
 from tests.models import random_model, small_config
 from tests.test_hf_tokenizer import MULTILINGUAL, SPECIAL_LOOKING

@@ -39,7 +39,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import base_dir, write_json
 from nanochat.data.hub_files import download, hub_api, reason
 from nanochat.gpt import GPT
-from nanochat.model_card import model_card
+from nanochat.hub.model_card import model_card
 from nanochat.report import read_results
 from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, SPECIAL_TOKENS, RustBPETokenizer
 

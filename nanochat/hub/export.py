@@ -1,7 +1,7 @@
 """A checkpoint as a folder that Hugging Face's transformers loads, and back.
 
     config.json  generation_config.json  model.safetensors    shape and weights, in the dtypes that they have
-    tokenizer.json  tokenizer_config.json                      nanochat/hf_tokenizer.py
+    tokenizer.json  tokenizer_config.json                      nanochat/hub/hf_tokenizer.py
     configuration_saint_iberis.py  modeling_saint_iberis.py    the model, in torch and transformers alone
 
 The weights keep their names, so that the way back is a copy, bit for bit.
@@ -36,7 +36,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import atomic_write, write_json
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
+from nanochat.hub.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
 
 MODEL_TYPE = "saint_iberis"
 WEIGHTS_FILE = "model.safetensors"
