@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from nanochat.chunked_loss import head_loss
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
-from nanochat.kernels.norm import rms_norm
+from nanochat.kernels.train.norm import rms_norm
 
 logger = logging.getLogger(__name__)
 # bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB
@@ -53,8 +53,8 @@ def uses_kernels(asked: bool | None, model: GPT) -> bool:
 
 def fuse(model: GPT, fp8: bool = False) -> None:
     """Let the model compute by the kernels, except where it has a decode state to keep."""
-    from nanochat.kernels import cross_entropy, mlp, rope, slc2
-    from nanochat.kernels import fp8 as kernels_fp8
+    from nanochat.kernels.train import cross_entropy, mlp, rope, slc2
+    from nanochat.kernels.train import fp8 as kernels_fp8
 
     for block in model.transformer.h:
         block.attn.product = kernels_fp8.linear if fp8 else F.linear

@@ -3,7 +3,7 @@
 Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal one: with G = U S V^T it
 steps along U V^T, which five steps of a quintic Newton-Schulz iteration approximate by matrix products alone.
 Matrices of one shape are stacked and updated together: a few large batched products instead of hundreds of
-small ones. On Hopper, nanochat/kernels/muon.py does it with fewer and cheaper products.
+small ones. On Hopper, nanochat/kernels/train/muon.py does it with fewer and cheaper products.
 
 AdamW (Loshchilov & Hutter 2019) without weight decay takes the embedding, the head and the convolutions: rows
 of a table and taps of a filter are not linear maps whose singular values mean something.
@@ -208,7 +208,7 @@ def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
     if not grads.is_cuda:
         return muon_step
     if grads.dtype == torch.bfloat16 and has_large_tiles(grads.device):
-        from nanochat.kernels import muon, newton_schulz
+        from nanochat.kernels.train import muon, newton_schulz
 
         if newton_schulz.fits(*grads.shape[-2:]):
             return compiled(muon.muon_step)

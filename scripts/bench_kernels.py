@@ -84,7 +84,7 @@ def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     import torch
     import torch.nn.functional as F
 
-    from nanochat.kernels.slc2 import slc2_mix
+    from nanochat.kernels.train.slc2 import slc2_mix
     from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
     E, H, D, T = shape.n_embd, shape.n_head, shape.head_dim, config.seq_len
@@ -106,7 +106,7 @@ def time_rope(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     import torch
 
     from nanochat.gpt import NORM_EPS, apply_rotary, norm, rotary_tables
-    from nanochat.kernels.rope import rope
+    from nanochat.kernels.train.rope import rope
 
     H, H_kv, D, T = shape.n_head, shape.n_kv_head, shape.head_dim, config.seq_len
     packed = torch.randn(config.tokens // T, T, (H + 2 * H_kv) * D, device="cuda", dtype=torch.bfloat16)
@@ -128,7 +128,7 @@ def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dic
 
     from nanochat import gpt
     from nanochat.chunked_loss import head_loss
-    from nanochat.kernels.cross_entropy import cross_entropy_
+    from nanochat.kernels.train.cross_entropy import cross_entropy_
 
     fused = partial(head_loss, cap=gpt.SOFTCAP, cross_entropy_=cross_entropy_)
     x = torch.randn(1, config.tokens, shape.n_embd, device="cuda", dtype=torch.bfloat16)
@@ -149,7 +149,7 @@ def time_mlp(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     import torch
     import torch.nn.functional as F
 
-    from nanochat.kernels import fp8, mlp
+    from nanochat.kernels.train import fp8, mlp
 
     E = shape.n_embd
     h, w_fc, w_proj = (

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from nanochat.gpt import apply_rotary, norm, rotary_tables
-from nanochat.kernels import sampling as kernel_sampling
-from nanochat.kernels.attention_decode import attend, attend_causal, attend_reference, rope_append
-from nanochat.kernels.linear import (
+from nanochat.kernels.decode import sampling as kernel_sampling
+from nanochat.kernels.decode.attention import attend, attend_causal, attend_reference, rope_append
+from nanochat.kernels.decode.linear import (
     COUNTERS,
     batch_linear_add,
     batch_linear_relu2,
     linear_reference,
     row_linear,
 )
-from nanochat.kernels.pointwise import embed, norm_relu2
-from nanochat.kernels.slc2_decode import slc2_mix, slc2_mix_reference, slc2_row
+from nanochat.kernels.decode.pointwise import embed, norm_relu2
+from nanochat.kernels.decode.slc2 import slc2_mix, slc2_mix_reference, slc2_row
 from nanochat.sampling import SamplingParams, sample_rows
 from tests.kernels import error, on_gpu, poison
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nanochat import optim
-from nanochat.kernels import muon, newton_schulz
-from nanochat.kernels.mlp import Tile
-from nanochat.kernels.newton_schulz import fits, iterate, symmetric_product
+from nanochat.kernels.train import muon, newton_schulz
+from nanochat.kernels.train.mlp import Tile
+from nanochat.kernels.train.newton_schulz import fits, iterate, symmetric_product
 from tests.kernels import error, poison
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # a rounding of the result

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import NORM_EPS, CausalSelfAttention, apply_rotary, norm, rotary_tables
-from nanochat.kernels.rope import rope, rope_, rope_backward
+from nanochat.kernels.train.rope import rope, rope_, rope_backward
 from tests.kernels import error, on_gpu, poison
 from tests.models import small_config
 

@@ -11,8 +11,8 @@ from nanochat import chunked_loss
 from nanochat.accelerate import accelerate, fuse, lacking
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig
 from nanochat.gpt import head_loss as plain_head_loss
-from nanochat.kernels import cross_entropy, fp8, mlp, norm
-from nanochat.kernels.slc2 import slc2_mix, slc2_reference
+from nanochat.kernels.train import cross_entropy, fp8, mlp, norm
+from nanochat.kernels.train.slc2 import slc2_mix, slc2_reference
 from nanochat.slc2 import PACKED_ALIGN
 from tests.kernels import error, on_gpu, poison
 from tests.models import random_model

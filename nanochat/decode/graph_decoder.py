@@ -25,11 +25,17 @@ from torch import Tensor
 
 from nanochat.decode.decoder import Decoder
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, norm, rotary_tables
-from nanochat.kernels import sampling
-from nanochat.kernels.attention_decode import attend, attend_causal, rope_append
-from nanochat.kernels.linear import COUNTERS, MAX_ROWS, batch_linear_add, batch_linear_relu2, row_linear
-from nanochat.kernels.pointwise import embed, norm_relu2
-from nanochat.kernels.slc2_decode import slc2_mix, slc2_row
+from nanochat.kernels.decode import sampling
+from nanochat.kernels.decode.attention import attend, attend_causal, rope_append
+from nanochat.kernels.decode.linear import (
+    COUNTERS,
+    MAX_ROWS,
+    batch_linear_add,
+    batch_linear_relu2,
+    row_linear,
+)
+from nanochat.kernels.decode.pointwise import embed, norm_relu2
+from nanochat.kernels.decode.slc2 import slc2_mix, slc2_row
 from nanochat.sampling import SamplingParams
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # of the graphs that decode; other batches are padded

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.accelerate import compiled
-from nanochat.kernels.mlp import Tile, launch
+from nanochat.kernels.train.mlp import Tile, launch
 
 FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
 H_SCALE, POST_SCALE = 8.0, 0.25

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import pdl, release, wait
+from nanochat.kernels.decode.launch import pdl, release, wait
 
 BLOCK_T = 64  # tokens that a program looks at at a time
 LOG2_E = 1.4426950408889634

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import pdl, release, wait
+from nanochat.kernels.decode.launch import pdl, release, wait
 from nanochat.slc2 import gate, short_conv
 
 CHANNELS = 4  # of a program of slc2_row

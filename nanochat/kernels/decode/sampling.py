@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import pdl, release, wait
+from nanochat.kernels.decode.launch import pdl, release, wait
 
 BLOCK = 1024
 

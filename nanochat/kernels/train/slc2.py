@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.instructions import has_instructions, round_to, sigmoid
+from nanochat.kernels.train.instructions import has_instructions, round_to, sigmoid
 from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
 
 BLOCK_T = 16  # tokens of a program at a time

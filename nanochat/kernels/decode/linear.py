@@ -2,7 +2,7 @@
 
 Decoding reads every weight for each token and does next to nothing with it, so what counts is that the
 memory bus never rests: a program asks for its rows of W before it waits for x
-(nanochat/kernels/launch.py). For one row they are held in registers, a matrix-vector product; for up to
+(nanochat/kernels/decode/launch.py). For one row they are held in registers, a matrix-vector product; for up to
 32 the tensor cores multiply what the L2 cache was asked to fetch. RMSNorm has no weights and commutes
 with the product: norm(x) W^T = s (x W^T), s = 1 / rms(x) of each row. So one row is scaled at the end;
 and as relu(s h)^2 = s^2 relu(h)^2, several rows of an MLP are scaled when its second product is added to
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.launch import pdl, release, wait
+from nanochat.kernels.decode.launch import pdl, release, wait
 
 ELEMENTS = 10240  # weights that a program for one row holds, 80 a thread
 MAX_ROWS = 32

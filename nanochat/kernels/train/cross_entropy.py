@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels import fp8 as fp8_kernels
-from nanochat.kernels.instructions import has_instructions, tanh
+from nanochat.kernels.train import fp8 as fp8_kernels
+from nanochat.kernels.train.instructions import has_instructions, tanh
 
 BLOCK_V = 8192
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.newton_schulz import iterate
+from nanochat.kernels.train.newton_schulz import iterate
 
 BLOCK = 4096
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanochat.kernels.mlp import Tile
+from nanochat.kernels.train.mlp import Tile
 from nanochat.optim import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_STEPS
 
 TILE = Tile(128, 128, 64, 8, 3)  # two of them fit a multiprocessor: one computes while the other stores
