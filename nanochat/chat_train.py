@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nanochat.common import Runtime, require_at_least, require_counts
-from nanochat.schedule import Cadence, LearningRates, Plan
+from nanochat.optim.schedule import Cadence, LearningRates, Plan
 
 if TYPE_CHECKING:
     from nanochat.conversations import Piece

@@ -19,7 +19,7 @@ from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, so
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import MAX_ROWS, choose_rows
 from nanochat.optim import build_optimizer
-from nanochat.schedule import LearningRates
+from nanochat.optim.schedule import LearningRates
 
 GIB = 2**30
 SHARD_BYTES, SHARD_TOKENS = 100e6, 50e6  # of the hub's shards, about

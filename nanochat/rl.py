@@ -32,8 +32,8 @@ from nanochat.gpt import GPT
 from nanochat.hardware import describe
 from nanochat.metrics import read_metrics
 from nanochat.optim import MuonAdamW
+from nanochat.optim.schedule import Cadence, Plan
 from nanochat.rollouts import Rollouts, Sample
-from nanochat.schedule import Cadence, Plan
 from nanochat.train_loop import check_finite, is_due, set_schedule, sigterm_flag, steps_to_do
 from nanochat.train_state import Progress
 

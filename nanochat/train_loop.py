@@ -27,7 +27,7 @@ from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.hardware import peak_flops
 from nanochat.optim import MuonAdamW
-from nanochat.schedule import Cadence, Plan, muon_momentum
+from nanochat.optim.schedule import Cadence, Plan, muon_momentum
 from nanochat.train_state import Progress
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from nanochat.gpt import GPT
 from nanochat.hardware import describe
 from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.optim import MuonAdamW, build_optimizer
-from nanochat.schedule import Plan
+from nanochat.optim.schedule import Plan
 from nanochat.tokenizer import RustBPETokenizer
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nanochat.common import Runtime, parse, require_at_least, require_counts, run, setup_runtime
-from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
+from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 if TYPE_CHECKING:
     from nanochat.core_bundle import Bundle

@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime
-from nanochat.schedule import Cadence, LearningRates, Plan, lr_multiplier
+from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 
 @dataclass(frozen=True, kw_only=True)

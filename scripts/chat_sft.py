@@ -16,7 +16,7 @@ from typing import Literal
 
 from nanochat.chat_train import ChatTrainConfig, train_on_conversations
 from nanochat.common import parse, run, setup_runtime
-from nanochat.schedule import lr_multiplier
+from nanochat.optim.schedule import lr_multiplier
 
 
 @dataclass(frozen=True, kw_only=True)

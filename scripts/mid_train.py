@@ -15,7 +15,7 @@ from functools import partial
 
 from nanochat.chat_train import ChatTrainConfig, train_on_conversations
 from nanochat.common import parse, run, setup_runtime
-from nanochat.schedule import Cadence, lr_multiplier
+from nanochat.optim.schedule import Cadence, lr_multiplier
 
 
 @dataclass(frozen=True, kw_only=True)

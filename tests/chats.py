@@ -9,7 +9,7 @@ from nanochat.checkpoint_manager import checkpoint_dir, load_tensors, model_path
 from nanochat.gpt import GPT
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
-from nanochat.schedule import LearningRates
+from nanochat.optim.schedule import LearningRates
 from scripts import chat_sft, mid_train
 from tasks import recipes
 from tasks.common import Task

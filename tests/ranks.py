@@ -4,11 +4,12 @@ import json
 import logging
 import sys
 
-from nanochat import common, stack
+from nanochat import common
 from nanochat.chat_eval import evaluate_task
 from nanochat.checkpoint_manager import load_for
 from nanochat.core_bundle import load_bundle
 from nanochat.core_eval import evaluate_core
+from nanochat.optim import stack
 from scripts import base_train, chat_sft, mid_train
 from tasks import recipes
 from tests.chats import QUIET, ColourTask

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from nanochat.cache import HybridCache
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, head_logits, head_loss, rotary_tables
 from nanochat.optim import build_optimizer
+from nanochat.optim.schedule import LearningRates
 from nanochat.sampling import penalize_repetition, sample
-from nanochat.schedule import LearningRates
 from tests.models import random_model, small_config
 
 

@@ -12,7 +12,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
-from nanochat.schedule import LearningRates
+from nanochat.optim.schedule import LearningRates
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
 from tasks import recipes
 from tests import chats

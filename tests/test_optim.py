@@ -5,7 +5,7 @@ import torch
 
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, build_optimizer, muon_update, orthogonalize
-from nanochat.schedule import LearningRates
+from nanochat.optim.schedule import LearningRates
 from tests.models import random_model, small_config
 
 

@@ -29,7 +29,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import PEAK_FLOPS
 from nanochat.memory import fit
 from nanochat.optim import build_optimizer
-from nanochat.schedule import LearningRates
+from nanochat.optim.schedule import LearningRates
 from scripts import tok_eval
 from tasks import recipes
 from tests.core_bundles import write_bundle

@@ -1,6 +1,6 @@
 import pytest
 
-from nanochat.schedule import Cadence, lr_multiplier, muon_momentum
+from nanochat.optim.schedule import Cadence, lr_multiplier, muon_momentum
 
 
 def test_lr_multiplier():

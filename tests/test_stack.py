@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from nanochat import stack as stack_module
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
-from nanochat.schedule import LearningRates
-from nanochat.stack import Stack, slots_at_a_time
+from nanochat.optim import stack as stack_module
+from nanochat.optim.schedule import LearningRates
+from nanochat.optim.stack import Stack, slots_at_a_time
 from tests.models import random_model, small_config
 
 

@@ -1,4 +1,4 @@
-"""The Muon step of nanochat/optim.py by kernels: half the work in symmetric products, few passes over memory.
+"""The Muon step of nanochat/optim/__init__.py by kernels: half the work in symmetric products, few passes over memory.
 
 A kernel reads gradients and momentum once, and leaves the direction X, in the dtype of the gradients, and its
 norm. Nobody normalises X: a Newton-Schulz step is linear in X but for X X^T, which takes 1 / norm^2, and the

@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration of nanochat/optim.py with half the work where a product is symmetric.
+"""Newton-Schulz iteration of nanochat/optim/__init__.py with half the work where a product is symmetric.
 
 With R = X X^T a step is X <- Q X, Q = a I + b R + c R^2. R and Q are symmetric: only their tiles on and below
 the diagonal are computed, and each is stored a second time, transposed. a I is part of Q, so that cuBLAS's

@@ -17,7 +17,7 @@ Rajbhandari et al. 2020):
     step                      each rank updates its share; the weights are all-gathered, those that the next
                               forward wants first before the others, while the next stack is updated
 
-One rank runs the same code without the collectives. nanochat/stack.py lays the stacks out.
+One rank runs the same code without the collectives. nanochat/optim/stack.py lays the stacks out.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ from torch import Tensor
 from nanochat.accelerate import compiled, has_large_tiles
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
-from nanochat.schedule import LearningRates
-from nanochat.stack import Stack
+from nanochat.optim.schedule import LearningRates
+from nanochat.optim.stack import Stack
 
 NEWTON_SCHULZ_STEPS = 5
 # steep at 0, flat around 1: singular values land in about [0.7, 1.2] after five steps (Jordan et al. 2024)
