@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import report_text
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_tensors, model_path
 from nanochat.decode.graph_decoder import supports
 from nanochat.gpt import GPTConfig
+from nanochat.report import text as report_text
 from scripts import chat_rl
 from tasks import recipes
 from tests.chats import untimed_records

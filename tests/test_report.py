@@ -8,9 +8,10 @@ import time
 import pytest
 from matplotlib.image import imread
 
-from nanochat import report, report_plots
-from nanochat.report_format import duration, fence, table
-from nanochat.report_text import PICTURES, STAGES, render, rewards_table, summary, wall_clock
+from nanochat import report
+from nanochat.report import plots as report_plots
+from nanochat.report.markdown import duration, fence, table
+from nanochat.report.text import PICTURES, STAGES, render, rewards_table, summary, wall_clock
 
 TASKS = {
     "ARC-Easy": {"accuracy": 0.38, "standard_error": 0.01, "n": 2376, "chance": 0.25},

@@ -12,8 +12,8 @@ import yaml
 
 from nanochat.dataset import REPO_ID, source
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.report_format import dig, escape, fence, show, table
-from nanochat.report_text import count, share, summary, task_names
+from nanochat.report.markdown import dig, escape, fence, show, table
+from nanochat.report.text import count, share, summary, task_names
 
 HUB_SETS = {
     "base_train": [REPO_ID],

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat.report_format import (
+from nanochat.report.markdown import (
     date,
     dig,
     duration,

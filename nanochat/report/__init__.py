@@ -26,8 +26,8 @@ from typing import Annotated, Any
 from tyro.conf import Positional, subcommand
 
 from nanochat.common import atomic_write, base_dir, parse, run, write_json
-from nanochat.report_format import duration, items
-from nanochat.report_text import PICTURES, STAGES, card, cost, render, total_seconds
+from nanochat.report.markdown import duration, items
+from nanochat.report.text import PICTURES, STAGES, card, cost, render, total_seconds
 
 logger = logging.getLogger(__name__)
 DOLLARS_PER_GPU_HOUR = 3.0  # of an H100 that is rented, eight of which are the $24 of the speedrun
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case Generate(dollars_per_hour=dollars_per_hour):
             generate(dollars_per_hour)
         case Plot(runs=runs, out=out):
-            from nanochat.report_plots import compare
+            from nanochat.report.plots import compare
 
             compare(runs, out)
             logger.info(f"report: {len(runs)} run(s) drawn to {out}")
@@ -120,7 +120,7 @@ def reset(since: str | None) -> None:
 
 def generate(dollars_per_hour: float | None) -> None:
     """Write report/report.md and its pictures from whatever results there are."""
-    from nanochat.report_plots import draw_all
+    from nanochat.report.plots import draw_all
 
     folder = base_dir() / "report"
     folder.mkdir(exist_ok=True)

@@ -22,8 +22,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from nanochat.checkpoint_manager import STAGES, checkpoint_dir
 from nanochat.common import atomic_write, base_dir
 from nanochat.metrics import read_metrics
-from nanochat.report_format import dig, entries, is_number
-from nanochat.report_text import CHAT_EVALS, chance, task_names
+from nanochat.report.markdown import dig, entries, is_number
+from nanochat.report.text import CHAT_EVALS, chance, task_names
 
 logger = logging.getLogger(__name__)
 TRAINING = {"BASE": "base_train", "MID": "mid_train", "SFT": "chat_sft"}
