@@ -107,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvicorn
 
     from nanochat.checkpoint_manager import load_model
-    from nanochat.pool import Pool
-    from nanochat.server import Settings, create_app
-    from nanochat.worker import Worker
+    from nanochat.serve.pool import Pool
+    from nanochat.serve.server import Settings, create_app
+    from nanochat.serve.worker import Worker
 
     api_key = config.api_key or os.environ.get("NANOCHAT_API_KEY", "")
     settings = Settings(

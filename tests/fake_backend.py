@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import httpx2
 import uvicorn
 
-from nanochat.server import Settings, create_app
-from nanochat.serving import End, Token
+from nanochat.serve.protocol import End, Token
+from nanochat.serve.server import Settings, create_app
 
 PATIENCE_S = 60
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.serving import End
-from nanochat.worker import Worker
+from nanochat.serve.protocol import End
+from nanochat.serve.worker import Worker
 from scripts import bench_serve
 from tests.echo_model import echo_config, echo_model, save_echo
 from tests.fake_backend import FakeBackend, Pause, serve

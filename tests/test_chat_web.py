@@ -111,7 +111,7 @@ def test_without_a_key_this_machine_is_served_alone(checkpoint, monkeypatch, fla
         raise ValueError("enough")
 
     monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
-    monkeypatch.setattr("nanochat.server.create_app", end)
+    monkeypatch.setattr("nanochat.serve.server.create_app", end)
     with pytest.raises(ValueError, match="enough"):
         chat_web.main(["--device-type=cpu", "-p", "0", *flags])
     assert found == [hosts]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from nanochat.worker import Worker
+from nanochat.serve.worker import Worker
 from tests.echo_model import KEYS, echo, echo_config, echo_model
 from tests.test_worker import Reader
 from tests.vocabulary import WORDS, train_tokenizer

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from nanochat.generation import SEND_S, TICK_S, Generations
-from nanochat.serving import End, Request, Token
+from nanochat.serve.delivery import SEND_S, TICK_S, Generations
+from nanochat.serve.protocol import End, Request, Token
 from tests.fake_backend import FakeBackend, FakeHandle, Pause, wait_for
 from tests.vocabulary import train_tokenizer
 

@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from nanochat.serving import End, QueueFull, Token
+from nanochat.serve.protocol import End, QueueFull, Token
 from tests.fake_backend import FakeBackend, Pause, serve, wait_for
 from tests.vocabulary import train_tokenizer
 

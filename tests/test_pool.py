@@ -4,9 +4,9 @@ import queue
 
 import pytest
 
-from nanochat.pool import Pool
-from nanochat.serving import Closed, End, QueueFull, Request
-from nanochat.worker import Worker
+from nanochat.serve.pool import Pool
+from nanochat.serve.protocol import Closed, End, QueueFull, Request
+from nanochat.serve.worker import Worker
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from nanochat.sample_text import Sample, find_stop
-from nanochat.serving import End, Token
+from nanochat.serve.protocol import End, Token
+from nanochat.serve.reply import Sample, find_stop
 from tests.fake_backend import FakeBackend
 from tests.vocabulary import train_tokenizer
 

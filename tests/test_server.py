@@ -17,9 +17,9 @@ from hypothesis import settings as hypothesis_settings
 from schemathesis.checks import not_a_server_error
 from starlette.testclient import TestClient
 
-from nanochat.server import Settings, create_app
-from nanochat.serving import Closed, End, QueueFull
-from nanochat.worker import Worker
+from nanochat.serve.protocol import Closed, End, QueueFull
+from nanochat.serve.server import Settings, create_app
+from nanochat.serve.worker import Worker
 from tests.fake_backend import FakeBackend, Pause, serve, wait_for
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer

@@ -14,8 +14,8 @@ import torch
 from nanochat.cache import HybridCache
 from nanochat.decode.decoder import PlainDecoder
 from nanochat.engine import Engine
-from nanochat.serving import Closed, End, QueueFull, Request, Token
-from nanochat.worker import Worker
+from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token
+from nanochat.serve.worker import Worker
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer
 
@@ -369,8 +369,8 @@ def test_a_device_that_is_lost_ends_everything(make_worker, monkeypatch, leaves)
 
 LOSE_THE_GPU = """
 import queue, torch
-from nanochat.serving import Closed, End, Request
-from nanochat.worker import Worker
+from nanochat.serve.protocol import Closed, End, Request
+from nanochat.serve.worker import Worker
 from tests.test_worker import TOKENIZER, small_model
 worker = Worker(small_model().to("cuda"), TOKENIZER, "small", slots=2)
 worker.start()

@@ -31,12 +31,20 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat import chat_request
-from nanochat.api_errors import ApiError, install_error_handlers
-from nanochat.chat_request import Items, Sampling, Settings, chat_prompt
-from nanochat.generation import CLOSING, Generation, Generations, WhileConnected, event, event_stream, to_json
-from nanochat.openai_api import openai_routes
-from nanochat.serving import Backend
+from nanochat.serve import chat_request
+from nanochat.serve.api_errors import ApiError, install_error_handlers
+from nanochat.serve.chat_request import Items, Sampling, Settings, chat_prompt
+from nanochat.serve.delivery import (
+    CLOSING,
+    Generation,
+    Generations,
+    WhileConnected,
+    event,
+    event_stream,
+    to_json,
+)
+from nanochat.serve.openai_api import openai_routes
+from nanochat.serve.protocol import Backend
 
 OPEN_PATHS = ("/", "/health")
 ERRORS = {"4XX": {"description": "the request's mistake"}, "5XX": {"description": "the server's"}}

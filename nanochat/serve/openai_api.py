@@ -25,12 +25,12 @@ from typing import Any
 from fastapi import APIRouter, Response
 from starlette.types import Receive, Scope, Send
 
-from nanochat.api_errors import ApiError
-from nanochat.chat_request import Settings, chat_prompt, check_length
-from nanochat.generation import Generation, Generations, WhileConnected, event, event_stream
-from nanochat.openai_schema import ChatCompleting, Completing, TextCompleting
-from nanochat.sample_text import Piece, Said
-from nanochat.serving import Backend, Request
+from nanochat.serve.api_errors import ApiError
+from nanochat.serve.chat_request import Settings, chat_prompt, check_length
+from nanochat.serve.delivery import Generation, Generations, WhileConnected, event, event_stream
+from nanochat.serve.openai_schema import ChatCompleting, Completing, TextCompleting
+from nanochat.serve.protocol import Backend, Request
+from nanochat.serve.reply import Piece, Said
 from nanochat.tokenizer import RustBPETokenizer
 
 Choice = Callable[[int, Said], dict[str, Any]]  # from the number of a sample and what it said

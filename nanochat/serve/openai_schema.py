@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from nanochat.api_errors import ApiError
-from nanochat.chat_request import Items, Message, Sampling, StrictModel, Whole
+from nanochat.serve.api_errors import ApiError
+from nanochat.serve.chat_request import Items, Message, Sampling, StrictModel, Whole
 
 MAX_PROMPTS = 128  # of one request
 

@@ -26,7 +26,7 @@ from nanochat.decode.row import Row, special_ids
 from nanochat.decode.running import Running, Seat
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
-from nanochat.serving import Closed, End, QueueFull, Request, Token
+from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token
 from nanochat.tokenizer import RustBPETokenizer
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from nanochat.chat_format import part_after
 from nanochat.decode.stream_decoder import StreamDecoder
-from nanochat.serving import End, Token
+from nanochat.serve.protocol import End, Token
 from nanochat.tokenizer import RustBPETokenizer
 
 

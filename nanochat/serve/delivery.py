@@ -22,9 +22,9 @@ from typing import Any
 from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanochat.api_errors import ApiError
-from nanochat.sample_text import Piece, Sample
-from nanochat.serving import Backend, Closed, End, Handle, QueueFull, Request, Token
+from nanochat.serve.api_errors import ApiError
+from nanochat.serve.protocol import Backend, Closed, End, Handle, QueueFull, Request, Token
+from nanochat.serve.reply import Piece, Sample
 
 logger = logging.getLogger(__name__)
 to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat.serving import Closed, End, Handle, QueueFull, Request, Token
-from nanochat.worker import Worker
+from nanochat.serve.protocol import Closed, End, Handle, QueueFull, Request, Token
+from nanochat.serve.worker import Worker
 
 
 class Pool:

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nanochat.api_errors import ApiError
 from nanochat.chat_format import render_for_completion
-from nanochat.serving import Request
+from nanochat.serve.api_errors import ApiError
+from nanochat.serve.protocol import Request
 from nanochat.tokenizer import RustBPETokenizer
 
 
