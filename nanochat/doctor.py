@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from nanochat.accelerate import accelerate
 from nanochat.common import Runtime, atomic_write, base_dir
 from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, source
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import MAX_ROWS, choose_rows
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
+from nanochat.train.accelerate import accelerate
+from nanochat.train.memory import MAX_ROWS, choose_rows
 
 GIB = 2**30
 SHARD_BYTES, SHARD_TOKENS = 100e6, 50e6  # of the hub's shards, about

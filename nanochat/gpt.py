@@ -175,7 +175,7 @@ class Block(nn.Module):
         self.is_attention = kind == "attention"
         self.attn = CausalSelfAttention(config) if self.is_attention else SLC2(config)
         self.mlp = MLP(config)
-        self.norm = norm  # or kernels.norm.rms_norm: nanochat/accelerate.py
+        self.norm = norm  # or kernels.norm.rms_norm: nanochat/train/accelerate.py
 
     def forward(
         self,

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.dataloader import validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
-    from nanochat.samples import print_samples
+    from nanochat.train.samples import print_samples
 
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, "base", "eval", config.model_tag, config.step)

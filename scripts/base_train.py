@@ -102,17 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from nanochat.accelerate import accelerate
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import packed_batches, validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.optim import build_optimizer
-    from nanochat.samples import print_samples
     from nanochat.tokenizer import get_tokenizer
-    from nanochat.train_loop import train
-    from nanochat.train_state import begin, report_training, save_progress, start_or_resume
+    from nanochat.train.accelerate import accelerate
+    from nanochat.train.loop import train
+    from nanochat.train.run import begin, report_training, save_progress, start_or_resume
+    from nanochat.train.samples import print_samples
 
     runtime = setup_runtime(config.device_type)
     tokenizer = get_tokenizer()
@@ -194,7 +194,7 @@ def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> G
 
 def with_rows(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> BaseTrainConfig:
     """Settle how many rows a forward takes, where that is left open."""
-    from nanochat.memory import choose_rows
+    from nanochat.train.memory import choose_rows
 
     rows_per_step = config.total_batch_size // config.max_seq_len
     rows = choose_rows(config.device_batch_size, model, rows_per_step, runtime, fused=config.fused)

@@ -127,8 +127,8 @@ def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dic
     import torch
 
     from nanochat import gpt
-    from nanochat.chunked_loss import head_loss
     from nanochat.kernels.train.cross_entropy import cross_entropy_
+    from nanochat.train.chunked_loss import head_loss
 
     fused = partial(head_loss, cap=gpt.SOFTCAP, cross_entropy_=cross_entropy_)
     x = torch.randn(1, config.tokens, shape.n_embd, device="cuda", dtype=torch.bfloat16)

@@ -116,11 +116,11 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
     """Train for some steps; speeds, memory and where the time goes."""
     import torch
 
-    from nanochat.accelerate import accelerate, uses_kernels
     from nanochat.benchmark import fill_zero_weights
     from nanochat.optim import build_optimizer
-    from nanochat.train_loop import train
-    from nanochat.train_state import Progress
+    from nanochat.train.accelerate import accelerate, uses_kernels
+    from nanochat.train.loop import train
+    from nanochat.train.run import Progress
 
     model = build_model(config, config.vocab_size, runtime)
     fill_zero_weights(model)

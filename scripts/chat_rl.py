@@ -3,7 +3,7 @@
     python -m scripts.chat_rl --data=embedded
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --model-tag=d20 --run=d20
 
-What is learned is in nanochat/rl.py, how answers are sampled in nanochat/rollouts.py. Checkpoints and
+What is learned is in nanochat/train/rl.py, how answers are sampled in nanochat/train/rollouts.py. Checkpoints and
 metrics.jsonl go to $NANOCHAT_BASE_DIR/chatrl_checkpoints/<model tag>.
 """
 
@@ -111,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.chat_eval import evaluate_task
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.engine import Engine
-    from nanochat.rl import report_rl, train
-    from nanochat.rollouts import Rollouts
-    from nanochat.samples import print_replies
-    from nanochat.train_state import begin, save_progress, start_from, start_or_resume
+    from nanochat.train.rl import report_rl, train
+    from nanochat.train.rollouts import Rollouts
+    from nanochat.train.run import begin, save_progress, start_from, start_or_resume
+    from nanochat.train.samples import print_replies
     from tasks.recipes import rl_tasks
 
     train_task, test_task = rl_tasks(config.data)

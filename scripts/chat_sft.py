@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from nanochat.chat_train import ChatTrainConfig, train_on_conversations
 from nanochat.common import parse, run, setup_runtime
 from nanochat.optim.schedule import lr_multiplier
+from nanochat.train.chat import ChatTrainConfig, train_on_conversations
 
 
 @dataclass(frozen=True, kw_only=True)

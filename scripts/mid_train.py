@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from nanochat.chat_train import ChatTrainConfig, train_on_conversations
 from nanochat.common import parse, run, setup_runtime
 from nanochat.optim.schedule import Cadence, lr_multiplier
+from nanochat.train.chat import ChatTrainConfig, train_on_conversations
 
 
 @dataclass(frozen=True, kw_only=True)

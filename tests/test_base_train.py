@@ -169,7 +169,7 @@ def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
 
 SIGTERM_AT_A_STEP = """
 import os, signal, sys
-from nanochat import train_loop
+from nanochat.train import loop as train_loop
 from nanochat.common import run
 from scripts import base_train
 step, *flags = sys.argv[1:]

@@ -108,7 +108,8 @@ def test_two_ranks():
     """Both learn from their own questions and keep the same weights; one may have nothing to teach."""
     code = """
 import sys
-from nanochat import common, rl
+from nanochat import common
+from nanochat.train import rl
 from nanochat.gpt import GPTConfig
 from nanochat.decode.graph_decoder import supports
 from scripts import chat_rl

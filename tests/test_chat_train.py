@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import loss_eval, samples
+from nanochat import loss_eval
 from nanochat.chat_format import render_conversation
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, read_meta
 from nanochat.gpt import GPT
+from nanochat.train import samples
 from scripts import chat_eval
 from tasks import recipes
 from tests import chats

@@ -11,7 +11,7 @@ import torch
 
 from nanochat.chat_format import render_conversation
 from nanochat.common import Runtime
-from nanochat.conversations import OPEN_ROWS, Conversations, by_width, pack
+from nanochat.train.conversations import OPEN_ROWS, Conversations, by_width, pack
 from tasks.common import Task
 from tests.vocabulary import WORDS, train_tokenizer
 

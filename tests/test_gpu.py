@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from nanochat import accelerate as acceleration
-from nanochat.accelerate import accelerate
 from nanochat.cache import HybridCache
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
+from nanochat.train import accelerate as acceleration
+from nanochat.train.accelerate import accelerate
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
 from tasks import recipes
 from tests import chats

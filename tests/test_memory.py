@@ -2,7 +2,7 @@ import pytest
 
 from nanochat.common import Runtime
 from nanochat.gpt import GPTConfig
-from nanochat.memory import choose_rows, fit, training_bytes
+from nanochat.train.memory import choose_rows, fit, training_bytes
 from scripts import bench_train
 from tests.models import random_model, small_config
 

@@ -27,9 +27,9 @@ from nanochat.checkpoint_manager import checkpoint_dir, load_model
 from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import PEAK_FLOPS
-from nanochat.memory import fit
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
+from nanochat.train.memory import fit
 from scripts import tok_eval
 from tasks import recipes
 from tests.core_bundles import write_bundle
@@ -312,7 +312,7 @@ def numbers(text):
 
 
 def test_the_hardware_table():
-    """Hours and rows are those of nanochat/memory.py and of the cards' peaks, or of measured speeds.
+    """Hours and rows are those of nanochat/train/memory.py and of the cards' peaks, or of measured speeds.
 
     Rows were those of plain PyTorch on all cards but the H100, whose tiles only the MLP's kernels need.
     """

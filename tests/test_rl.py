@@ -10,9 +10,9 @@ import torch
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
-from nanochat.rl import accumulate, policy_loss, train
-from nanochat.rollouts import Sample
-from nanochat.train_state import Progress
+from nanochat.train.rl import accumulate, policy_loss, train
+from nanochat.train.rollouts import Sample
+from nanochat.train.run import Progress
 from tasks.common import TaskMixture
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from nanochat.common import Runtime
-from nanochat.rollouts import advantages, shuffled, step_seed
+from nanochat.train.rollouts import advantages, shuffled, step_seed
 from tests.vocabulary import train_tokenizer
 from tests.wordtask import FakeEngine, WordTask, rollouts_of
 

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
-from nanochat.samples import N_REPLIES, print_replies
+from nanochat.train.samples import N_REPLIES, print_replies
 from tests.chats import ColourTask
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer

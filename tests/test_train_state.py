@@ -17,7 +17,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates, Plan
-from nanochat.train_state import EmaLoss, Progress, report_training, start_or_resume, warm_start
+from nanochat.train.run import EmaLoss, Progress, report_training, start_or_resume, warm_start
 from tests.chats import write_base_checkpoint
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import accelerate as acceleration
-from nanochat import chunked_loss
-from nanochat.accelerate import accelerate, fuse, lacking
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig
 from nanochat.gpt import head_loss as plain_head_loss
 from nanochat.kernels.train import cross_entropy, fp8, mlp, norm
 from nanochat.kernels.train.slc2 import slc2_mix, slc2_reference
 from nanochat.slc2 import PACKED_ALIGN
+from nanochat.train import accelerate as acceleration
+from nanochat.train import chunked_loss
+from nanochat.train.accelerate import accelerate, fuse, lacking
 from tests.kernels import error, on_gpu, poison
 from tests.models import random_model
 

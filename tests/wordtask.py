@@ -3,7 +3,7 @@
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.decode.row import Completion
 from nanochat.engine import Engine
-from nanochat.rollouts import Rollouts
+from nanochat.train.rollouts import Rollouts
 from tasks.common import Task
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer

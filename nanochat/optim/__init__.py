@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.accelerate import compiled, has_large_tiles
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.optim.schedule import LearningRates
 from nanochat.optim.stack import Stack
+from nanochat.train.accelerate import compiled, has_large_tiles
 
 NEWTON_SCHULZ_STEPS = 5
 # steep at 0, flat around 1: singular values land in about [0.7, 1.2] after five steps (Jordan et al. 2024)

@@ -11,10 +11,10 @@ import math
 
 import torch
 
-from nanochat.accelerate import has_large_tiles, uses_kernels
-from nanochat.chunked_loss import CHUNK_BYTES
 from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.train.accelerate import has_large_tiles, uses_kernels
+from nanochat.train.chunked_loss import CHUNK_BYTES
 
 MAX_ROWS = 32  # of a forward: more fill no GPU better
 SPARE = 0.92  # of the free memory: the allocator, libraries and their workspaces need the rest

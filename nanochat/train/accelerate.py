@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from nanochat.chunked_loss import head_loss
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
 from nanochat.kernels.train.norm import rms_norm
+from nanochat.train.chunked_loss import head_loss
 
 logger = logging.getLogger(__name__)
 # bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB

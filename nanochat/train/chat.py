@@ -19,8 +19,8 @@ from nanochat.common import Runtime, require_at_least, require_counts
 from nanochat.optim.schedule import Cadence, LearningRates, Plan
 
 if TYPE_CHECKING:
-    from nanochat.conversations import Piece
-    from nanochat.train_state import Progress
+    from nanochat.train.conversations import Piece
+    from nanochat.train.run import Progress
     from tasks.common import Task
 
 
@@ -96,14 +96,14 @@ def train_on_conversations(
     """
     import torch
 
-    from nanochat.accelerate import accelerate
     from nanochat.checkpoint_manager import checkpoint_dir
-    from nanochat.conversations import Conversations, by_width
     from nanochat.loss_eval import evaluate_bpb
-    from nanochat.memory import choose_rows
-    from nanochat.samples import print_replies
-    from nanochat.train_loop import train
-    from nanochat.train_state import begin, report_training, save_progress, start_from, start_or_resume
+    from nanochat.train.accelerate import accelerate
+    from nanochat.train.conversations import Conversations, by_width
+    from nanochat.train.loop import train
+    from nanochat.train.memory import choose_rows
+    from nanochat.train.run import begin, report_training, save_progress, start_from, start_or_resume
+    from nanochat.train.samples import print_replies
 
     model, tokenizer, optimizer, tag = start_from(source, config, runtime)
     seq_len = model.config.sequence_len if config.max_seq_len == -1 else config.max_seq_len

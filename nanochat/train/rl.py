@@ -33,9 +33,9 @@ from nanochat.hardware import describe
 from nanochat.metrics import read_metrics
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import Cadence, Plan
-from nanochat.rollouts import Rollouts, Sample
-from nanochat.train_loop import check_finite, is_due, set_schedule, sigterm_flag, steps_to_do
-from nanochat.train_state import Progress
+from nanochat.train.loop import check_finite, is_due, set_schedule, sigterm_flag, steps_to_do
+from nanochat.train.rollouts import Rollouts, Sample
+from nanochat.train.run import Progress
 
 logger = logging.getLogger(__name__)
 

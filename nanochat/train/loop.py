@@ -28,7 +28,7 @@ from nanochat.gpt import GPT
 from nanochat.hardware import peak_flops
 from nanochat.optim import MuonAdamW
 from nanochat.optim.schedule import Cadence, Plan, muon_momentum
-from nanochat.train_state import Progress
+from nanochat.train.run import Progress
 
 logger = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor, dict]  # inputs (B,T), targets (B,T), state of the loader after them

@@ -1,0 +1,1 @@
+"""Training: runs, the loop that all stages share, and what each stage is made of."""
