@@ -150,7 +150,7 @@ base_model=("--data=$data" "$tag")
 if [ "$data" = hub ]; then # a shard is about 50 M tokens, and 20 tokens a parameter are wanted
     stage download nanochat.dataset 1 -n $((depth * depth * 6 / 10 + 8)) -w 4 \
         || fail "no data from the hub; run again to go on, or start with DATA=embedded or DATA=<your texts>"
-    stage chat_data tasks.recipes 1
+    stage chat_data tasks.mixtures 1
 fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"

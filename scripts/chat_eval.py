@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.chat_eval import evaluate_task
     from nanochat.checkpoint_manager import load_for
-    from tasks.recipes import eval_tasks
+    from tasks.mixtures import eval_tasks
 
     known = eval_tasks(config.data)
     names = config.task_names.split("|") if config.task_names else list(known)

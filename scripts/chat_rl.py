@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.train.rollouts import Rollouts
     from nanochat.train.run import begin, save_progress, start_from, start_or_resume
     from nanochat.train.samples import print_replies
-    from tasks.recipes import rl_tasks
+    from tasks.mixtures import rl_tasks
 
     train_task, test_task = rl_tasks(config.data)
     runtime = setup_runtime(config.device_type)

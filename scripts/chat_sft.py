@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/chat_sft.json."""
     config = parse(ChatSFTConfig, argv)
 
-    from tasks.recipes import sft_tasks, with_own
+    from tasks.mixtures import sft_tasks, with_own
 
     train_task, val_task = with_own(sft_tasks(config.data), config.add)
     result = train_on_conversations(

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/mid_train.json."""
     config = parse(MidTrainConfig, argv)
 
-    from tasks.recipes import mid_tasks, with_own
+    from tasks.mixtures import mid_tasks, with_own
 
     train_task, val_task = with_own(mid_tasks(config.data), config.add)
     result = train_on_conversations(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from nanochat.tools import calculate
+from nanochat.calculator import calculate
 from tasks.common import Conversation, Task, item_random
 from tasks.gsm8k import is_right_number
 

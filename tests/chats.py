@@ -11,7 +11,7 @@ from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from scripts import chat_sft, mid_train
-from tasks import recipes
+from tasks import mixtures as recipes
 from tasks.common import Task
 from tests.models import small_config
 from tests.vocabulary import train_tokenizer

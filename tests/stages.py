@@ -8,7 +8,7 @@ import sys
 
 from nanochat import common
 from scripts import base_train, chat_rl, chat_sft, mid_train
-from tasks import recipes
+from tasks import mixtures as recipes
 from tests.chats import QUIET, ColourTask
 from tests.wordtask import WordTask
 

@@ -14,7 +14,7 @@ from nanochat.decode.graph_decoder import supports
 from nanochat.gpt import GPTConfig
 from nanochat.report import text as report_text
 from scripts import chat_rl
-from tasks import recipes
+from tasks import mixtures as recipes
 from tests.chats import untimed_records
 from tests.wordtask import WordTask, write_sft_checkpoint
 
@@ -113,7 +113,7 @@ from nanochat.train import rl
 from nanochat.gpt import GPTConfig
 from nanochat.decode.graph_decoder import supports
 from scripts import chat_rl
-from tasks import recipes
+from tasks import mixtures as recipes
 from tests.chats import untimed_records
 from tests.wordtask import WordTask
 recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=6))

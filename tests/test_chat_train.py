@@ -17,7 +17,7 @@ from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_mod
 from nanochat.gpt import GPT
 from nanochat.train import samples
 from scripts import chat_eval
-from tasks import recipes
+from tasks import mixtures as recipes
 from tests import chats
 from tests.chats import ColourTask, both_stages, copy_base, learn, losses, records, same, train, weights
 

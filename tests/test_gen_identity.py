@@ -7,7 +7,7 @@ import yaml
 
 from dev import gen_identity
 from nanochat.common import base_dir
-from tasks import recipes
+from tasks import mixtures as recipes
 from tasks.customjson import CustomJSON
 from tests.vocabulary import train_tokenizer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from dev import gen_identity, gen_units
+from nanochat.calculator import calculate
 from nanochat.checkpoint_manager import load_model
-from nanochat.tools import calculate
 from tasks.customjson import CustomJSON
 from tests import chats
 

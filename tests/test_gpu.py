@@ -14,7 +14,7 @@ from nanochat.optim.schedule import LearningRates
 from nanochat.train import accelerate as acceleration
 from nanochat.train.accelerate import accelerate
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
-from tasks import recipes
+from tasks import mixtures as recipes
 from tests import chats
 from tests.models import random_model, small_config
 from tests.vocabulary import train_tokenizer

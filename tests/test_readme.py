@@ -31,7 +31,7 @@ from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from nanochat.train.memory import fit
 from scripts import tok_eval
-from tasks import recipes
+from tasks import mixtures as recipes
 from tests.core_bundles import write_bundle
 from tests.echo_model import echo_config, echo_model
 from tests.test_hub import REPO, published

@@ -6,8 +6,8 @@ from collections import defaultdict
 
 import pytest
 
-from nanochat.tools import calculate
-from tasks import recipes
+from nanochat.calculator import calculate
+from tasks import mixtures as recipes
 from tasks.arithmetic import Arithmetic
 from tasks.common import render_mc
 from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list

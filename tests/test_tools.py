@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.tools import LARGEST, MAX_LENGTH, calculate
+from nanochat.calculator import LARGEST, MAX_LENGTH, calculate
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_works_in_any_thread():
 
 ADVISED = r"""
 from threading import Thread
-from nanochat.tools import calculate
+from nanochat.calculator import calculate
 thread = Thread(target=lambda: print(calculate(r'"a\w".count("w")'), calculate("1if 2 else 3")))
 thread.start()
 thread.join()

@@ -8,8 +8,8 @@ itself wrote. A row ends with <|assistant_end|> or <|bos|>.
 from collections import deque
 from dataclasses import dataclass, field
 
+from nanochat.calculator import calculate
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.tools import calculate
 
 
 @dataclass

@@ -5,7 +5,7 @@
     a path      conversations of your own: a file, a folder or a glob of .jsonl; one in twenty is held out
     auto        hub where the hub's text was downloaded, else embedded
 
-    python -m tasks.recipes    # download the hub's sets, so that no stage after pretraining misses one
+    python -m tasks.mixtures    # download the hub's sets, so that no stage after pretraining misses one
 
 Conversations that give the model a name and a character are learned with the hub's and with the embedded sets
 if they are there, as $NANOCHAT_BASE_DIR/identity_conversations.jsonl; dev/gen_identity.py writes some.
