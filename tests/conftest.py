@@ -12,7 +12,9 @@ import torch
 
 from nanochat.data import embedded
 
-pytest.register_assert_rewrite("tests.sandboxes")  # whose fixtures assert, and which is imported first
+pytest.register_assert_rewrite(
+    "tests.helpers.sandboxes"
+)  # whose fixtures assert, and which is imported first
 
 # models in tests are tiny: threads would only wait for one another
 torch.set_num_threads(1)
@@ -91,7 +93,7 @@ def model_hub(tmp_path, monkeypatch):
     """A hub without repositories that huggingface_hub talks to, here and in processes started from here."""
     from huggingface_hub import close_session, constants
 
-    from tests.model_hub import ModelHub
+    from tests.helpers.model_hub import ModelHub
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # else files go by another protocol
     settings = {"NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}

@@ -16,8 +16,8 @@ import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
 from scripts import hub
-from tests.echo_model import echo, echo_config, echo_model
-from tests.vocabulary import train_tokenizer
+from tests.helpers.echo_model import echo, echo_config, echo_model
+from tests.helpers.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 REPO = "RikkaBotan/nanochat_d20_saint_iberis"

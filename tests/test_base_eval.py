@@ -7,9 +7,9 @@ import pytest
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from scripts import base_eval
-from tests.core_bundles import write_bundle
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.core_bundles import write_bundle
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 
 @pytest.fixture

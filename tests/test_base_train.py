@@ -20,7 +20,7 @@ from nanochat.core_eval import evaluate_core
 from nanochat.metrics import read_metrics
 from nanochat.tokenizer import get_tokenizer
 from scripts import base_loss, base_train, tok_train
-from tests.core_bundles import write_bundle
+from tests.helpers.core_bundles import write_bundle
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device-type=cpu", "--depth=2", "--max-seq-len=16", "--device-batch-size=2"]

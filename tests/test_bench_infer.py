@@ -6,7 +6,7 @@ import pytest
 
 from nanochat.gpt import GPTConfig
 from scripts.bench_infer import main, random_model, step_bytes
-from tests.models import small_config
+from tests.helpers.models import small_config
 
 
 def test_lines(capsys):

@@ -8,10 +8,10 @@ import pytest
 from nanochat.serve.protocol import End
 from nanochat.serve.worker import Worker
 from scripts import bench_serve
-from tests.echo_model import echo_config, echo_model, save_echo
-from tests.fake_backend import FakeBackend, Pause, serve
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.echo_model import echo_config, echo_model, save_echo
+from tests.helpers.fake_backend import FakeBackend, Pause, serve
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = train_tokenizer()

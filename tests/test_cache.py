@@ -1,7 +1,7 @@
 import pytest
 
 from nanochat.cache import HybridCache
-from tests.models import small_config
+from tests.helpers.models import small_config
 
 
 @pytest.mark.parametrize(("sizes", "complaint"), [((0, 4), "batch_size=0"), ((2, 0), "max_len=0")])

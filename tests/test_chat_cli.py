@@ -15,8 +15,8 @@ from nanochat.common import run
 from nanochat.engine import Engine
 from scripts import chat_cli
 from scripts.chat_cli import Chat, converse
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 STOP_HERE = object()  # in a script: Ctrl-C

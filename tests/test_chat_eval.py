@@ -10,8 +10,8 @@ from nanochat.chat_eval import chatcore, evaluate_task, letter_id
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from tasks.common import Task
-from tests.models import random_model, small_config
-from tests.vocabulary import VOCAB_SIZE, WORDS, train_tokenizer
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import VOCAB_SIZE, WORDS, train_tokenizer
 
 SEQ_LEN = 128
 

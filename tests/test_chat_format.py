@@ -6,7 +6,7 @@ import random
 import pytest
 
 from nanochat.tokenizer import SPECIAL_TOKENS
-from tests.vocabulary import VOCAB_SIZE, WORDS, train_tokenizer
+from tests.helpers.vocabulary import VOCAB_SIZE, WORDS, train_tokenizer
 
 
 @pytest.fixture(scope="module")

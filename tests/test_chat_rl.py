@@ -15,8 +15,8 @@ from nanochat.gpt import GPTConfig
 from nanochat.report import text as report_text
 from scripts import chat_rl
 from tasks import mixtures as recipes
-from tests.chats import untimed_records
-from tests.wordtask import WordTask, write_sft_checkpoint
+from tests.helpers.chats import untimed_records
+from tests.helpers.wordtask import WordTask, write_sft_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device-type=cpu", "--examples-per-step=4", "--num-samples=8", "--max-new-tokens=4"]
@@ -114,8 +114,8 @@ from nanochat.gpt import GPTConfig
 from nanochat.decode.graph_decoder import supports
 from scripts import chat_rl
 from tasks import mixtures as recipes
-from tests.chats import untimed_records
-from tests.wordtask import WordTask
+from tests.helpers.chats import untimed_records
+from tests.helpers.wordtask import WordTask
 recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=6))
 step = rl._train_step
 def checked(model, optimizer, rollouts, plan, runtime, progress, batch_size):

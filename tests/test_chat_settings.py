@@ -10,7 +10,7 @@ from nanochat.checkpoint_manager import checkpoint_dir, complete_steps
 from nanochat.common import run
 from scripts import chat_eval, chat_sft, mid_train
 from tasks import mixtures as recipes
-from tests.chats import ColourTask, learn, same, train, weights, write_base_checkpoint
+from tests.helpers.chats import ColourTask, learn, same, train, weights, write_base_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,8 +18,18 @@ from nanochat.gpt import GPT
 from nanochat.train import samples
 from scripts import chat_eval
 from tasks import mixtures as recipes
-from tests import chats
-from tests.chats import ColourTask, both_stages, copy_base, learn, losses, records, same, train, weights
+from tests.helpers import chats
+from tests.helpers.chats import (
+    ColourTask,
+    both_stages,
+    copy_base,
+    learn,
+    losses,
+    records,
+    same,
+    train,
+    weights,
+)
 
 ROOT = Path(__file__).parent.parent
 SFT_TASKS = recipes.sft_tasks

@@ -12,8 +12,8 @@ import pytest
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from scripts import chat_web
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ import torch
 
 from nanochat import checkpoint_manager as cm
 from nanochat.gpt import GPT
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +62,7 @@ def test_full_disk_leaves_the_older_checkpoint_good(tmp_path):
 import resource
 from nanochat import checkpoint_manager as cm
 from nanochat.common import run
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 from pathlib import Path
 def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))

@@ -13,7 +13,7 @@ from nanochat.chat_format import render_conversation
 from nanochat.common import Runtime
 from nanochat.train.conversations import OPEN_ROWS, Conversations, by_width, pack
 from tasks.common import Task
-from tests.vocabulary import WORDS, train_tokenizer
+from tests.helpers.vocabulary import WORDS, train_tokenizer
 
 SEQ_LEN = 40
 

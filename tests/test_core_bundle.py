@@ -15,8 +15,8 @@ import pytest
 
 from nanochat.common import Runtime
 from nanochat.core_bundle import ORIGIN, Example, _unpack, download_bundle, find_bundle, load_bundle
-from tests.core_bundles import write_bundle
-from tests.hub_server import HubServer
+from tests.helpers.core_bundles import write_bundle
+from tests.helpers.hub_server import HubServer
 
 ROOT = Path(__file__).parent.parent
 

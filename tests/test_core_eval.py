@@ -9,9 +9,9 @@ from nanochat import core_eval
 from nanochat.common import Runtime
 from nanochat.core_bundle import Bundle, CoreTask, Example, load_bundle
 from nanochat.core_eval import crop, evaluate_core, prompt_texts, score_prompts, tokenize_prompts
-from tests.core_bundles import PLAIN_WORDS, write_bundle
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.core_bundles import PLAIN_WORDS, write_bundle
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat.cache import HybridCache
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 
 PLANS = [{"slc_rate": 0}, {"slc_rate": 1}, {"slc_rate": 2}, {"slc_rate": 3}, {"slc_rate": 3, "n_kernel": 1}]
 PLANS += [{"slc_rate": 3, "n_kernel": 4}, {"slc_rate": 2, "n_head": 4, "n_kv_head": 2}, {"n_layer": 7}]

@@ -10,7 +10,7 @@ from nanochat.decode.decoder import PlainDecoder, decoder_for
 from nanochat.decode.graph_decoder import GraphDecoder
 from nanochat.gpt import GPTConfig
 from nanochat.sampling import SamplingParams
-from tests.models import random_model
+from tests.helpers.models import random_model
 
 GREEDY = SamplingParams(temperature=0.0)
 SHAPES = [

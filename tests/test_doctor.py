@@ -8,8 +8,8 @@ import pytest
 from nanochat import doctor
 from nanochat.gpt import GPTConfig
 from scripts import doctor as script
-from tests.hub_server import HubServer
-from tests.models import random_model
+from tests.helpers.hub_server import HubServer
+from tests.helpers.models import random_model
 
 SMALL = ["--device-type=cpu", "--depth=2", "--vocab-size=300", "--max-seq-len=64", "--data=embedded"]
 

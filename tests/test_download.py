@@ -11,7 +11,7 @@ import pytest
 
 from nanochat.data import download
 from nanochat.dataset import REPO_ID, VAL_SHARD, main, shard_paths, write_parquet
-from tests.hub_server import HubServer
+from tests.helpers.hub_server import HubServer
 
 SHARD = "shard_00000.parquet"
 fetch = partial(download.download_shard, REPO_ID)

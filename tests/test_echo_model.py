@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nanochat.serve.worker import Worker
-from tests.echo_model import KEYS, echo, echo_config, echo_model
+from tests.helpers.echo_model import KEYS, echo, echo_config, echo_model
+from tests.helpers.vocabulary import WORDS, train_tokenizer
 from tests.test_worker import Reader
-from tests.vocabulary import WORDS, train_tokenizer
 
 TOKENIZER = train_tokenizer()
 

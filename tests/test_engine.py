@@ -12,8 +12,8 @@ from nanochat import engine as engine_module
 from nanochat.decode.decoder import Decoder, PlainDecoder
 from nanochat.engine import Engine
 from nanochat.tokenizer import SPECIAL_TOKENS
-from tests.models import random_model, small_config
-from tests.vocabulary import VOCAB_SIZE, train_tokenizer
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer
 
 PLANS = [
     {"slc_rate": 3},

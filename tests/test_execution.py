@@ -12,12 +12,12 @@ import pytest
 
 from nanochat import execution
 from nanochat.execution import OUTPUT_BYTES, ExecutionResult, execute_code
-from tests.sandboxes import (
+from tests.helpers.sandboxes import (
     PATIENCE_S,
     needs_linux,
 )
 
-pytest_plugins = "tests.sandboxes"
+pytest_plugins = "tests.helpers.sandboxes"
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 

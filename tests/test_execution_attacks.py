@@ -10,7 +10,7 @@ import pytest
 
 from nanochat import execution
 from nanochat.execution import execute_code
-from tests.sandboxes import (
+from tests.helpers.sandboxes import (
     HAS_SECCOMP,
     PATIENCE_S,
     PRELUDE,
@@ -21,7 +21,7 @@ from tests.sandboxes import (
     take_walls_away,
 )
 
-pytest_plugins = "tests.sandboxes"
+pytest_plugins = "tests.helpers.sandboxes"
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 

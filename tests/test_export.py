@@ -22,8 +22,8 @@ from nanochat.hub.export import export_checkpoint, import_checkpoint
 from nanochat.hub.hf_tokenizer import load_hf_tokenizer
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import export_hf, import_hf
-from tests.models import random_model, small_config
-from tests.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
 
 @pytest.fixture

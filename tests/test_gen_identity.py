@@ -9,7 +9,7 @@ from dev import gen_identity
 from nanochat.common import base_dir
 from tasks import mixtures as recipes
 from tasks.customjson import CustomJSON
-from tests.vocabulary import train_tokenizer
+from tests.helpers.vocabulary import train_tokenizer
 
 PERSONA = {
     "name": "Iberis",

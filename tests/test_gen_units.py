@@ -10,7 +10,7 @@ from dev import gen_identity, gen_units
 from nanochat.calculator import calculate
 from nanochat.checkpoint_manager import load_model
 from tasks.customjson import CustomJSON
-from tests import chats
+from tests.helpers import chats
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ from nanochat.gpt import GPT, GPTConfig, apply_rotary, head_logits, head_loss, r
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from nanochat.sampling import penalize_repetition, sample
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 
 
 def meta_model(config):

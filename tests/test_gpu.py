@@ -15,10 +15,10 @@ from nanochat.train import accelerate as acceleration
 from nanochat.train.accelerate import accelerate
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
 from tasks import mixtures as recipes
-from tests import chats
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
-from tests.wordtask import WordTask
+from tests.helpers import chats
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
+from tests.helpers.wordtask import WordTask
 
 pytestmark = pytest.mark.gpu
 

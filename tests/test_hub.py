@@ -14,10 +14,10 @@ from nanochat.common import write_json
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, RustBPETokenizer
 from scripts import chat_cli, hub
-from tests import chats
-from tests.echo_model import echo, echo_config, echo_model
-from tests.models import random_model, small_config
-from tests.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
+from tests.helpers import chats
+from tests.helpers.echo_model import echo, echo_config, echo_model
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
 REPO = "RikkaBotan/nanochat_d20_saint_iberis"
 TAG = "nanochat_d20_saint_iberis"

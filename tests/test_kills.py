@@ -1,8 +1,8 @@
-"""A short form of tests/kills.py, which runs as long as one likes."""
+"""A short form of tests/helpers/kills.py, which runs as long as one likes."""
 
 import random
 
-from tests import kills
+from tests.helpers import kills
 
 
 def test_killed_ranks_lose_nothing(tmp_path, base_dir):

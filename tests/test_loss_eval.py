@@ -5,7 +5,7 @@ import torch
 
 from nanochat.loss_eval import evaluate_bpb
 from scripts import base_loss
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 
 
 def test_bpb_is_nats_over_bytes_without_specials_and_ignored_targets():

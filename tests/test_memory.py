@@ -4,7 +4,7 @@ from nanochat.common import Runtime
 from nanochat.gpt import GPTConfig
 from nanochat.train.memory import choose_rows, fit, training_bytes
 from scripts import bench_train
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 
 GIB = 2**30
 

@@ -7,7 +7,7 @@ from nanochat import optim
 from nanochat.kernels.train import muon, newton_schulz
 from nanochat.kernels.train.mlp import Tile
 from nanochat.kernels.train.newton_schulz import fits, iterate, symmetric_product
-from tests.kernels import error, poison
+from tests.helpers.kernels import error, poison
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # a rounding of the result
 

@@ -6,8 +6,8 @@ import openai
 import pytest
 
 from nanochat.serve.protocol import End, QueueFull, Token
-from tests.fake_backend import FakeBackend, Pause, serve, wait_for
-from tests.vocabulary import train_tokenizer
+from tests.helpers.fake_backend import FakeBackend, Pause, serve, wait_for
+from tests.helpers.vocabulary import train_tokenizer
 
 ROCKET = "\U0001f680"
 MESSAGES = [{"role": "user", "content": "the river"}]

@@ -6,7 +6,7 @@ import torch
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, build_optimizer, muon_update, orthogonalize
 from nanochat.optim.schedule import LearningRates
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4), (1, 7), (30, 31)])

@@ -7,8 +7,8 @@ import pytest
 from nanochat.serve.pool import Pool
 from nanochat.serve.protocol import Closed, End, QueueFull, Request
 from nanochat.serve.worker import Worker
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 TOKENIZER = train_tokenizer()
 

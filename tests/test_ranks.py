@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, delete_checkpoint, load_tensors, model_path
-from tests import ranks
-from tests.chats import untimed_records
-from tests.core_bundles import write_bundle
-from tests.vocabulary import train_tokenizer
+from tests.helpers import ranks
+from tests.helpers.chats import untimed_records
+from tests.helpers.core_bundles import write_bundle
+from tests.helpers.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def torchrun(n_nodes, n_ranks, *arguments):
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={n_nodes}"]
     command += [f"--nproc_per_node={n_ranks}", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
-    command += ["--local_addr=127.0.0.1", "-m", "tests.ranks", *arguments]
+    command += ["--local_addr=127.0.0.1", "-m", "tests.helpers.ranks", *arguments]
     environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1"}
     nodes = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(n_nodes)]
     try:

@@ -32,11 +32,11 @@ from nanochat.optim.schedule import LearningRates
 from nanochat.train.memory import fit
 from scripts import tok_eval
 from tasks import mixtures as recipes
-from tests.core_bundles import write_bundle
-from tests.echo_model import echo_config, echo_model
+from tests.helpers.core_bundles import write_bundle
+from tests.helpers.echo_model import echo_config, echo_model
+from tests.helpers.vocabulary import train_tokenizer
 from tests.test_hub import REPO, published
 from tests.test_transformers_model import QUESTIONS, TASK
-from tests.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README, JAPANESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md"))
@@ -92,7 +92,7 @@ ELSEWHERE = {
         "tests/test_base_train.py"
     ),
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=d20 --rdzv_endpoint=HOST0:29500 "
-    "-m scripts.base_train -- --depth=20 --save-every=500 --resume": "tests/ranks.py",
+    "-m scripts.base_train -- --depth=20 --save-every=500 --resume": "tests/helpers/ranks.py",
 }
 NEEDED = {  # arguments without which a command is not even read
     "scripts.hub": ["push", "me/x"],

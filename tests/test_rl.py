@@ -14,9 +14,9 @@ from nanochat.train.rl import accumulate, policy_loss, train
 from nanochat.train.rollouts import Sample
 from nanochat.train.run import Progress
 from tasks.common import TaskMixture
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
-from tests.wordtask import WordTask, rollouts_of
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
+from tests.helpers.wordtask import WordTask, rollouts_of
 
 RUNTIME = Runtime.cpu()
 

@@ -4,8 +4,8 @@ import pytest
 
 from nanochat.common import Runtime
 from nanochat.train.rollouts import advantages, shuffled, step_seed
-from tests.vocabulary import train_tokenizer
-from tests.wordtask import FakeEngine, WordTask, rollouts_of
+from tests.helpers.vocabulary import train_tokenizer
+from tests.helpers.wordtask import FakeEngine, WordTask, rollouts_of
 
 RUNTIME = Runtime.cpu()
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from nanochat.gpt import NORM_EPS, CausalSelfAttention, apply_rotary, norm, rotary_tables
 from nanochat.kernels.train.rope import rope, rope_, rope_backward
-from tests.kernels import error, on_gpu, poison
-from tests.models import small_config
+from tests.helpers.kernels import error, on_gpu, poison
+from tests.helpers.models import small_config
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # relative Frobenius error
 

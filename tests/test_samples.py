@@ -8,9 +8,9 @@ import torch
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.train.samples import N_REPLIES, print_replies
-from tests.chats import ColourTask
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.chats import ColourTask
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from starlette.testclient import TestClient
 from nanochat.serve.protocol import Closed, End, QueueFull
 from nanochat.serve.server import Settings, create_app
 from nanochat.serve.worker import Worker
-from tests.fake_backend import FakeBackend, Pause, serve, wait_for
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.fake_backend import FakeBackend, Pause, serve, wait_for
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 ROCKET = "\U0001f680"
 HELLO = {"messages": [{"role": "user", "content": "the river"}]}

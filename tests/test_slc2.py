@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanochat.slc2 import SLC2, gate, short_conv
-from tests.models import small_config
+from tests.helpers.models import small_config
 
 
 def silu(v):

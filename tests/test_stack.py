@@ -10,7 +10,7 @@ from nanochat.optim import build_optimizer
 from nanochat.optim import stack as stack_module
 from nanochat.optim.schedule import LearningRates
 from nanochat.optim.stack import Stack, slots_at_a_time
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
 
 
 def optimizers(world_size, seed=0):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nanochat.decode.stream_decoder import StreamDecoder
-from tests.vocabulary import train_tokenizer
+from tests.helpers.vocabulary import train_tokenizer
 
 
 @pytest.fixture(scope="module")

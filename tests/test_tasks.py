@@ -9,7 +9,7 @@ from tasks.arc import ARC
 from tasks.gsm8k import GSM8K, extract_answer
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tests.vocabulary import train_tokenizer
+from tests.helpers.vocabulary import train_tokenizer
 
 
 @pytest.fixture(scope="module")

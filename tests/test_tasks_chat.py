@@ -9,7 +9,7 @@ import pytest
 
 from tasks.customjson import CustomJSON
 from tasks.smoltalk import SmolTalk, well_formed
-from tests.vocabulary import train_tokenizer
+from tests.helpers.vocabulary import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tasks.arithmetic import Arithmetic
 from tasks.common import render_mc
 from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
 from tasks.stdlib import KINDS, DocChoice, DocQuestion, entries
-from tests.vocabulary import train_tokenizer
+from tests.helpers.vocabulary import train_tokenizer
 
 WORDS = [a + b + c for a in "bcdfg" for b in "aeiou" for c in "lmnrst"]
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.hub import load_rows
-from tests.hub_server import HubServer
+from tests.helpers.hub_server import HubServer
 
 REPO, SUBSET = "somebody/sums", "main"
 COLUMNS = ("question", "answer")

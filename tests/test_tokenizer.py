@@ -19,7 +19,7 @@ from nanochat.tokenizer import (
     RustBPETokenizer,
     get_tokenizer,
 )
-from tests.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
+from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 HARD_TEXTS = [

@@ -14,8 +14,8 @@ from nanochat.slc2 import PACKED_ALIGN
 from nanochat.train import accelerate as acceleration
 from nanochat.train import chunked_loss
 from nanochat.train.accelerate import accelerate, fuse, lacking
-from tests.kernels import error, on_gpu, poison
-from tests.models import random_model
+from tests.helpers.kernels import error, on_gpu, poison
+from tests.helpers.models import random_model
 
 # relative Frobenius error of values and gradients; of sums over all tokens, which are kept in float32
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4e-3, 2e-3)}

@@ -16,9 +16,9 @@ from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpo
 from nanochat.common import base_dir
 from nanochat.hub.export import import_checkpoint
 from scripts import export_hf
-from tests.models import random_model, small_config
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer
 from tests.test_hf_tokenizer import MULTILINGUAL, SPECIAL_LOOKING
-from tests.vocabulary import VOCAB_SIZE, train_tokenizer
 
 PLANS = [
     {},

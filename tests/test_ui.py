@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from tests.chat_page import (
+from tests.helpers.chat_page import (
     PATIENCE_S,
     answers,
     ask,
@@ -16,9 +16,9 @@ from tests.chat_page import (
     sent,
     stored_chat,
 )
-from tests.fake_chat_server import HANG_UP, WAIT, FakeChatServer, Refusal, tokens
+from tests.helpers.fake_chat_server import HANG_UP, WAIT, FakeChatServer, Refusal, tokens
 
-pytest_plugins = "tests.chat_browser"
+pytest_plugins = "tests.helpers.chat_browser"
 
 
 # ---- Asking

@@ -5,10 +5,10 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.chat_page import MARKDOWN, answers, box, exchange, finish, say
-from tests.fake_chat_server import WAIT, Refusal, tokens
+from tests.helpers.chat_page import MARKDOWN, answers, box, exchange, finish, say
+from tests.helpers.fake_chat_server import WAIT, Refusal, tokens
 
-pytest_plugins = "tests.chat_browser"
+pytest_plugins = "tests.helpers.chat_browser"
 
 
 SIZES = """() => [...document.querySelectorAll("button, input, textarea")].filter(

@@ -6,10 +6,10 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.chat_page import MARKDOWN, answers, ask, at_most, exchange, say, stored_chat
-from tests.fake_chat_server import PAGE, Refusal, tokens
+from tests.helpers.chat_page import MARKDOWN, answers, ask, at_most, exchange, say, stored_chat
+from tests.helpers.fake_chat_server import PAGE, Refusal, tokens
 
-pytest_plugins = "tests.chat_browser"
+pytest_plugins = "tests.helpers.chat_browser"
 
 
 def test_calls_of_the_calculator_are_chips(page, server):

@@ -5,10 +5,10 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from tests.chat_page import PATIENCE_S, answers, box, chat_button, exchange, say
-from tests.fake_chat_server import WAIT, tokens
+from tests.helpers.chat_page import PATIENCE_S, answers, box, chat_button, exchange, say
+from tests.helpers.fake_chat_server import WAIT, tokens
 
-pytest_plugins = "tests.chat_browser"
+pytest_plugins = "tests.helpers.chat_browser"
 
 
 def test_reload_keeps_conversations_and_drafts(page, server):

@@ -16,8 +16,8 @@ from nanochat.decode.decoder import PlainDecoder
 from nanochat.engine import Engine
 from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token
 from nanochat.serve.worker import Worker
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 TOKENIZER = train_tokenizer()
 

@@ -1,6 +1,6 @@
 """What the tests of the sandbox share: a place that must be empty afterwards, and systems that lack walls.
 
-A test module takes the fixtures with `pytest_plugins = "tests.sandboxes"`.
+A test module takes the fixtures with `pytest_plugins = "tests.helpers.sandboxes"`.
 """
 
 import ctypes

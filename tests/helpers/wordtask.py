@@ -5,8 +5,8 @@ from nanochat.decode.row import Completion
 from nanochat.engine import Engine
 from nanochat.train.rollouts import Rollouts
 from tasks.common import Task
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 
 class WordTask(Task):

@@ -7,8 +7,8 @@ import pytest
 
 from nanochat.serve.delivery import SEND_S, TICK_S, Generations
 from nanochat.serve.protocol import End, Request, Token
-from tests.fake_backend import FakeBackend, FakeHandle, Pause, wait_for
-from tests.vocabulary import train_tokenizer
+from tests.helpers.fake_backend import FakeBackend, FakeHandle, Pause, wait_for
+from tests.helpers.vocabulary import train_tokenizer
 
 
 @pytest.fixture

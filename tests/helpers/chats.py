@@ -13,8 +13,8 @@ from nanochat.optim.schedule import LearningRates
 from scripts import chat_sft, mid_train
 from tasks import mixtures as recipes
 from tasks.common import Task
-from tests.models import small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.models import small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 QUIET = ["--device-type=cpu", "--eval-every=0", "--sample-every=0", "--save-every=0"]
 SCRIPTS = {

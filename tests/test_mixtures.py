@@ -7,7 +7,7 @@ import pytest
 from nanochat.chat_format import render_conversation
 from nanochat.dataset import VAL_SHARD, write_parquet
 from tasks import mixtures as recipes
-from tests.vocabulary import train_tokenizer
+from tests.helpers.vocabulary import train_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 ARC = {

@@ -30,7 +30,7 @@ from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.common import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
-from tests.vocabulary import WORDS, train_tokenizer
+from tests.helpers.vocabulary import WORDS, train_tokenizer
 
 KEYS = string.ascii_uppercase[:16]
 CLASSES = 26
@@ -124,7 +124,7 @@ def save_echo(longest: int = 150, **changes: int) -> Path:
 
     To check a GPU, where rounding depends on who else is served:
 
-        python -c "from tests.echo_model import save_echo; print(save_echo(sequence_len=2048))"
+        python -c "from tests.helpers.echo_model import save_echo; print(save_echo(sequence_len=2048))"
         python -m scripts.chat_web -g echo &
         python -m scripts.bench_serve --expect=$NANOCHAT_BASE_DIR/expect.jsonl
     """

@@ -4,7 +4,7 @@ import csv
 import json
 import random
 
-from tests.vocabulary import WORDS
+from tests.helpers.vocabulary import WORDS
 
 CORE_YAML = r"""icl_tasks:
 -

@@ -12,7 +12,7 @@ from nanochat.core_eval import evaluate_core
 from nanochat.optim import stack
 from scripts import base_train, chat_sft, mid_train
 from tasks import mixtures as recipes
-from tests.chats import QUIET, ColourTask
+from tests.helpers.chats import QUIET, ColourTask
 
 TASK = ColourTask(20), ColourTask(5, seed=1)
 NUM_STEPS, HALF = 20, 10

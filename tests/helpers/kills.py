@@ -1,6 +1,6 @@
 """Kill a rank of a run again and again, and see that nothing is lost but the steps since the last checkpoint.
 
-python -m tests.kills 70        four stages of 70 steps, killed until one run gets through: about 70 times, a
+python -m tests.helpers.kills 70        four stages of 70 steps, killed until one run gets through: about 70 times, a
                                 week's worth of bad luck in some minutes; the suite runs a short form
 """
 
@@ -20,9 +20,9 @@ import torch
 from nanochat.checkpoint_manager import check_bytes, checkpoint_dir, complete_steps, load_tensors, model_path
 from nanochat.common import Runtime
 from nanochat.metrics import read_metrics
-from tests.chats import untimed_records
-from tests.stages import SAVE_EVERY, STAGES
-from tests.vocabulary import train_tokenizer
+from tests.helpers.chats import untimed_records
+from tests.helpers.stages import SAVE_EVERY, STAGES
+from tests.helpers.vocabulary import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def prepare(folder):
 
 def launch(text, num_steps, *tags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.stages", str(text), str(num_steps), *tags]
+    command += ["-m", "tests.helpers.stages", str(text), str(num_steps), *tags]
     environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1", "NANOCHAT_TIMEOUT_S": "20"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)

@@ -1,6 +1,6 @@
 """Fixtures of the chat page's tests: a real browser, and a server that answers by script.
 
-A test module takes them with `pytest_plugins = "tests.chat_browser"`.
+A test module takes them with `pytest_plugins = "tests.helpers.chat_browser"`.
 """
 
 import os
@@ -9,8 +9,8 @@ import shutil
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from tests.chat_page import PATIENCE_S
-from tests.fake_chat_server import FakeChatServer
+from tests.helpers.chat_page import PATIENCE_S
+from tests.helpers.fake_chat_server import FakeChatServer
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -18,9 +18,9 @@ from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates, Plan
 from nanochat.train.run import EmaLoss, Progress, report_training, start_or_resume, warm_start
-from tests.chats import write_base_checkpoint
-from tests.models import random_model, small_config
-from tests.vocabulary import train_tokenizer
+from tests.helpers.chats import write_base_checkpoint
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import train_tokenizer
 
 
 def test_warm_start_takes_momentum_and_keeps_the_settings(base_dir):

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 
-from tests.hub_server import Handler, HubServer
+from tests.helpers.hub_server import Handler, HubServer
 
 
 class ModelHandler(Handler):

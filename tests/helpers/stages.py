@@ -9,8 +9,8 @@ import sys
 from nanochat import common
 from scripts import base_train, chat_rl, chat_sft, mid_train
 from tasks import mixtures as recipes
-from tests.chats import QUIET, ColourTask
-from tests.wordtask import WordTask
+from tests.helpers.chats import QUIET, ColourTask
+from tests.helpers.wordtask import WordTask
 
 SAVE_EVERY = 3
 STAGES = ("base", "mid", "sft", "rl")

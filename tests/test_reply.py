@@ -6,8 +6,8 @@ import pytest
 
 from nanochat.serve.protocol import End, Token
 from nanochat.serve.reply import Sample, find_stop
-from tests.fake_backend import FakeBackend
-from tests.vocabulary import train_tokenizer
+from tests.helpers.fake_backend import FakeBackend
+from tests.helpers.vocabulary import train_tokenizer
 
 ROCKET = "\U0001f680"
 
