@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from nanochat.common import base_dir, parse, run
-from nanochat.dataset import own_files, source
+from nanochat.data.own_text import own_files
+from nanochat.dataset import source
 from tasks.arc import ARC
 from tasks.arithmetic import FORMS, NEW_FORMS, Arithmetic
 from tasks.common import Task, TaskMixture, TaskSequence

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nanochat import dataloader
+from nanochat.data.shards import write_parquet
 from nanochat.dataloader import merge_states, packed_batches
-from nanochat.dataset import write_parquet
 
 BOS = 256
 

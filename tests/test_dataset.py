@@ -5,14 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset
 from nanochat.common import base_dir
+from nanochat.data import own_text
+from nanochat.data.shards import write_parquet
 from nanochat.dataset import (
     VAL_SHARD,
     parquets_iter_batched,
     resolve,
     shard_paths,
-    write_parquet,
 )
 
 SHARD = "shard_00000.parquet"
@@ -47,7 +47,7 @@ def test_the_validation_shard_of_the_hub_is_pinned(base_dir):
 
 def test_auto_takes_the_hub_only_when_it_is_there(base_dir, monkeypatch):
     monkeypatch.setattr(
-        "nanochat.data.embedded.write_shards", lambda path: make_shards(path, SHARD, "shard_00001.parquet")
+        "nanochat.dataset.write_shards", lambda path: make_shards(path, SHARD, "shard_00001.parquet")
     )
     assert resolve("auto") == base_dir / "embedded_data"
     make_shards(base_dir / "base_data", VAL_SHARD)
@@ -136,7 +136,7 @@ def test_conversion_happens_once_and_again_when_the_files_change(tmp_path, monke
     first = resolve(str(tmp_path))
     assert first.parent == base_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "write_parquet", None)
+        patch.setattr(own_text, "write_parquet", None)
         assert resolve(str(tmp_path / "*.jsonl")) == first
     write_jsonl(tmp_path / "mine.jsonl", ["a", "b", "c"])
     second = resolve(str(tmp_path))
@@ -152,7 +152,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, base_dir, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "write_parquet", full_disk)
+        patch.setattr(own_text, "write_parquet", full_disk)
         with pytest.raises(OSError, match="No space"):
             resolve(str(tmp_path))
     assert list(base_dir.iterdir()) == []

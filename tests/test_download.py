@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 
 from nanochat.data import download
-from nanochat.dataset import REPO_ID, VAL_SHARD, main, shard_paths, write_parquet
+from nanochat.data.shards import write_parquet
+from nanochat.dataset import REPO_ID, VAL_SHARD, main, shard_paths
 from tests.helpers.hub_server import HubServer
 
 SHARD = "shard_00000.parquet"

@@ -5,7 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.chat_format import render_conversation
-from nanochat.dataset import VAL_SHARD, write_parquet
+from nanochat.data.shards import write_parquet
+from nanochat.dataset import VAL_SHARD
 from tasks import mixtures as recipes
 from tests.helpers.vocabulary import train_tokenizer
 

@@ -9,7 +9,7 @@ paragraphs of them, that repeat earlier ones word for word are dropped (`bytes` 
 theirs), so that what is held out for validation is not also trained on. The rest is gathered, module by
 module, into documents of a few hundred to three thousand characters, and shuffled; one in twenty is held out.
 
-    python -c "from pathlib import Path; from nanochat.data.embedded import write_shards; write_shards(Path('.'))"
+    python -c "import pathlib, nanochat.data.embedded as e; e.write_shards(pathlib.Path('.'))"
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nanochat.common import write_json
+from nanochat.data.shards import write_parquet
 
 MIN_CHARS, MAX_CHARS = 300, 3000  # of a document; what is left over of a module is dropped
 MIN_ENTRY_CHARS = 16  # of a docstring worth keeping
@@ -49,8 +50,6 @@ def write_shards(directory: Path) -> None:
 
     The same Python installation always gives the same bytes of text in the same order.
     """
-    from nanochat.dataset import write_parquet
-
     texts = documents()
     splits: dict[str, list[str]] = {"train": [], "val": []}
     for index, text in enumerate(texts):
