@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 from nanochat import report
 from nanochat.report import plots as report_plots
+from nanochat.report.__main__ import main
 from nanochat.report.markdown import duration, fence, table
 from nanochat.report.text import PICTURES, STAGES, render, rewards_table, summary, wall_clock
 
@@ -55,7 +56,7 @@ def folder(base_dir):
 
 
 def generated(folder, *flags):
-    assert report.main(["generate", *(flags or ["--dollars-per-hour=24"])]) == 0
+    assert main(["generate", *(flags or ["--dollars-per-hour=24"])]) == 0
     return (folder / "report.md").read_text(encoding="utf-8")
 
 
@@ -295,21 +296,21 @@ def test_plot_compares_runs(tmp_path):
     write_metrics(tmp_path / "a.jsonl")
     write_metrics(tmp_path / "d4" / "metrics.jsonl")
     out = tmp_path / "curves.png"
-    assert report.main(["plot", str(tmp_path / "a.jsonl"), str(tmp_path / "d4"), f"--out={out}"]) == 0
+    assert main(["plot", str(tmp_path / "a.jsonl"), str(tmp_path / "d4"), f"--out={out}"]) == 0
     assert_is_a_picture(out)
     write_metrics(tmp_path / "b.jsonl", n_steps=0)
     out.unlink()
-    report.main(["plot", str(tmp_path / "b.jsonl"), f"--out={out}"])
+    main(["plot", str(tmp_path / "b.jsonl"), f"--out={out}"])
     assert_is_a_picture(out)
     write_metrics(tmp_path / "b.jsonl", n_steps=0, evals=())
     with pytest.raises(ValueError, match=r"b\.jsonl has no steps and no evaluations"):
-        report.main(["plot", str(tmp_path / "b.jsonl"), f"--out={out}"])
+        main(["plot", str(tmp_path / "b.jsonl"), f"--out={out}"])
 
 
 def test_a_name_is_no_formula(tmp_path):
     """Matplotlib could not read that of this run."""
     run = write_metrics(tmp_path / "$x^$" / "metrics.jsonl")
-    assert report.main(["plot", run, f"--out={tmp_path / 'curves.png'}"]) == 0
+    assert main(["plot", run, f"--out={tmp_path / 'curves.png'}"]) == 0
     records = [{"step": i, "reward": 0.5, "rewards": {"$x^$": 1.0, "b": 0.0}} for i in range(3)]
     report_plots._save(report_plots.reward(records), tmp_path / "reward.png")
 
@@ -321,7 +322,7 @@ def test_the_panels_of_a_comparison(tmp_path, base_dir, monkeypatch):
     for stage in ("base", "chatsft"):
         write_metrics(base_dir / f"{stage}_checkpoints" / "d4" / "metrics.jsonl")
     write_metrics(tmp_path / "quick" / "metrics.jsonl", evals=())
-    report.main(["plot", "d4", "sft/d4", str(tmp_path / "quick")])
+    main(["plot", "d4", "sft/d4", str(tmp_path / "quick")])
     loss, bpb, speed = drawn[0].axes
     names = ["base_checkpoints/d4", "chatsft_checkpoints/d4", f"{tmp_path.name}/quick"]
     assert [line.get_label() for line in loss.lines] == [line.get_label() for line in speed.lines] == names
@@ -336,7 +337,7 @@ def test_the_panels_of_a_comparison(tmp_path, base_dir, monkeypatch):
     assert list(bpb.lines[0].get_xdata()) == [0, 20, 40]
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == names
     assert speed.get_ylim()[0] == 0
-    report.main(["plot", str(tmp_path / "quick")])
+    main(["plot", str(tmp_path / "quick")])
     assert [line.get_label() for line in drawn[1].axes[0].lines] == ["quick"]
 
 
@@ -346,7 +347,7 @@ def test_a_run_that_is_nowhere(run, base_dir):
     with pytest.raises(
         FileNotFoundError, match=f"no metrics.jsonl for run '{run}': give the file, its folder"
     ):
-        report.main(["plot", "d4", run])
+        main(["plot", "d4", run])
 
 
 def test_reset_removes_the_last_report_and_nothing_else(folder, monkeypatch):
@@ -356,7 +357,7 @@ def test_reset_removes_the_last_report_and_nothing_else(folder, monkeypatch):
         path.write_text("mine")
     (folder / "chat_eval_sft_part.json").write_text("{}")
     monkeypatch.setenv("NPROC_PER_NODE", "8")
-    assert report.main(["reset"]) == 0
+    assert main(["reset"]) == 0
     assert sorted(folder.iterdir()) == sorted([*kept, folder / "start.json"])
 
     start = json.loads((folder / "start.json").read_text())
@@ -371,14 +372,14 @@ def test_reset_removes_the_last_report_and_nothing_else(folder, monkeypatch):
 def test_what_is_done_again_leaves_the_report(folder):
     """A run of another depth, cut off or without RL, was shown beside stages of the last one."""
     (folder / "start.json").write_text('{"started_at": 1}')
-    assert report.main(["reset", "--since=base_eval"]) == 0
+    assert main(["reset", "--since=base_eval"]) == 0
     assert {path.stem for path in folder.iterdir()} == {"start", *list(RESULTS)[:4]}
     assert json.loads((folder / "start.json").read_text()) == {"started_at": 1}
-    report.main(["reset", "--since=base_train"])  # had ended: this is another run
+    main(["reset", "--since=base_train"])  # had ended: this is another run
     assert {path.stem for path in folder.iterdir()} == {"start", "tok_train", "tok_eval"}
     started = json.loads((folder / "start.json").read_text())["started_at"]
     assert started > 1
-    report.main(["reset", "--since=base_train"])  # was cut off: this is still that run
+    main(["reset", "--since=base_train"])  # was cut off: this is still that run
     assert json.loads((folder / "start.json").read_text())["started_at"] == started
 
 
@@ -387,7 +388,7 @@ def test_the_default_rent_is_that_of_the_gpus(folder):
     argv = ["generate"]
     for gpus, price in (([], "$0.00"), ([{"name": "H100"}] * 8, "$24.00"), ("junk", "$0.00")):
         (folder / "start.json").write_text(json.dumps({"gpus": gpus}))
-        report.main(argv)
+        main(argv)
         assert f"at {price}/h" in (folder / "report.md").read_text()
 
 
@@ -415,4 +416,4 @@ def test_environment_without_git_or_gpu(monkeypatch):
 )
 def test_bad_arguments(argv, message):
     with pytest.raises(ValueError, match=message):
-        report.main(argv)
+        main(argv)

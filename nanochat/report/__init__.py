@@ -1,105 +1,26 @@
 """The report of a run: report/report.md with pictures, made of the JSON that each stage leaves in report/.
 
-    python -m nanochat.report reset                                # before the first stage
-    python -m nanochat.report reset --since=mid_train              # before this stage is done again
-    python -m nanochat.report generate --dollars-per-hour=24       # at any time, also of an unfinished run
-    python -m nanochat.report plot d12 sft/d12 B/metrics.jsonl --out=curves.png
-
 Stages call nanochat.common.write_report and know nothing of this; here their numbers are read and laid out
-(report_text.py), drawn (report_plots.py), and never computed anew.
+(text.py), drawn (plots.py), and never computed anew. __main__.py is the command.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import Positional, subcommand
-
-from nanochat.common import atomic_write, base_dir, parse, run, write_json
+from nanochat.common import atomic_write, base_dir, write_json
 from nanochat.report.markdown import duration, items
 from nanochat.report.text import PICTURES, STAGES, card, cost, render, total_seconds
 
 logger = logging.getLogger(__name__)
 DOLLARS_PER_GPU_HOUR = 3.0  # of an H100 that is rented, eight of which are the $24 of the speedrun
-
-
-@dataclass(frozen=True)
-class Reset:
-    """Start a new report: remove the results of the last run, note the time and the environment."""
-
-    since: str | None = None
-    """the first stage that is done again: the results of those before it stay, and so do time and environment
-    unless a finished pretraining is done again"""
-
-    def __post_init__(self) -> None:
-        if self.since not in (None, *STAGES):
-            raise ValueError(f"since={self.since!r} must be one of {', '.join(STAGES)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate:
-    """Write report.md and its pictures, and show a short card."""
-
-    dollars_per_hour: float | None = None
-    """rent of the machine; None: 3 for each GPU that was there at the start"""
-
-    def __post_init__(self) -> None:
-        if self.dollars_per_hour is not None and not 0 <= self.dollars_per_hour < math.inf:
-            raise ValueError(f"dollars_per_hour={self.dollars_per_hour} must be 0 or more, and finite")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """Compare runs: training loss, validation bits per byte and tokens a second in one picture."""
-
-    runs: Positional[tuple[str, ...]]
-    """metrics.jsonl files, checkpoint folders, or model tags (d12, or sft/d12 for a later stage)"""
-    out: Path = Path("curves.png")
-    """the picture: .png, .svg or .pdf"""
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ValueError("plot needs at least one run: a metrics.jsonl, its folder, or a model tag")
-        if self.out.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"out={str(self.out)!r} must end in .png, .svg or .pdf")
-        if not self.out.parent.is_dir():
-            raise ValueError(f"out={str(self.out)!r}: there is no folder {self.out.parent}; make it first")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """What to do."""
-
-    command: (
-        Annotated[Reset, subcommand("reset", prefix_name=False)]
-        | Annotated[Generate, subcommand("generate", prefix_name=False)]
-        | Annotated[Plot, subcommand("plot", prefix_name=False)]
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Reset, generate or plot."""
-    match parse(ReportConfig, argv).command:
-        case Reset(since=since):
-            reset(since)
-        case Generate(dollars_per_hour=dollars_per_hour):
-            generate(dollars_per_hour)
-        case Plot(runs=runs, out=out):
-            from nanochat.report.plots import compare
-
-            compare(runs, out)
-            logger.info(f"report: {len(runs)} run(s) drawn to {out}")
-    return 0
 
 
 def reset(since: str | None) -> None:
@@ -195,7 +116,3 @@ def _cpu_model() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-if __name__ == "__main__":
-    run(main)
