@@ -7,15 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nanochat.common import Runtime, atomic_write, base_dir
+from nanochat.common import Runtime, atomic_write, base_dir, run, setup_runtime
+from nanochat.config import GPTConfig
 from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, source
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from nanochat.train.accelerate import accelerate
@@ -26,6 +28,7 @@ SHARD_BYTES, SHARD_TOKENS = 100e6, 50e6  # of the hub's shards, about
 TOKENS_A_PARAMETER = 20
 N_CHECKPOINTS = 4 * 2 + 1  # two of each stage, and one that is being written
 COLLECTIVE_TIMEOUT_S = 120
+N_FLOATS, REPEATS = 2**24, 10  # 64 MiB, that the ranks add up
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def check_collectives(device_type: str, n_ranks: int) -> Iterator[Finding]:
     if device_type == "cuda":
         what = "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    command += ["-m", "nanochat.collectives", device_type]
+    command += ["-m", "nanochat.doctor", device_type]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COLLECTIVE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -222,3 +225,29 @@ def _available_bytes() -> float:
     except OSError:  # no Linux
         return float("inf")
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def main() -> int:
+    """Sum over all ranks and print the speed: the process that check_collectives starts for each rank.
+
+    Raise ValueError unless the sum is right.
+    """
+    runtime = setup_runtime(sys.argv[1])
+    value = torch.ones(N_FLOATS, device=runtime.device)
+    runtime.sum_(value)
+    if not (value == runtime.world_size).all():
+        raise ValueError(f"the sum of ones over {runtime.world_size} ranks is {value.min()} to {value.max()}")
+    runtime.gather(None)
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        runtime.sum_(value.fill_(1))
+    value[0].item()
+    seconds = (time.perf_counter() - began) / REPEATS
+    if runtime.is_main:
+        n_bytes = 2 * (runtime.world_size - 1) / runtime.world_size * 4 * N_FLOATS  # that each rank sends
+        sys.stdout.write(f"{runtime.world_size} ranks, all-reduce at {n_bytes / seconds / 1e9:.1f} GB/s\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
