@@ -55,7 +55,7 @@ esac
 
 read -r gpus gib has_fp8 < <($python -c '
 import torch
-from nanochat.train.accelerate import has_large_tiles
+from nanochat.hardware import has_large_tiles
 gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 memory = min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=0)
 print(len(gpus), memory >> 30, bool(gpus) and all(map(has_large_tiles, gpus)))')

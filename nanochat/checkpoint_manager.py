@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import Runtime, atomic_write, base_dir, write_json
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.config import GPTConfig
+from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from nanochat.decode.decoder import Decoder, decoder_for
+from nanochat.decode.decoder import Decoder
 from nanochat.decode.row import Completion, Row, special_ids
-from nanochat.decode.running import Running, Seat
+from nanochat.decode.running import Running, Seat, decoder_for
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
 from nanochat.tokenizer import RustBPETokenizer

@@ -3,10 +3,15 @@
 import logging
 import os
 import platform
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+# bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB
+SHARED_MEMORY = 226 * 1024
 
 # dense bf16 peak in FLOP/s by a part of the card's name, the first that fits (vendors' data sheets)
 PEAK_FLOPS = {
@@ -54,3 +59,16 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether kernels of large matrix products run: on a card with memory for their tiles, or interpreted."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_MEMORY
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """Return a function compiled for fixed shapes, the same one whenever it is asked for."""
+    return torch.compile(function, dynamic=False)

@@ -149,8 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = setup_runtime(config.device_type)
     import torch
 
-    from nanochat.decode.decoder import PlainDecoder, decoder_for
-    from nanochat.gpt import GPTConfig
+    from nanochat.config import GPTConfig
+    from nanochat.decode.decoder import PlainDecoder
+    from nanochat.decode.running import decoder_for
     from nanochat.hardware import describe
 
     shape = GPTConfig.from_depth(

@@ -24,7 +24,7 @@ from nanochat.common import parse, require_at_least, run, setup_runtime
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanochat.gpt import GPTConfig
+    from nanochat.config import GPTConfig
 
 ROOT = Path(__file__).parent.parent
 TESTS = [ROOT / "tests" / name for name in ("test_training_kernels.py", "test_rope_kernel.py")]
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(BenchKernelsConfig, argv)
     runtime = setup_runtime("cuda")
 
-    from nanochat.gpt import GPTConfig
+    from nanochat.config import GPTConfig
     from nanochat.hardware import describe
 
     shape = GPTConfig.from_depth(config.depth, vocab_size=config.vocab_size)

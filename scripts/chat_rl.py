@@ -3,8 +3,8 @@
     python -m scripts.chat_rl --data=embedded
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --model-tag=d20 --run=d20
 
-What is learned is in nanochat/train/rl.py, how answers are sampled in nanochat/train/rollouts.py. Checkpoints and
-metrics.jsonl go to $NANOCHAT_BASE_DIR/chatrl_checkpoints/<model tag>.
+What is learned is in nanochat/train/rl.py, how answers are sampled in nanochat/train/rollouts.py.
+Checkpoints and metrics.jsonl go to $NANOCHAT_BASE_DIR/chatrl_checkpoints/<model tag>.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat import doctor
     from nanochat.common import setup_runtime
-    from nanochat.gpt import GPTConfig
+    from nanochat.config import GPTConfig
 
     device_type = setup_runtime(config.device_type).device.type
     ranks = config.ranks or max(1, torch.cuda.device_count() if device_type == "cuda" else 1)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nanochat.decode import decoder as decoder_module
-from nanochat.decode.decoder import PlainDecoder, decoder_for
+from nanochat.decode.decoder import PlainDecoder
 from nanochat.decode.graph_decoder import GraphDecoder
+from nanochat.decode.running import decoder_for
 from nanochat.gpt import GPTConfig
 from nanochat.sampling import SamplingParams
 from tests.helpers.models import random_model

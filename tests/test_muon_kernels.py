@@ -7,6 +7,7 @@ from nanochat import optim
 from nanochat.kernels.train import muon, newton_schulz
 from nanochat.kernels.train.mlp import Tile
 from nanochat.kernels.train.newton_schulz import fits, iterate, symmetric_product
+from nanochat.optim import updates
 from tests.helpers.kernels import error, poison
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # a rounding of the result
@@ -100,7 +101,7 @@ def test_iterate_is_orthogonalize(shape):
     X[0] = 0
     norm = X.norm(dim=(1, 2)) + 1e-7
     out = iterate(X, norm) / norm[:, None, None]
-    exact = optim.orthogonalize(X.double(), torch.float64)
+    exact = updates.orthogonalize(X.double(), torch.float64)
     assert not out[0].any()
     assert error(out, exact) < 1e-3  # its small singular values are amplified a thousandfold
 
@@ -110,8 +111,8 @@ def test_iterate_is_orthogonalize(shape):
 def test_iterate_in_bfloat16_is_as_exact_as_orthogonalize(shape):
     X = ill_conditioned(*shape, "cuda")
     X[0] = 0
-    exact = optim.orthogonalize(X.double(), torch.float64)
-    plain = optim.orthogonalize(X, torch.bfloat16)
+    exact = updates.orthogonalize(X.double(), torch.float64)
+    plain = updates.orthogonalize(X, torch.bfloat16)
     X = X.bfloat16()
     norm = X.float().norm(dim=(1, 2)) + 1e-7
     out = iterate(X, norm) / norm[:, None, None]
@@ -147,7 +148,7 @@ def check_muon_step(device, step, rows, cols, dtype, tolerance):
         grads = torch.randn(3, 2, rows, cols, device=device).to(dtype)
         numbers = torch.tensor(rate), torch.tensor(momentum)
         step(weights[:, 1], grads, buffer, *numbers)
-        optim.muon_step(expected, grads.double(), expected_buffer, *numbers)
+        updates.muon_step(expected, grads.double(), expected_buffer, *numbers)
     assert error(buffer, expected_buffer) < 1e-6
     assert error(weights[:, 1] - start[:, 1], expected - start[:, 1]) < tolerance
     assert torch.equal(weights[:, 0], start[:, 0])

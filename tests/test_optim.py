@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW, build_optimizer, muon_update, orthogonalize
+from nanochat.optim import MuonAdamW, build_optimizer
 from nanochat.optim.schedule import LearningRates
+from nanochat.optim.updates import muon_update, orthogonalize
 from tests.helpers.models import random_model, small_config
 
 

@@ -3,13 +3,12 @@
 A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, `fork` it for more
 samples of the same prompt. Each `launch` then takes the last token of every running sequence, and
 `collect` returns the next ones, drawn by each sequence's own settings and seed, whoever else is there.
-`PlainDecoder` runs the model as it is, anywhere; nanochat/decode/graph_decoder.py does the same on NVIDIA GPUs
-without Python in the loop.
+`PlainDecoder` runs the model as it is, anywhere; nanochat/decode/graph_decoder.py does the same on NVIDIA
+GPUs without Python in the loop.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,6 @@ from torch import Tensor
 from nanochat.cache import HybridCache
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams, sample_rows
-
-logger = logging.getLogger(__name__)
 
 
 class Decoder(ABC):
@@ -72,17 +69,6 @@ class Decoder(ABC):
         """Launch and collect."""
         self.launch(last)
         return self.collect()
-
-
-def decoder_for(model: GPT, slots: int, context: int | None = None) -> Decoder:
-    """The fastest decoder there is for a model, on its device; context None: the model's sequence_len."""
-    if model.device.type == "cuda":
-        from nanochat.decode.graph_decoder import GraphDecoder, supports
-
-        if supports(model.config, slots):
-            return GraphDecoder(model, slots, context)
-        logger.warning("warning: no CUDA graphs for %d rows at a time of this model: decoding is slow", slots)
-    return PlainDecoder(model, slots, context)
 
 
 @dataclass

@@ -7,11 +7,26 @@ has then taken part in one step too many, which nobody sees.
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 
-from nanochat.decode.decoder import Decoder
+from nanochat.decode.decoder import Decoder, PlainDecoder
 from nanochat.decode.row import Row
+from nanochat.gpt import GPT
+
+logger = logging.getLogger(__name__)
+
+
+def decoder_for(model: GPT, slots: int, context: int | None = None) -> Decoder:
+    """The fastest decoder there is for a model, on its device; context None: the model's sequence_len."""
+    if model.device.type == "cuda":
+        from nanochat.decode.graph_decoder import GraphDecoder, supports
+
+        if supports(model.config, slots):
+            return GraphDecoder(model, slots, context)
+        logger.warning("warning: no CUDA graphs for %d rows at a time of this model: decoding is slow", slots)
+    return PlainDecoder(model, slots, context)
 
 
 @dataclass(eq=False)

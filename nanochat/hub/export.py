@@ -35,7 +35,8 @@ from nanochat.checkpoint_manager import (
     tokenizer_dir,
 )
 from nanochat.common import atomic_write, write_json
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.config import GPTConfig
+from nanochat.gpt import GPT
 from nanochat.hub.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
 
 MODEL_TYPE = "saint_iberis"

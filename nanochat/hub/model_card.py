@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import yaml
 
+from nanochat.config import GPTConfig
 from nanochat.dataset import REPO_ID, source
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.report.markdown import dig, escape, fence, show, table
 from nanochat.report.text import count, share, summary, task_names
 

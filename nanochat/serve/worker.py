@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.decode.decoder import decoder_for
 from nanochat.decode.row import Row, special_ids
-from nanochat.decode.running import Running, Seat
+from nanochat.decode.running import Running, Seat, decoder_for
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
 from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token

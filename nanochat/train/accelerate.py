@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
+from nanochat.hardware import has_large_tiles
 from nanochat.kernels.train.norm import rms_norm
 from nanochat.train.chunked_loss import head_loss
 
 logger = logging.getLogger(__name__)
-# bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB
-SHARED_MEMORY = 226 * 1024
 MAX_TAPS = 4  # of a convolution: the kernel holds a row of them in registers
 
 
@@ -37,13 +35,6 @@ def lacking(model: GPT, fp8: bool = False) -> str:
     if fp8 and (T % 16 or V % 16):
         return f"in 8 bits 16 must divide the length of sequences, {T}, and the vocabulary, {V}"
     return ""
-
-
-def has_large_tiles(device: torch.device) -> bool:
-    """Whether kernels of large matrix products run: on a card with memory for their tiles, or interpreted."""
-    if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_MEMORY
 
 
 def uses_kernels(asked: bool | None, model: GPT) -> bool:
@@ -96,12 +87,6 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         by += ", the MLP by plain PyTorch" if fused and not has_large_tiles(model.device) else ""
         how = f"{by}, compiled" if compile else by
         logger.info(f"training by {how}; attention by {attention_backend(model)}")
-
-
-@cache
-def compiled(function: Callable) -> Callable:
-    """Return a function compiled for fixed shapes, the same one whenever it is asked for."""
-    return torch.compile(function, dynamic=False)
 
 
 def attention_backend(model: GPT) -> str:

@@ -9,7 +9,7 @@ so that two more products give what the chunk adds to the gradients of x and of 
 while the logits are there, in the forward; the backward only scales (Liger Kernel, Hsu et al. 2024). Since
 |s| <= CAP the sum needs no running maximum: it is at most V e^CAP.
 
-On GPUs cross_entropy_ is a kernel (nanochat/kernels/train/cross_entropy.py) and chunks are large. On CPUs it is the
+On GPUs cross_entropy_ is a kernel (kernels/train/cross_entropy.py) and chunks are large. On CPUs it is the
 one here, and a chunk stays in the cache from one operation to the next.
 """
 

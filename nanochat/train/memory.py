@@ -12,8 +12,10 @@ import math
 import torch
 
 from nanochat.common import Runtime
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.train.accelerate import has_large_tiles, uses_kernels
+from nanochat.config import GPTConfig
+from nanochat.gpt import GPT
+from nanochat.hardware import has_large_tiles
+from nanochat.train.accelerate import uses_kernels
 from nanochat.train.chunked_loss import CHUNK_BYTES
 
 MAX_ROWS = 32  # of a forward: more fill no GPU better

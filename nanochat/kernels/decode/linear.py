@@ -1,12 +1,12 @@
 """Linear layers for a few rows x, as fast as their weights W can be read.
 
 Decoding reads every weight for each token and does next to nothing with it, so what counts is that the
-memory bus never rests: a program asks for its rows of W before it waits for x
-(nanochat/kernels/decode/launch.py). For one row they are held in registers, a matrix-vector product; for up to
-32 the tensor cores multiply what the L2 cache was asked to fetch. RMSNorm has no weights and commutes
-with the product: norm(x) W^T = s (x W^T), s = 1 / rms(x) of each row. So one row is scaled at the end;
-and as relu(s h)^2 = s^2 relu(h)^2, several rows of an MLP are scaled when its second product is added to
-the residual stream, by an s that one program more has found for all of them.
+memory bus never rests: a program asks for its rows of W before it waits for x (launch.py). For one row
+they are held in registers, a matrix-vector product; for up to 32 the tensor cores multiply what the L2
+cache was asked to fetch. RMSNorm has no weights and commutes with the product: norm(x) W^T = s (x W^T), s
+= 1 / rms(x) of each row. So one row is scaled at the end; and as relu(s h)^2 = s^2 relu(h)^2, several rows
+of an MLP are scaled when its second product is added to the residual stream, by an s that one program more
+has found for all of them.
 """
 
 from __future__ import annotations

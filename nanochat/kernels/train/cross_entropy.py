@@ -1,4 +1,4 @@
-"""cross_entropy_ of nanochat/train/chunked_loss.py as one kernel: a row of logits is read twice, written once."""
+"""cross_entropy_ of train/chunked_loss.py as one kernel: a row of logits is read twice, written once."""
 
 from __future__ import annotations
 

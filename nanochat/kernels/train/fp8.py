@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat.hardware import compiled
 from nanochat.kernels.train.mlp import Tile, launch
-from nanochat.train.accelerate import compiled
 
 FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
 H_SCALE, POST_SCALE = 8.0, 0.25

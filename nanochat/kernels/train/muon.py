@@ -1,4 +1,6 @@
-"""The Muon step of nanochat/optim/__init__.py by kernels: half the work in symmetric products, few passes over memory.
+"""The Muon step of nanochat/optim/updates.py by kernels.
+
+Half the work in symmetric products, few passes over memory.
 
 A kernel reads gradients and momentum once, and leaves the direction X, in the dtype of the gradients, and its
 norm. Nobody normalises X: a Newton-Schulz step is linear in X but for X X^T, which takes 1 / norm^2, and the
@@ -34,7 +36,7 @@ def _look_ahead(grads_ptr, buffer_ptr, ahead_ptr, squares_ptr, momentum, SIZE, B
 
 @torch.library.custom_op("nanochat::look_ahead", mutates_args=("buffer",))
 def look_ahead(grads: Tensor, buffer: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """Update buffer (n,rows,cols) as nanochat.optim.muon_update does; return the direction and its norm (n,).
+    """Update buffer (n,rows,cols) as optim.updates.muon_update does; return the direction and its norm (n,).
 
     The direction is of the dtype and shape of grads, norm and buffer are float32; momentum 0-D, on the CPU.
     """

@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration of nanochat/optim/__init__.py with half the work where a product is symmetric.
+"""Newton-Schulz iteration of nanochat/optim/updates.py with half the work where a product is symmetric.
 
 With R = X X^T a step is X <- Q X, Q = a I + b R + c R^2. R and Q are symmetric: only their tiles on and below
 the diagonal are computed, and each is stored a second time, transposed. a I is part of Q, so that cuBLAS's
@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanochat.kernels.train.mlp import Tile
-from nanochat.optim import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_STEPS
+from nanochat.optim.updates import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_STEPS
 
 TILE = Tile(128, 128, 64, 8, 3)  # two of them fit a multiprocessor: one computes while the other stores
 

@@ -1,0 +1,51 @@
+"""The shape of the model, under the names of the published meta_*.json files."""
+
+from dataclasses import dataclass
+
+HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of the model; the names are those of the published meta_*.json files."""
+
+    sequence_len: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 16
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    n_kernel: int = 3  # taps of the convolution in SLC2 layers
+    slc_rate: int = 3  # layer i is attention if i % slc_rate == 1 or it is the last; 0: all are
+
+    def __post_init__(self):
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.slc_rate < 0:
+            raise ValueError(f"slc_rate={self.slc_rate} must be 0 (all attention) or more")
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise ValueError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+
+    @classmethod
+    def from_depth(cls, depth: int, **changes: int) -> "GPTConfig":
+        """The one dial: width 64 * depth, rounded up to whole heads of 128."""
+        n_head = -(-64 * depth // HEAD_DIM)
+        shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * HEAD_DIM}
+        return cls(**{"sequence_len": 2048, **shape, **changes})
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head, of queries and of SLC2's shared A alike."""
+        return self.n_embd // self.n_head
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The layer plan: "attention" or "slc2" for each layer."""
+
+        def is_attention(i: int) -> bool:
+            return self.slc_rate == 0 or i % self.slc_rate == 1 or i == self.n_layer - 1
+
+        return tuple("attention" if is_attention(i) else "slc2" for i in range(self.n_layer))
