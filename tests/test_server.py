@@ -581,7 +581,7 @@ def test_page(server):
     response = server.get("/")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.headers["content-security-policy"] == "frame-ancestors 'none'"
-    assert response.text == files("nanochat").joinpath("ui.html").read_text("utf-8")
+    assert response.text == files("nanochat.serve").joinpath("ui.html").read_text("utf-8")
 
 
 def test_stats_and_metrics(backend):

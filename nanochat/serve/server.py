@@ -132,7 +132,7 @@ def _add_information(app: FastAPI, backend: Backend, settings: Settings, counter
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
-        text = files("nanochat").joinpath("ui.html").read_text("utf-8")
+        text = files("nanochat.serve").joinpath("ui.html").read_text("utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
     @app.head("/health", include_in_schema=False)

@@ -20,7 +20,7 @@ from typing import Any
 
 WAIT, HANG_UP = "wait", "hang up"
 DONE = {"done": True}
-PAGE = Path(__file__).parent.parent / "nanochat" / "ui.html"
+PAGE = Path(__file__).parents[2] / "nanochat" / "serve" / "ui.html"
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Kill a rank of a run again and again, and see that nothing is lost but the steps since the last checkpoint.
 
-python -m tests.helpers.kills 70        four stages of 70 steps, killed until one run gets through: about 70 times, a
-                                week's worth of bad luck in some minutes; the suite runs a short form
+    python -m tests.helpers.kills 70
+
+Four stages of 70 steps are killed until one run gets through: about 70 times, a week's worth of bad luck in
+some minutes. The suite runs a short form.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from tests.helpers.chats import untimed_records
 from tests.helpers.stages import SAVE_EVERY, STAGES
 from tests.helpers.vocabulary import train_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def prepare(folder):
