@@ -14,7 +14,7 @@ from nanochat.config import GPTConfig
 from nanochat.dataset import REPO_ID, source
 from nanochat.gpt import GPT
 from nanochat.report.markdown import dig, escape, fence, show, table
-from nanochat.report.text import count, share, summary, task_names
+from nanochat.report.text import count, fixed4, summary, task_names
 
 HUB_SETS = {
     "base_train": [REPO_ID],
@@ -119,7 +119,7 @@ def _training(results: dict[str, dict]) -> str:
             show(dig(results, stage, "steps"), count),
             show(dig(results, stage, "tokens"), count),
             show(dig(results, stage, "hardware", "device")),
-            show(dig(results, stage, "val_bpb"), share),
+            show(dig(results, stage, "val_bpb"), fixed4),
         )
         for stage, data in _data(results).items()
     ]

@@ -1,7 +1,7 @@
-"""The report of a run: report/report.md with pictures, made of the JSON that each stage leaves in report/.
+"""The report of a run: report/report.md and its plots, generated from the JSON each stage writes to report/.
 
-Stages call nanochat.common.write_report and know nothing of this; here their numbers are read and laid out
-(text.py), drawn (plots.py), and never computed anew. __main__.py is the command.
+Stages call nanochat.common.write_report and do not depend on this package. It formats (text.py) and plots
+(plots.py) their numbers and never recomputes them. __main__.py is the command line.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ from nanochat.report.markdown import duration, items
 from nanochat.report.text import PICTURES, STAGES, card, cost, render, total_seconds
 
 logger = logging.getLogger(__name__)
-DOLLARS_PER_GPU_HOUR = 3.0  # of an H100 that is rented, eight of which are the $24 of the speedrun
+DOLLARS_PER_GPU_HOUR = 3.0  # a rented H100; the speedrun's $24 an hour are eight of them
 
 
 def reset(since: str | None) -> None:
-    """Remove what an earlier run left in report/ of a stage (None: the first) and all after it, and no more.
+    """Remove the results of `since` (None: the first stage) and of all later stages from report/.
 
-    With None, or if a finished pretraining is removed, another run begins: write report/start.json.
+    Other files are kept. A new run starts, and report/start.json is rewritten, if `since` is None or if the
+    result of a finished pretraining is removed.
     """
     folder = base_dir() / "report"
     stages = STAGES[STAGES.index(since) :] if since else STAGES
     had_pretrained = "base_train" in stages and (folder / "base_train.json").exists()
-    parts = [f"{stage}_part.json" for stage in stages]  # of a chat evaluation, which no report shows
+    parts = [f"{stage}_part.json" for stage in stages]  # unfinished chat evaluations
     for name in (*(f"{stage}.json" for stage in stages), *parts, "report.md", *PICTURES):
         (folder / name).unlink(missing_ok=True)
     if since is None or had_pretrained:
         write_json(folder / "start.json", {"started_at": time.time(), **environment()})
-    logger.info(f"report: started anew in {folder}" + (f" from {since} on" if since else ""))
+    logger.info(f"report: reset {folder}" + (f" from {since} on" if since else ""))
 
 
 def generate(dollars_per_hour: float | None) -> None:
-    """Write report/report.md and its pictures from whatever results there are."""
+    """Write report/report.md and its plots from the results available so far.
+
+    dollars_per_hour: rent of the whole machine; None: DOLLARS_PER_GPU_HOUR for each GPU of report/start.json.
+    """
     from nanochat.report.plots import draw_all
 
     folder = base_dir() / "report"
@@ -60,13 +64,13 @@ def generate(dollars_per_hour: float | None) -> None:
 
 
 def read_results(folder: Path) -> tuple[dict[str, dict], dict[str, str]]:
-    """Return the results of the stages and of "start", and why there are none of the others."""
+    """Return the results by stage (and "start"), and for each stage without a result the reason."""
     results, problems = {}, {}
     for stage in ("start", *STAGES):
         try:
             result = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
             if not isinstance(result, dict):
-                raise ValueError(f"a {type(result).__name__} instead of an object")
+                raise ValueError(f"expected an object, found {type(result).__name__}")
             results[stage] = result
         except FileNotFoundError:
             problems[stage] = "not run"
@@ -76,15 +80,15 @@ def read_results(folder: Path) -> tuple[dict[str, dict], dict[str, str]]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what results may depend on: commit, versions, processors, memory (bytes), GPUs."""
+    """Return what results may depend on: commit, versions, CPU, memory (bytes) and GPUs."""
     import torch
 
-    here = str(Path(__file__).parent)
+    source = str(Path(__file__).parent)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else None
-    changes = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    changes = _output("git", "-C", source, "status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _output("git", "-C", here, "rev-parse", "HEAD"),
+        "commit": _output("git", "-C", source, "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -100,16 +104,16 @@ def environment() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """Return what a program prints; None where there is no such program or it fails."""
+    """Return the output of a program, or None if it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def _cpu_model() -> str:
-    """Return the processor's name: of /proc/cpuinfo on Linux, of the platform elsewhere."""
+    """Return the processor's name, from /proc/cpuinfo on Linux and from `platform` elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

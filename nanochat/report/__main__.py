@@ -1,8 +1,8 @@
-"""The report's command.
+"""The command line of the report.
 
 python -m nanochat.report reset                                # before the first stage
-python -m nanochat.report reset --since=mid_train              # before this stage is done again
-python -m nanochat.report generate --dollars-per-hour=24       # at any time, also of an unfinished run
+python -m nanochat.report reset --since=mid_train              # before this stage is repeated
+python -m nanochat.report generate --dollars-per-hour=24       # at any time, also for an unfinished run
 python -m nanochat.report plot d12 sft/d12 B/metrics.jsonl --out=curves.png
 """
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reset:
-    """Start a new report: remove the results of the last run, note the time and the environment."""
+    """Start a new report: remove the results of the last run and record the time and the environment."""
 
     since: str | None = None
-    """the first stage that is done again: the results of those before it stay, and so do time and environment
-    unless a finished pretraining is done again"""
+    """the first stage to repeat: results of earlier stages are kept; the recorded time and environment are
+    kept too, unless a finished pretraining is repeated"""
 
     def __post_init__(self) -> None:
         if self.since not in (None, *STAGES):
@@ -39,24 +39,24 @@ class Reset:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Write report.md and its pictures, and show a short card."""
+    """Write report.md and its plots, and print a short summary."""
 
     dollars_per_hour: float | None = None
-    """rent of the machine; None: 3 for each GPU that was there at the start"""
+    """rent of the machine; None: 3 for each GPU recorded at the start"""
 
     def __post_init__(self) -> None:
         if self.dollars_per_hour is not None and not 0 <= self.dollars_per_hour < math.inf:
-            raise ValueError(f"dollars_per_hour={self.dollars_per_hour} must be 0 or more, and finite")
+            raise ValueError(f"dollars_per_hour={self.dollars_per_hour} must be finite and at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Compare runs: training loss, validation bits per byte and tokens a second in one picture."""
+    """Compare runs: plot training loss, validation bits per byte and tokens per second."""
 
     runs: Positional[tuple[str, ...]]
     """metrics.jsonl files, checkpoint folders, or model tags (d12, or sft/d12 for a later stage)"""
     out: Path = Path("curves.png")
-    """the picture: .png, .svg or .pdf"""
+    """the plot to write: .png, .svg or .pdf"""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -64,12 +64,12 @@ class Plot:
         if self.out.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"out={str(self.out)!r} must end in .png, .svg or .pdf")
         if not self.out.parent.is_dir():
-            raise ValueError(f"out={str(self.out)!r}: there is no folder {self.out.parent}; make it first")
+            raise ValueError(f"out={str(self.out)!r}: create folder {self.out.parent} first")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What to do."""
+    """Reset the report of a run, generate it, or plot runs."""
 
     command: (
         Annotated[Reset, subcommand("reset", prefix_name=False)]
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from nanochat.report.plots import compare
 
             compare(runs, out)
-            logger.info(f"report: {len(runs)} run(s) drawn to {out}")
+            logger.info(f"report: plotted {len(runs)} run(s) to {out}")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""How the report writes values and Markdown.
+"""Formatting of values and of Markdown for the report.
 
-A report must come of a run that broke off, too, so no field is taken for granted: what is absent or of the
-wrong kind is "-". Text that is not ours (a model's samples, names of tasks) is fenced or escaped, so that it
-can neither end a table nor open a tag.
+Interrupted runs need a report too, so every field is optional: a missing value, or one of the wrong type, is
+shown as "-". Untrusted text (samples of a model, names of tasks) is fenced or escaped, so that it can neither
+end a table nor open a tag.
 """
 
 from __future__ import annotations
@@ -15,56 +15,59 @@ from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number, of a size that can be computed with."""
+    """True for a finite number that fits a float."""
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def dig(value: Any, *keys: str) -> Any:
-    """Follow keys through nested objects; None where there is no such key or no object."""
+    """Follow keys through nested objects; None if a key is missing or a value is not an object."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def entries(value: Any, *keys: str) -> dict[str, Any]:
-    """Like dig, for an object: empty where there is none."""
+    """Return the object that dig finds, or an empty one."""
     found = dig(value, *keys)
     return found if isinstance(found, dict) else {}
 
 
 def items(value: Any, *keys: str) -> list[Any]:
-    """Like dig, for a list: empty where there is none."""
+    """Return the list that dig finds, or an empty one."""
     found = dig(value, *keys)
     return found if isinstance(found, list) else []
 
 
-def show(value: Any, form: Callable[[Any], str] = str) -> str:
-    """Format a value; "-" if it is absent or of a kind that the format does not take."""
+def show(value: Any, formatter: Callable[[Any], str] = str) -> str:
+    """Format a value; return "-" for None and for values that the formatter rejects."""
     try:
-        return "-" if value is None else form(value)
-    except (TypeError, ValueError, OverflowError, OSError):  # the last of a date too far away
+        return "-" if value is None else formatter(value)
+    except (TypeError, ValueError, OverflowError, OSError):  # time.gmtime raises OSError out of its range
         return "-"
 
 
 def duration(seconds: float) -> str:
-    """3h15m, or 4m07s below an hour."""
+    """Format seconds as 3h15m, or as 4m07s below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 def gib(n_bytes: int) -> str:
-    """Bytes in GiB."""
+    """Format bytes as GiB."""
     return f"{n_bytes / 2**30:.1f} GiB"
 
 
 def date(seconds: float) -> str:
-    """Seconds since the epoch as a date and time in UTC."""
+    """Format seconds since the epoch as date and time in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a table, the first column to the left, the others to the right, padded to be read as it is."""
+    """Return a Markdown table, padded to be readable as plain text.
+
+    The first column is left-aligned, the others are right-aligned.
+    """
     cells = [[escape(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -76,17 +79,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fence(text: str, language: str = "text") -> str:
-    """Quote text in a fence that is longer than any that it holds."""
+    """Quote text in a code fence longer than any run of backticks in the text."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{text}\n{ticks}"
 
 
 def escape(cell: str) -> str:
-    """Take its meaning from what would end a cell or start a tag, a link or code."""
+    """Escape characters that would end a cell or start a tag, a link or code; join lines."""
     return re.sub(r"[\\`*<\[|]", r"\\\g<0>", " ".join(cell.split()))
 
 
 def printable(text: str) -> str:
-    r"""Spell out what terminals and UTF-8 trip over: control characters as \x1b, surrogates as \ud800."""
+    r"""Escape control characters (as \x1b), which terminals obey, and lone surrogates, which UTF-8 lacks."""
     unprintable = "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-    return re.sub(unprintable, lambda found: repr(found[0])[1:-1], text)
+    return re.sub(unprintable, lambda match: repr(match[0])[1:-1], text)

@@ -1,4 +1,4 @@
-"""The text of the report: results of stages in, Markdown out; nothing is read or written."""
+"""The text of the report: pure functions from the results of stages to Markdown."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ CHAT_EVALS = {"MID": "chat_eval_mid", "SFT": "chat_eval_sft", "RL": "chat_eval_r
 PICTURES = {
     "chat_tasks.png": "Accuracy on the chat tasks by stage",
     "losses.png": "Training loss and validation bits per byte by stage",
-    "throughput.png": "Tokens a second by stage",
-    "core.png": "CORE over the steps of pretraining",
-    "reward.png": "Reward over the steps of RL",
+    "throughput.png": "Tokens per second by stage",
+    "core.png": "CORE during pretraining",
+    "reward.png": "Reward during RL",
 }
 
-count, share, percent = "{:,}".format, "{:.4f}".format, "{:.1%}".format
-rounded, tenths, hundredths = "{:,.0f}".format, "{:,.1f}".format, "{:.2f}".format
+count, percent = "{:,}".format, "{:.1%}".format
+fixed0, fixed1, fixed2, fixed4 = "{:,.0f}".format, "{:,.1f}".format, "{:.2f}".format, "{:.4f}".format
 
-# label, path of keys and format of a stage's key figures; the order of stages is that of a run
+# Key figures of each stage: label, path of keys, formatter. The stages are in the order of a run.
 TRAINING = (
     ("hardware", "hardware.device", str),
     ("layers", "model.n_layer", count),
@@ -43,14 +43,14 @@ TRAINING = (
     ("parameters", "parameters.total", count),
     ("steps", "steps", count),
     ("tokens", "tokens", count),
-    ("time of training", "train_seconds", duration),
-    ("tokens a second (median)", "median_tokens_per_second", rounded),
+    ("training time", "train_seconds", duration),
+    ("tokens per second (median)", "median_tokens_per_second", fixed0),
     ("MFU (median)", "median_mfu", percent),
-    ("peak memory of a device", "peak_memory_bytes", gib),
-    ("training loss, smoothed (nats a token)", "train_loss", share),
-    ("validation bits per byte, step 0", "first_val_bpb", share),
-    ("validation bits per byte, lowest", "min_val_bpb", share),
-    ("validation bits per byte, last", "val_bpb", share),
+    ("peak memory per device", "peak_memory_bytes", gib),
+    ("training loss, smoothed (nats per token)", "train_loss", fixed4),
+    ("validation bits per byte, step 0", "first_val_bpb", fixed4),
+    ("validation bits per byte, lowest", "min_val_bpb", fixed4),
+    ("validation bits per byte, last", "val_bpb", fixed4),
 )
 CHATCORES = (
     ("ChatCORE", "chatcore"),
@@ -59,9 +59,9 @@ CHATCORES = (
 CHAT_EVAL = (
     ("source", "source", str),
     ("step", "step", count),
-    *((label, key, share) for label, key in CHATCORES),
+    *((label, key, fixed4) for label, key in CHATCORES),
     ("time", "seconds", duration),
-    ("examples a second", "examples_per_second", tenths),
+    ("examples per second", "examples_per_second", fixed1),
 )
 FIGURES: dict[str, Sequence[tuple[str, str, Callable[[Any], str]]]] = {
     "tok_train": (
@@ -69,19 +69,19 @@ FIGURES: dict[str, Sequence[tuple[str, str, Callable[[Any], str]]]] = {
         ("characters read", "characters", count),
         ("documents read", "documents", count),
         ("time", "seconds", duration),
-        ("bytes of a token, mean", "token_bytes.mean", hundredths),
-        ("bytes of a token, standard deviation", "token_bytes.std", hundredths),
-        ("bytes of a token, least", "token_bytes.min", count),
-        ("bytes of a token, most", "token_bytes.max", count),
+        ("bytes per token, mean", "token_bytes.mean", fixed2),
+        ("bytes per token, standard deviation", "token_bytes.std", fixed2),
+        ("bytes per token, minimum", "token_bytes.min", count),
+        ("bytes per token, maximum", "token_bytes.max", count),
     ),
     "tok_eval": (),
     "base_train": TRAINING,
     "base_loss": (
         ("step", "step", count),
-        ("bits per byte, training text", "bpb.train", share),
-        ("bits per byte, validation text", "bpb.val", share),
+        ("bits per byte, training text", "bpb.train", fixed4),
+        ("bits per byte, validation text", "bpb.val", fixed4),
     ),
-    "base_eval": (("CORE", "core", share), ("time", "seconds", duration)),
+    "base_eval": (("CORE", "core", fixed4), ("time", "seconds", duration)),
     "mid_train": TRAINING,
     "chat_eval_mid": CHAT_EVAL,
     "chat_sft": TRAINING,
@@ -89,10 +89,10 @@ FIGURES: dict[str, Sequence[tuple[str, str, Callable[[Any], str]]]] = {
     "chat_rl": (
         ("steps", "steps", count),
         ("time", "seconds", duration),
-        ("reward, first tenth of the steps", "first_reward", share),
-        ("reward, last tenth of the steps", "last_reward", share),
-        ("greedy accuracy, before", "first_accuracy", share),
-        ("greedy accuracy, after", "accuracy", share),
+        ("reward, first tenth of the steps", "first_reward", fixed4),
+        ("reward, last tenth of the steps", "last_reward", fixed4),
+        ("greedy accuracy, before", "first_accuracy", fixed4),
+        ("greedy accuracy, after", "accuracy", fixed4),
     ),
     "chat_eval_rl": CHAT_EVAL,
 }
@@ -104,8 +104,8 @@ def render(
 ) -> str:
     """Return report.md.
 
-    results: what each stage left, and "start"; problems: why there is nothing of a stage ("not run");
-    pictures: those of PICTURES that lie beside the report.
+    results: the JSON of each stage and of "start"; problems: the reason for each missing result ("not run");
+    pictures: the names from PICTURES that exist beside the report.
     """
     figures = {name: f"![{PICTURES[name]}]({name})" for name in pictures}
     parts = [
@@ -118,7 +118,8 @@ def render(
         environment(results["start"]) if "start" in results else f"reset: {problems['start']}",
         "## Wall clock and cost",
         wall_clock(results, problems, dollars_per_hour),
-        "Of a stage that was cut off and resumed, what came after its last save is not counted.",
+        "If a stage was interrupted and resumed, the time between its last save and the interruption is not "
+        "counted.",
         elapsed(results, dollars_per_hour),
         *(["## Curves", *figures.values()] if figures else []),
         *(section(stage, results[stage]) for stage in STAGES if stage in results),
@@ -127,45 +128,45 @@ def render(
 
 
 def card(results: dict[str, dict], problems: dict[str, str]) -> str:
-    """Return the summary and the names of the stages without results, for a terminal."""
-    gaps = [f"{stage}: {problems[stage]}" for stage in STAGES if stage in problems]
-    return printable("\n".join([summary(results), *gaps]))
+    """Return the summary and a line for each stage without results, for a terminal."""
+    missing = [f"{stage}: {problems[stage]}" for stage in STAGES if stage in problems]
+    return printable("\n".join([summary(results), *missing]))
 
 
 def task_names(results: dict[str, dict]) -> list[str]:
-    """Return the chat tasks that any stage was evaluated on, in the order of their first mention."""
+    """Return the chat tasks of all evaluated stages, in order of first appearance."""
     return list(
         dict.fromkeys(task for stage in CHAT_EVALS.values() for task in entries(results, stage, "tasks"))
     )
 
 
 def chance(results: dict[str, dict], task: str) -> float | None:
-    """Return the accuracy of guessing on a chat task, where a stage states it."""
-    stated = (dig(results, stage, "tasks", task, "chance") for stage in CHAT_EVALS.values())
-    return next(filter(is_number, stated), None)
+    """Return the accuracy of guessing on a chat task, or None if no stage reports it."""
+    reported = (dig(results, stage, "tasks", task, "chance") for stage in CHAT_EVALS.values())
+    return next(filter(is_number, reported), None)
 
 
 def summary(results: dict[str, dict]) -> str:
-    """One row a metric, one column a stage of the model."""
+    """Return a table with a row for each metric and a column for each stage of the model."""
 
     def score(stage: str, task: str) -> str:
         accuracy, error = (dig(results, stage, "tasks", task, key) for key in ("accuracy", "standard_error"))
-        return show(accuracy, share) + (f" +- {error:.4f}" if is_number(error) else "")
+        return show(accuracy, fixed4) + (f" +- {error:.4f}" if is_number(error) else "")
 
-    rows = [["CORE", "-", "-", show(dig(results, "base_eval", "core"), share), *("-" for _ in CHAT_EVALS)]]
+    rows = [["CORE", "-", "-", show(dig(results, "base_eval", "core"), fixed4), *("-" for _ in CHAT_EVALS)]]
     for task in task_names(results):
         sizes = [show(dig(results, stage, "tasks", task, "n"), count) for stage in CHAT_EVALS.values()]
         sizes = dict.fromkeys(size for size in sizes if size != "-")
         scores = [score(stage, task) for stage in CHAT_EVALS.values()]
-        rows.append([task, show(chance(results, task), share), " / ".join(sizes) or "-", "-", *scores])
+        rows.append([task, show(chance(results, task), fixed4), " / ".join(sizes) or "-", "-", *scores])
     for label, key in CHATCORES:
-        scores = [show(dig(results, stage, key), share) for stage in CHAT_EVALS.values()]
+        scores = [show(dig(results, stage, key), fixed4) for stage in CHAT_EVALS.values()]
         rows.append([label, "-", "-", "-", *scores])
     return table(["Metric", "Chance", "n", "BASE", *CHAT_EVALS], rows)
 
 
 def environment(start: dict[str, Any]) -> str:
-    """The machine and the versions at the start of the run."""
+    """Return a table of the machine and the versions at the start of the run."""
     gpus = Counter(
         f"{show(dig(gpu, 'name'))}, {show(dig(gpu, 'memory_bytes'), gib)}" for gpu in items(start, "gpus")
     )
@@ -185,17 +186,17 @@ def environment(start: dict[str, Any]) -> str:
 
 
 def total_seconds(results: dict[str, dict]) -> float:
-    """Seconds of all stages together."""
+    """Return the wall-clock seconds of all stages together."""
     return sum(filter(is_number, (dig(results, stage, "wall_seconds") for stage in STAGES)))
 
 
 def cost(seconds: float, dollars_per_hour: float) -> str:
-    """Price of the time."""
+    """Format the price of a duration."""
     return f"${seconds / 3600 * dollars_per_hour:,.2f}"
 
 
 def wall_clock(results: dict[str, dict], problems: dict[str, str], dollars_per_hour: float) -> str:
-    """A row a stage, and their sum."""
+    """Return a table of time and cost with a row for each stage and one for the total."""
     rows = []
     for stage in STAGES:
         seconds = dig(results, stage, "wall_seconds")
@@ -213,21 +214,23 @@ def wall_clock(results: dict[str, dict], problems: dict[str, str], dollars_per_h
 
 
 def elapsed(results: dict[str, dict], dollars_per_hour: float) -> str:
-    """From the start of the report to the last result, pauses included; empty where either is not known."""
-    began = dig(results, "start", "started_at")
+    """Return a sentence on the time from reset to the last result; "" if one of them is unknown."""
+    started_at = dig(results, "start", "started_at")
     ends = list(filter(is_number, (dig(results, stage, "finished_at") for stage in STAGES)))
-    if not is_number(began) or not ends or max(ends) < began:
+    if not is_number(started_at) or not ends or max(ends) < started_at:
         return ""
-    seconds = max(ends) - began
+    seconds = max(ends) - started_at
     return (
         f"From the start to the last result: {duration(seconds)}, {cost(seconds, dollars_per_hour)}, "
-        "set-up, downloads and pauses included."
+        "including set-up, downloads and pauses."
     )
 
 
 def section(stage: str, result: dict[str, Any]) -> str:
-    """Key figures of a stage, its own tables, and its settings folded."""
-    rows = [(label, show(dig(result, *path.split(".")), form)) for label, path, form in FIGURES[stage]]
+    """Return the section of a stage: key figures, tables of its own, and its settings, folded."""
+    rows = [
+        (label, show(dig(result, *path.split(".")), formatter)) for label, path, formatter in FIGURES[stage]
+    ]
     parts = [f"## {stage}"]
     if rows:
         parts.append(table(("", "value"), rows))
@@ -240,13 +243,16 @@ def section(stage: str, result: dict[str, Any]) -> str:
 
 
 def tokenizer_table(result: dict[str, Any]) -> str:
-    """Bytes per token, a row a text and a column a tokenizer, with each one's distance from ours."""
+    """Return a table of bytes per token: a row for each text, a column for each tokenizer.
+
+    Cells of other tokenizers also show the relative difference from ours.
+    """
     sizes, texts = entries(result, "vocab_size"), entries(result, "texts")
 
     def cell(text: str, name: str) -> str:
         ratio, ours = (dig(texts, text, "bytes_per_token", key) for key in (name, "ours"))
         is_known = name != "ours" and is_number(ratio) and is_number(ours) and ours > 0
-        return show(ratio, hundredths) + (f" ({ratio / ours - 1:+.1%})" if is_known else "")
+        return show(ratio, fixed2) + (f" ({ratio / ours - 1:+.1%})" if is_known else "")
 
     rows = [["vocabulary", "", *(show(size, count) for size in sizes.values())]]
     for text in texts:
@@ -255,21 +261,26 @@ def tokenizer_table(result: dict[str, Any]) -> str:
 
 
 def core_table(result: dict[str, Any]) -> str:
-    """The tasks of CORE, and which are missing."""
-    keys = (("accuracy", share), ("random_baseline", _of_percent), ("centered", share), ("n", count))
+    """Return a table of the CORE tasks, and a note if some are missing."""
+    keys = (
+        ("accuracy", fixed4),
+        ("random_baseline", _percent_to_fraction),
+        ("centered", fixed4),
+        ("n", count),
+    )
     tasks = entries(result, "tasks")
-    rows = [(task, *(show(dig(tasks, task, key), form) for key, form in keys)) for task in tasks]
+    rows = [(task, *(show(dig(tasks, task, key), formatter) for key, formatter in keys)) for task in tasks]
     missing = escape(", ".join(map(str, items(result, "missing_tasks"))))
-    note = f"\n\nNot evaluated, so this CORE compares with no other: {missing}." if missing else ""
+    note = f"\n\nNot evaluated, so this CORE is not comparable to others: {missing}." if missing else ""
     return table(("task", "accuracy", "chance", "centered", "n"), rows) + note
 
 
-def _of_percent(value: float) -> str:
-    return share(value / 100)  # as the bundle has it
+def _percent_to_fraction(value: float) -> str:
+    return fixed4(value / 100)  # the CORE bundle gives baselines in percent
 
 
 def samples(result: dict[str, Any]) -> str:
-    """What the base model wrote, quoted; long lines are broken."""
+    """Return the samples of the base model, fenced, with long lines wrapped."""
     texts = map(str, items(result, "samples"))
     return "\n\n".join(fence("\n".join(map(_wrap, text.split("\n")))) for text in texts)
 
@@ -279,9 +290,9 @@ def _wrap(line: str) -> str:
 
 
 def rewards_table(result: dict[str, Any]) -> str:
-    """A row each task that was practised, if there were several."""
+    """Return a table with a row for each RL task; "" unless there were several."""
     tasks = entries(result, "rewards")
-    rows = [(task, *(show(dig(tasks, task, key), share) for key in ("first", "last"))) for task in tasks]
+    rows = [(task, *(show(dig(tasks, task, key), fixed4) for key in ("first", "last"))) for task in tasks]
     return table(("reward", "first tenth of the steps", "last tenth"), rows) if len(rows) > 1 else ""
 
 
