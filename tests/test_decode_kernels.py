@@ -1,4 +1,4 @@
-"""The kernels of decoding against their references: interpreted on a CPU, compiled on a GPU."""
+"""The decode kernels against their references: interpreted on a CPU, compiled on a GPU."""
 
 import pytest
 import torch
@@ -29,17 +29,17 @@ def linear_case(device, dtype, R, N, K):
 
 @pytest.mark.parametrize(("N", "K"), [(37, 256), (33, 96), on_gpu(10, 5120), on_gpu(2698, 1280)])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("form", [{}, {"relu2": True}, {"add": True}], ids=str)
-def test_row_linear(device, dtype, N, K, norm, form):
+@pytest.mark.parametrize("options", [{}, {"relu2": True}, {"add": True}], ids=str)
+def test_row_linear(device, dtype, N, K, norm, options):
     x, weight, before = linear_case(device, dtype, 1, N, K)
-    is_added = "add" in form
+    is_added = "add" in options
     out = before.clone() if is_added else torch.full_like(before, torch.nan)
-    row_linear(x, weight, out, norm=norm, **form)
+    row_linear(x, weight, out, norm=norm, **options)
     reference = linear_reference(
         x.double(),
         weight.double(),
         norm=norm,
-        relu2="relu2" in form,
+        relu2="relu2" in options,
         residual=before.double() if is_added else None,
     )
     assert error(out, reference) < TOLERANCE[dtype]
@@ -60,7 +60,7 @@ def test_batch_linear_relu2(device, dtype, R, N, K):
 @pytest.mark.parametrize(("R", "N", "K"), BATCHES)
 @pytest.mark.parametrize("is_scaled", [False, True])
 def test_batch_linear_add(device, dtype, R, N, K, is_scaled):
-    """Twice over the same counters, which are zero again: the same bits each time, whoever came last."""
+    """Two runs with the same counters, which are reset to zero, give the same bits."""
     x, weight, before = linear_case(device, dtype, R, N, K)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     scale = torch.rand(R, device=device) if is_scaled else None
@@ -79,7 +79,7 @@ def test_batch_linear_add(device, dtype, R, N, K, is_scaled):
     ("counts", "T"), [([1], 1), ([1, 1, 1], 1), ([2], 2), ([3, 1], 3), ([2, 3], 5), on_gpu([900], 1024)]
 )
 def test_slc2(device, dtype, H, D, K, counts, T):
-    """Rows of one token, and prefill with padding, from windows that are not zero; other slots stay."""
+    """Single tokens and padded prefill, from non-zero windows; other slots do not change."""
     B = len(counts)
     E = H * D
     weight = (torch.randn(2 * E + D + H, E, device=device) * 2 * E**-0.5).to(dtype)
@@ -88,7 +88,7 @@ def test_slc2(device, dtype, H, D, K, counts, T):
     slots = torch.tensor([4, 1, 3][:B], dtype=torch.int32, device=device)
     x = (2 * torch.randn(B * T, E, device=device)).to(dtype)
     packed = (x.double() @ weight.double().T).to(dtype)
-    packed = torch.nn.functional.pad(packed, (0, 6), value=torch.nan)  # columns that nobody may read
+    packed = torch.nn.functional.pad(packed, (0, 6), value=torch.nan)  # columns that must not be read
     expected, windows = [], before.double()
     for i, slot in enumerate(slots.tolist()):
         rows = slice(i * T, i * T + counts[i])
@@ -168,7 +168,7 @@ def test_padding_beyond_the_context_is_not_appended(device):
     ("position", "T"), [(0, 3), (70, 20), on_gpu(0, 130), on_gpu(61, 128), on_gpu(1024, 1000)]
 )
 def test_attend_causal(device, dtype, H, H_kv, D, position, T):
-    """Prefill of a first and of a later chunk, whose ends are no multiples of any block."""
+    """Prefill of a first and of a later chunk, whose ends are not multiples of a block."""
     k, v = (poison(3, H_kv, 2048, D, dtype=dtype, device=device) for _ in "kv")
     S = position + T
     k[1, :, :S] = norm(torch.randn(H_kv, S, D, device=device)).to(dtype)
@@ -189,7 +189,7 @@ def test_attend_causal(device, dtype, H, H_kv, D, position, T):
 @pytest.mark.parametrize(("H", "H_kv", "D"), HEADS)
 @pytest.mark.parametrize("splits", [1, 3, 16])
 def test_attend(device, dtype, H, H_kv, D, splits):
-    """What lies beyond a sequence, here NaN, is never read; splits that have nothing to do change nothing."""
+    """Memory beyond a sequence, here NaN, is never read; empty splits do not change the result."""
     slots, lengths = [2, 0, 3], [1, 131, 64]
     k, v = (poison(4, H_kv, 200, D, dtype=dtype, device=device) for _ in "kv")
     for slot, length in zip(slots, lengths, strict=True):
@@ -254,8 +254,8 @@ def test_sampling_is_sample_rows(device, V):
         seen = (torch.rand(B + 2, V, device=device) < 0.02).to(torch.uint8)
         slots = torch.randperm(B + 2, device=device)[:B].int()
         places = torch.arange(B, device=device) + 7 * trial
-        said = [seen[slot].nonzero()[:, 0].tolist() for slot in slots.tolist()]
-        expected = sample_rows(capped.clone(), params, places.tolist(), said)
+        seen_tokens = [seen[slot].nonzero()[:, 0].tolist() for slot in slots.tolist()]
+        expected = sample_rows(capped.clone(), params, places.tolist(), seen_tokens)
         out, latest = torch.full((2, B + 2), -1, dtype=torch.int32, device=device)
         buffers = (
             poison(B, V, dtype=torch.float32, device=device),
@@ -273,8 +273,8 @@ def test_sampling_is_sample_rows(device, V):
     assert len(drawn) == 4
 
 
-def test_tokens_of_equal_score_stay_or_go_together(device):
-    """Four tokens at the top, of which top_k=3 and top_p=0.2 each say fewer: all four are drawn."""
+def test_tokens_of_equal_score_are_kept_together(device):
+    """Four tokens tie for the best score; top_k=3 or top_p=0.2 would keep fewer: all four are drawn."""
     logits = torch.full((40, 900), -9.0, device=device)
     logits[:, 100:104] = 2.0
     columns = {name: torch.ones(40, device=device) for name in ("temperature", "top_p", "repetition_penalty")}

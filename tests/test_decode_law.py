@@ -13,7 +13,7 @@ PLANS += [{"slc_rate": 3, "n_kernel": 4}, {"slc_rate": 2, "n_head": 4, "n_kv_hea
 
 
 def poisoned_cache(config, batch_size, max_len):
-    """A cache whose unwritten keys and values are NaN: reading one shows."""
+    """Return a cache whose unwritten keys and values are NaN: reading one spreads NaN to the output."""
     cache = HybridCache(config, batch_size, max_len)
     for layer, kind in zip(cache.layers, config.layer_kinds, strict=True):
         if kind == "attention":
@@ -27,7 +27,7 @@ def poisoned_cache(config, batch_size, max_len):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("cuts", [(1,), (2,), (3,), (5,), (6,), (1, 2), (2, 9), (3, 4, 11), (12,)], ids=str)
 def test_decode_is_the_full_forward(plan, batch_size, cuts):
-    """Prefill of every cut, then token by token, equals the full forward at every position."""
+    """Chunked prefill, then decoding token by token, equals the full forward at every position."""
     config = small_config(**plan)
     model = random_model(config)
     idx = torch.randint(0, 50, (batch_size, 14))
@@ -49,8 +49,8 @@ def test_decode_beyond_the_training_length():
 
 
 @torch.no_grad()
-def test_two_conversations_do_not_mix_and_a_reset_cache_is_new():
-    """The published convolution state lived on the module: a second prompt started from the first one's."""
+def test_two_conversations_do_not_mix_and_a_reset_cache_is_empty():
+    """The published convolution state was an attribute of the module: a second prompt inherited it."""
     config = small_config()
     model = random_model(config)
     one, two = torch.randint(0, 50, (2, 1, 10))
@@ -80,8 +80,8 @@ def test_fork_serves_many_rows_from_one_prefill():
 
 @torch.no_grad()
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_rows_of_different_lengths_are_as_if_alone(plan):
-    """Chunks and single tokens; what lies beyond a short row is neither attended to nor convolved."""
+def test_rows_of_different_lengths_are_independent(plan):
+    """Chunks and single tokens: positions beyond the end of a short row affect no result."""
     config = small_config(**plan)
     model = random_model(config)
     idx = torch.randint(0, 50, (4, 20))
@@ -105,8 +105,8 @@ def test_rows_of_different_lengths_are_as_if_alone(plan):
 
 @torch.no_grad()
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_rows_come_go_and_move(plan):
-    """Slots as a server has them: rows of other caches copied in, moved, the first few stepped alone."""
+def test_rows_are_copied_moved_and_stepped(plan):
+    """Slots as a server uses them: copy rows in, move rows, step only the first few."""
     config = small_config(**plan)
     model = random_model(config)
     idx = torch.randint(0, 50, (3, 12))
@@ -128,7 +128,7 @@ def test_rows_come_go_and_move(plan):
 
     step([0, 1, 2])
     step([0, 1, 2])
-    slots.copy_row(0, slots, 2)  # row 0 leaves, the last takes its place
+    slots.copy_row(0, slots, 2)  # row 0 has finished: the last row replaces it
     step([2, 1])
     step([2, 1])
     assert slots.pos.tolist()[:2] == slots.lengths[:2] == [11, 5]
@@ -136,7 +136,7 @@ def test_rows_come_go_and_move(plan):
         model.new_cache(1, 3).copy_row(0, slots, 0)
 
 
-def test_cache_that_is_too_small_says_so():
+def test_a_cache_that_is_too_small_raises():
     config = small_config()
     model, cache = random_model(config), HybridCache(config, 2, 4)
     with pytest.raises(ValueError, match="do not fit"):

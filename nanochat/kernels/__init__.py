@@ -1,1 +1,1 @@
-"""Triton kernels, one op a file, its plain PyTorch reference beside it; imported on NVIDIA GPUs only."""
+"""Triton kernels: one op per file, with its plain PyTorch reference; imported on NVIDIA GPUs only."""

@@ -1,11 +1,11 @@
-"""Attention on the way to an answer: rotary positions and the KV state, then one query against all before it.
+"""Attention for decoding: rotary embeddings and KV state, single-query attention, causal prefill.
 
-`rope_append` turns projections into queries and appends keys and values to the slots of a KV state.
-`attend` reads what a sequence has so far and no more, which is all the time that it takes: the tokens of
-a row are split over several programs, or one row would keep one multiprocessor busy and leave the others
-idle (Flash-Decoding, Dao et al. 2023), and their partial softmaxes are combined (Milakov & Gimelshein
-2018). `attend_causal` is for prefill: many new tokens of one sequence (FlashAttention-2, Dao 2023), of
-any length in one recorded graph.
+`rope_append` turns projections into queries, and appends keys and values to the slots of a KV state.
+`attend` reads only the tokens that a sequence has so far; that read is its whole cost. The tokens of a
+row are split over several programs, because a single program would use one multiprocessor and leave the
+others idle (Flash-Decoding, Dao et al. 2023); their partial softmaxes are then combined (Milakov &
+Gimelshein 2018). `attend_causal` is for prefill, many new tokens of one sequence (FlashAttention-2, Dao
+2023); one recorded graph serves every length of the context.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from nanochat.kernels.decode.launch import pdl, release, wait
 
-BLOCK_T = 64  # tokens that a program looks at at a time
+BLOCK_T = 64  # tokens per iteration of a program
 LOG2_E = 1.4426950408889634
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """y (H,D) of one query q (H,D) over k, v (H_kv,T,D)."""
+    """Return the attention output (H,D) of one query q (H,D) over k, v (H_kv,T,D)."""
     k, v = (state.repeat_interleave(len(q) // len(k), dim=0) for state in (k, v))
     return F.scaled_dot_product_attention(q[:, None], k, v)[:, 0]
 
@@ -62,7 +62,7 @@ def _rope_append(
     scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
     packed = packed_ptr + row * WIDTH + h * D + half
     state = (slot * H_KV + h) * max_len * D + position * D + half
-    has_room = position < max_len  # padding may reach further
+    has_room = position < max_len  # padding tokens may exceed the context
     cos_sin = position * (D // 2) + half
     cos = tl.load(cos_ptr + cos_sin, mask=has_room, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + cos_sin, mask=has_room, other=0.0).to(tl.float32)
@@ -71,7 +71,7 @@ def _rope_append(
         source = packed + part * H * D
         x1 = tl.load(source, mask=mask, other=0.0).to(tl.float32) * scale
         x2 = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32) * scale
-        y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin  # of another length, as cos and sin are rounded
+        y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin  # norm not preserved: cos and sin are rounded
         rms = tl.rsqrt(tl.sum(y1 * y1 + y2 * y2, 1)[:, None] / D + 2.0**-23)
         out = q_ptr + row * H * D + h * D + half if part == 0 else k_ptr + state
         tl.store(out, y1 * rms, mask=mask)
@@ -92,10 +92,11 @@ def rope_append(
     k: Tensor,
     v: Tensor,
 ) -> None:
-    """Write queries q (R,H,D), and keys and values to k, v (S,H_kv,max_len,D), at their slots and positions.
+    """Write queries to q (R,H,D), and keys and values to k, v (slots,H_kv,max_len,D).
 
-    packed (R, >= (H + 2 H_kv) D) = x W^T, R/S tokens of each of S sequences, at slots (S,), that go on at
-    positions (S,), int32; x (R,E) is the residual stream; tables are cos and sin (max_len, D/2).
+    packed (R, >= (H + 2 H_kv) D) = x W^T holds R/S tokens of each of S sequences. Sequence i uses slots[i]
+    and continues at positions[i], both (S,) int32. x (R,E) is the residual stream; its RMSNorm is applied
+    here. tables are cos and sin, (max_len, D/2) each.
     """
     (R, H, D), (_, H_kv, max_len, _), E = q.shape, k.shape, x.size(1)
     _rope_append[(R,)](
@@ -128,7 +129,7 @@ def _attend(
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, D)
     wait(PDL)
-    length = tl.load(positions_ptr + row) + 1  # with the token that is being run
+    length = tl.load(positions_ptr + row) + 1  # includes the current token
     chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     begin = split * chunk
     end = tl.minimum(begin + chunk, length)
@@ -181,7 +182,10 @@ def _combine(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, y: Tensor, splits: int) -> None:
-    """Write y (B,H,D), attention of q (B,H,D) over the first positions + 1 tokens of its slots of k, v."""
+    """Write to y (B,H,D) the attention of q (B,H,D) over the first positions + 1 tokens of its slots.
+
+    k and v are (slots,H_kv,max_len,D), slots and positions (B,) int32. splits programs share each row.
+    """
     (B, H, D), (_, H_kv, max_len, _) = q.shape, k.shape
     group = H // H_kv
     partial = torch.empty(B, H, splits, D, device=q.device)
@@ -212,7 +216,7 @@ def _attend_causal(
     PDL: tl.constexpr,
 ):
     release(PDL)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest rows come first
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # longest rows first, for load balance
     head = tl.program_id(1)
     rows = first + tl.arange(0, BLOCK_Q)
     d = tl.arange(0, D)
@@ -243,9 +247,9 @@ def _attend_causal(
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, y: Tensor) -> None:
-    """Write y (T,H,D): queries q (T,H,D) at position, position + 1, ... attend to all up to themselves.
+    """Write to y (T,H,D) causal attention of queries q (T,H,D) at position, position + 1, ...
 
-    slot and position are (1,) int32; k and v (S,H_kv,max_len,D) hold the new tokens, too.
+    slot and position are (1,) int32; k and v (slots,H_kv,max_len,D) already include the new tokens.
     """
     (T, H, D), (_, H_kv, max_len, _) = q.shape, k.shape
     block_q = 128 if T > 64 else 16

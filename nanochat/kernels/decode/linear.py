@@ -1,12 +1,12 @@
-"""Linear layers for a few rows x, as fast as their weights W can be read.
+"""Linear layers for a few rows x, limited by memory bandwidth: the time to read the weights W.
 
-Decoding reads every weight for each token and does next to nothing with it, so what counts is that the
-memory bus never rests: a program asks for its rows of W before it waits for x (launch.py). For one row
-they are held in registers, a matrix-vector product; for up to 32 the tensor cores multiply what the L2
-cache was asked to fetch. RMSNorm has no weights and commutes with the product: norm(x) W^T = s (x W^T), s
-= 1 / rms(x) of each row. So one row is scaled at the end; and as relu(s h)^2 = s^2 relu(h)^2, several rows
-of an MLP are scaled when its second product is added to the residual stream, by an s that one program more
-has found for all of them.
+Decoding reads every weight once per token and computes little with it, so the memory bus must be kept
+busy: a program requests its rows of W before it waits for x (launch.py). For one row they are held in
+registers (matrix-vector product); for up to 32 rows they are prefetched into the L2 cache and multiplied
+on the tensor cores. RMSNorm has no weights and commutes with the product: norm(x) W^T = s (x W^T), s = 1 /
+rms(x) per row. So a single row is scaled at the end. For several rows of an MLP, relu(s h)^2 = s^2
+relu(h)^2: they are scaled when the second product is added to the residual stream, by the s that one extra
+program of the first product computes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from nanochat.kernels.decode.launch import pdl, release, wait
 
-ELEMENTS = 10240  # weights that a program for one row holds, 80 a thread
+ELEMENTS = 10240  # weights held by a program of row_linear, 80 per thread
 MAX_ROWS = 32
-COUNTERS = 1024  # a product that is split has no more blocks of rows of W
+COUNTERS = 1024  # upper bound on the blocks of rows of W in a split product
 
 
 def linear_reference(x: Tensor, weight: Tensor, *, norm=False, relu2=False, residual=None) -> Tensor:
-    """y (R,N) of x (R,K), weight (N,K): rms_norm on x first, relu^2 or adding a residual (R,N) last."""
+    """Return x W^T (R,N) of x (R,K), weight (N,K): rms_norm of x first; relu^2, then residual (R,N) last."""
     if norm:
         x = F.rms_norm(x, (x.size(-1),), eps=2.0**-23)
     y = x @ weight.T
@@ -73,7 +73,7 @@ def _row_linear(
 
 
 def row_linear(x: Tensor, weight: Tensor, out: Tensor, *, norm=False, relu2=False, add=False) -> None:
-    """Write y (linear_reference) of one row x (1,K) to out (1,N), or add it there; all contiguous."""
+    """Write linear_reference of one row x (1,K) to out (1,N), or add it to out; all tensors contiguous."""
     N, K = weight.shape
     block_k = min(1024, K & -K)
     block_n = max(1, triton.next_power_of_2(ELEMENTS // K + 1) // 2)
@@ -84,7 +84,7 @@ def row_linear(x: Tensor, weight: Tensor, out: Tensor, *, norm=False, relu2=Fals
 
 @triton.jit
 def _prefetch(pointers, bytes):
-    """Ask the L2 cache for some bytes, a multiple of 16, at each pointer."""
+    """Prefetch into the L2 cache a number of bytes, a multiple of 16, at each pointer."""
     addresses = pointers.to(tl.int64)
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
@@ -98,7 +98,7 @@ def _prefetch(pointers, bytes):
 
 @triton.jit
 def _product(x_ptr, w_rows, r, R, begin, END: tl.constexpr, K: tl.constexpr, n, BLOCK_K: tl.constexpr):
-    """x W^T for rows r of x and some rows of W, over END columns from begin."""
+    """Return x W^T for rows r of x and the given rows of W, over END columns from begin."""
     y = tl.zeros((r.shape[0], n.shape[0]), tl.float32)
     for k0 in range(0, END, BLOCK_K):
         k = begin + k0 + tl.arange(0, BLOCK_K)
@@ -124,7 +124,7 @@ def _batch_linear_relu2(
     release(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
-    if tl.program_id(0) * BLOCK_N >= N:  # the one program more
+    if tl.program_id(0) * BLOCK_N >= N:  # the extra program, which computes scale
         wait(PDL)
         squares = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
         for k0 in range(0, K, BLOCK_K):
@@ -143,7 +143,7 @@ def _batch_linear_relu2(
 
 
 def batch_linear_relu2(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor) -> None:
-    """Write relu(x W^T)^2 to out (R,N), and 1 / rms(x) to scale (R,) float32; R <= MAX_ROWS."""
+    """Write relu(x W^T)^2 to out (R,N), and 1 / rms(x) to scale (R,) float32, for R <= MAX_ROWS."""
     (R, K), N = x.shape, weight.size(0)
     block_n = 64
     _batch_linear_relu2[(triton.cdiv(N, block_n) + 1,)](
@@ -185,7 +185,7 @@ def _batch_linear_add(
     tl.store(partial_ptr + split * R * N + at, y, mask=inside)
     tl.debug_barrier()
     if tl.atomic_add(counter_ptr + block, 1, sem="acq_rel") == SPLITS - 1:
-        # whoever comes last adds up what all have left, in their order: the same sum every time
+        # the last program to finish adds all partial sums in a fixed order: the result is deterministic
         y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         for s in tl.static_range(SPLITS):
             y += tl.load(partial_ptr + s * R * N + at, mask=inside, other=0.0, cache_modifier=".cg")
@@ -200,9 +200,9 @@ def _batch_linear_add(
 def batch_linear_add(
     x: Tensor, weight: Tensor, out: Tensor, counters: Tensor, scale: Tensor | None = None
 ) -> None:
-    """Add x W^T, times scale (R,) squared if it is given, to out (R,N), in place; R <= MAX_ROWS.
+    """Add x W^T, times scale (R,) squared if given, to out (R,N) in place, for R <= MAX_ROWS.
 
-    counters are COUNTERS int32 zeros, and are so again afterwards.
+    counters (COUNTERS,) int32 must be zero; the kernel sets them back to zero.
     """
     (R, K), N = x.shape, weight.size(0)
     splits, block_n = (8 if K > 2048 else 2), 32
@@ -221,5 +221,5 @@ def _rows(R: int) -> int:
 
 
 def _block_k(x: Tensor, K: int) -> int:
-    """Columns of a tile, which are to divide K: 256 bytes, so that six tiles fit into shared memory."""
+    """Return the columns of a tile, a divisor of K: 256 bytes, so that six tiles fit into shared memory."""
     return min(256 // x.element_size(), K & -K)

@@ -1,4 +1,4 @@
-"""The small steps between matrix products: the embedding, and relu^2 of a norm that was put off."""
+"""Pointwise operations between matrix products: embedding, and relu^2 with a deferred RMSNorm."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def _embed(
 def embed(
     tokens: Tensor, wte: Tensor, slots: Tensor, counts: Tensor, latest: Tensor, seen: Tensor, x: Tensor
 ) -> None:
-    """Write rms_norm(wte[tokens]) to x (R,E); note in seen (rows,V) uint8 which tokens the slots have seen.
+    """Write rms_norm(wte[tokens]) to x (R,E), and mark the tokens in seen (slots,V) uint8.
 
-    tokens (R,) are R/S of each of S sequences, below 0 the latest (rows,) of the slot; slots and counts (S,)
-    say where each sequence is, and how many of its tokens are real. All int32.
+    tokens (R,) holds R/S tokens of each of S sequences; a negative one stands for latest[slot]. slots (S,) is
+    the slot of each sequence, counts (S,) its number of tokens without padding, latest (slots,) the token
+    sampled last in each slot. All of these are int32.
     """
     (R, E), V = x.shape, wte.size(0)
     _embed[(R,)](
@@ -69,6 +70,6 @@ def _norm_relu2(h_ptr, x_ptr, N: tl.constexpr, E: tl.constexpr, BLOCK: tl.conste
 
 
 def norm_relu2(h: Tensor, x: Tensor) -> None:
-    """Turn h (R,N) = x W^T in place into relu(rms_norm(x) W^T)^2, for x (R,E)."""
+    """Replace h (R,N) = x W^T in place by relu(rms_norm(x) W^T)^2, for x (R,E)."""
     (R, E), N = x.shape, h.size(1)
     _norm_relu2[(R,)](h, x, N, E, triton.next_power_of_2(E), num_warps=8, **pdl())

@@ -1,10 +1,8 @@
-"""nanochat.sampling.sample_rows on the GPU: each row by its own settings and seed, and nothing but ids
-to read back.
+"""nanochat.sampling.sample_rows on the GPU: settings and seed per row, and only token ids to copy back.
 
-`_score` looks at all of the vocabulary at once, a block at a time. A row without filters is done when
-its blocks' winners are compared. For top-k and top-p `_pick` searches the score at which the row is cut
-off, by halving the interval that it must lie in, in the order of the bits of float32; nothing is sorted.
-Tokens of equal score stay or go together.
+`_score` scores all blocks of the vocabulary in parallel. For a row without filters, `_pick` only compares
+the best tokens of the blocks. For top-k and top-p, `_pick` finds the cut-off score by bisection over the
+ordered bit patterns of float32; nothing is sorted. Tokens of equal score are kept or removed together.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ BLOCK = 1024
 
 @triton.jit
 def _mix(x):
-    """MurmurHash3's 32-bit finaliser (Appleby 2011), of uint32."""
+    """Return MurmurHash3's 32-bit finaliser (Appleby 2011) of uint32 values."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
@@ -36,7 +34,7 @@ def _gumbel(seed, place, tokens):
 
 @triton.jit
 def _order(x):
-    """Integers that are ordered as the float32 values are."""
+    """Return int32 keys in the same order as the float32 values."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -92,7 +90,7 @@ def _score(
 
 @triton.jit
 def _count(scores, V, cut, SIZE: tl.constexpr):
-    """How many scores are at or above the cut."""
+    """Return the number of scores at or above the cut."""
     total = tl.zeros((SIZE,), tl.int32)
     for start in range(0, V, SIZE):
         token = start + tl.arange(0, SIZE)
@@ -103,7 +101,7 @@ def _count(scores, V, cut, SIZE: tl.constexpr):
 
 @triton.jit
 def _mass(scores, V, highest, cut, SIZE: tl.constexpr):
-    """Sum of exp(score - highest) at or above the cut."""
+    """Return the sum of exp(score - highest) over the scores at or above the cut."""
     total = tl.zeros((SIZE,), tl.float32)
     for start in range(0, V, SIZE):
         token = start + tl.arange(0, SIZE)
@@ -119,9 +117,12 @@ def _middle(low, high):
 
 @triton.jit
 def _top_k_cut(scores, V, top_k, keys, none, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
-    """The highest cut that keeps top_k tokens or more; keys are the blocks' best, none keeps nothing."""
+    """Return the highest cut that keeps at least top_k tokens.
+
+    keys are those of the best token of each block; none is a cut that keeps no token.
+    """
     cut = tl.full((), -2147483647, tl.int32)
-    if top_k <= BLOCKS:  # as many blocks as k say of one token each: a start
+    if top_k <= BLOCKS:  # the best tokens of top_k blocks give a lower bound
         high = none
         while high.to(tl.int64) - cut.to(tl.int64) > 1:
             middle = _middle(cut, high)
@@ -143,7 +144,7 @@ def _top_k_cut(scores, V, top_k, keys, none, BLOCKS: tl.constexpr, SIZE: tl.cons
 
 @triton.jit
 def _top_p_cut(scores, V, top_p, highest, cut, SIZE: tl.constexpr):
-    """The lowest score above which there is less than top_p of the mass that a cut has left."""
+    """Return the lowest score above which lies less than top_p of the mass that a cut keeps."""
     wanted = top_p * _mass(scores, V, highest, cut, SIZE)
     low, high = cut - 1, _order(highest)
     while high.to(tl.int64) - low.to(tl.int64) > 1:
@@ -213,11 +214,12 @@ def sample_rows(
     out: Tensor,
     cap: float,
 ) -> None:
-    """Write the next token of each row of logits (B,V) to out (B,) and to latest (S,) of its slot, int32.
+    """Sample the next token of each row of logits (B,V) into out (B,) and latest[slots] (slots,), int32.
 
-    The logits are float32, and soft-capped in place. seen (S,V) uint8 says which tokens a slot has seen.
-    settings: temperature, repetition_penalty and top_p, float32, and top_k, seed and place, int32, (B,) each.
-    buffers: B*V float32 for scores, and, for each row and block of 1024 tokens, a float32 and an int32.
+    The logits are float32, and soft-capped in place to cap * tanh(logits / cap). seen (slots,V) uint8 marks
+    the tokens that a slot has seen. settings, (B,) each: temperature, repetition_penalty and top_p (float32),
+    top_k, seed and place (int32). buffers: scores (B*V float32), then a float32 and an int32 for each row and
+    block of BLOCK tokens.
     """
     B, V = logits.shape
     s, (scores, best, winner) = settings, buffers

@@ -1,13 +1,13 @@
-"""SLC2 on the way to an answer: everything between the residual stream and c_proj (nanochat/slc2.py).
+"""SLC2 for decoding: everything between the residual stream and c_proj (nanochat/slc2.py).
 
-The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order,
-and maybe more that nobody reads. The conv state of a sequence is the last K-1 values of u, oldest first,
-at its slot in windows (slots, K-1, E).
+The packed weight holds the rows of x_proj (E), B_proj (E), A_proj (D) and alpha_proj (H), in this order;
+rows after these are ignored. The conv state of a sequence is the last K-1 values of u, oldest first, at
+its slot in windows (slots, K-1, E).
 
-For one token of one sequence `slc2_row` does it all in one kernel, bound by reading the weights: a
-program computes a few channels of one head from beginning to end, so the state needs no second kernel. A
-is shared by the heads, so its rows are read again for each head, but from the cache. For more tokens the
-projections are a matrix product of their own, and `slc2_mix` does the rest.
+For one token of one sequence, `slc2_row` is a single kernel limited by reading the weights: a program
+computes a few channels of one head from start to end, so the state needs no second kernel. A is shared by
+the heads; every head reads its rows again, but from the cache. For more tokens the projections are a
+separate matrix product, and `slc2_mix` does the rest.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from torch import Tensor
 from nanochat.kernels.decode.launch import pdl, release, wait
 from nanochat.slc2 import gate, short_conv
 
-CHANNELS = 4  # of a program of slc2_row
+CHANNELS = 4  # channels per program of slc2_row
 
 
 def slc2_mix_reference(
     packed: Tensor, x: Tensor, conv: Tensor, window: Tensor, n_head: int
 ) -> tuple[Tensor, Tensor]:
-    """y (T,E) and the next window (K-1,E) of one sequence: packed (T, 2E+D+H), not yet divided by rms(x)."""
+    """Return y (T,E) and the next window (K-1,E) of one sequence.
+
+    packed (T, >= 2E+D+H) = x W^T is not yet divided by rms(x); x is (T,E), conv (E,1,K), window (K-1,E).
+    """
     E = x.size(1)
     packed = packed * torch.rsqrt(x.square().mean(1, keepdim=True) + 2.0**-23)
     p, b, a, alpha = packed[:, : 2 * E + E // n_head + n_head].split([E, E, E // n_head, n_head], dim=1)
@@ -92,7 +95,7 @@ def _slc2_row(
     for w in tl.static_range(TAPS - 1):
         past += (tl.load(window + w * E),)
         z += past[w].to(tl.float32) * tl.load(conv_ptr + c * TAPS + w)
-    tl.debug_barrier()  # other threads may hold copies of these channels: all have read before one writes
+    tl.debug_barrier()  # threads may share channels: all must have read the window before one writes it
     for w in tl.static_range(TAPS - 2):
         tl.store(window + w * E, past[w + 1])
     tl.store(window + (TAPS - 2) * E, u)
@@ -102,9 +105,9 @@ def _slc2_row(
 def slc2_row(
     x: Tensor, weight: Tensor, conv: Tensor, windows: Tensor, slots: Tensor, y: Tensor, n_head: int
 ) -> None:
-    """Write y (1,E) of the residual stream x (1,E), one token of one sequence; windows[slots] move on by it.
+    """Write to y (1,E) the output for one token x (1,E) of the residual stream; update windows[slots].
 
-    weight (>= 2E+D+H, E) packed; conv (E,1,K) float32, K > 1; windows (slots,K-1,E); slots (1,) int32.
+    weight (>= 2E+D+H, E) is packed; conv (E,1,K) float32, K > 1; windows (slots,K-1,E); slots (1,) int32.
     """
     (_, E), K = x.shape, conv.size(-1)
     D = E // n_head
@@ -141,7 +144,7 @@ def _slc2_mix(
     z = tl.zeros((BLOCK,), tl.float32)
     b = tl.load(packed_ptr + row * WIDTH + E + c, mask=inside, other=0.0).to(tl.float32)
     taps = ()
-    for j in tl.static_range(TAPS):  # the current token, then those before it; no branches: all loads at once
+    for j in tl.static_range(TAPS):  # current token first, then earlier ones; no branch delays a load
         is_new = inside & (t >= j)
         x = tl.load(x_ptr + (row - j) * E + c, mask=is_new, other=0.0).to(tl.float32)
         packed = packed_ptr + (row - j) * WIDTH
@@ -157,7 +160,7 @@ def _slc2_mix(
         taps += (u,)
         z += u.to(tl.float32) * tl.load(conv_ptr + c * TAPS + TAPS - 1 - j, mask=inside, other=0.0)
     tl.store(y_ptr + row * E + c, b * _silu(z), mask=inside)
-    tl.debug_barrier()  # the tail may be the window
+    tl.debug_barrier()  # the tail may be the window itself: finish reading before writing
     if t == tl.load(counts_ptr + row // T) - 1:
         tail = (
             tails_ptr + (tl.load(slots_ptr + row).to(tl.int64) if T == 1 else row // T) * (TAPS - 1) * E + c
@@ -177,11 +180,11 @@ def slc2_mix(
     y: Tensor,
     n_head: int,
 ) -> None:
-    """Write y (R,E) of packed (R, >= 2E+D+H) = x W^T, R/S tokens of each of S sequences.
+    """Write to y (R,E) the output for packed (R, >= 2E+D+H) = x W^T: R/S tokens of each of S sequences.
 
-    slots and counts (S,) int32: where a sequence is, and how many of its tokens are real, the first ones. The
-    windows that come next are written to windows[slots] if there is one token each; else to tails (S,K-1,E),
-    because the program of the last token may be done before that of the first has read the window.
+    slots (S,) int32 is the slot of each sequence, counts (S,) int32 its number of tokens before padding. With
+    one token per sequence the next windows are written to windows[slots]; with more, to tails (S,K-1,E),
+    because the program of the last token may finish before that of the first has read the window.
     """
     (R, E), K = x.shape, conv.size(-1)
     T = R // len(slots)
