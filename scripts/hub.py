@@ -92,10 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pull(config: Pull) -> None:
     """Pull, and say how to talk to the model."""
-    from nanochat.hub.repository import repository as hub
+    from nanochat.hub import repository
 
     tag = config.model_tag or config.repo.rsplit("/", 1)[-1]
-    directory = hub.pull(
+    directory = repository.pull(
         config.repo,
         config.source,
         tag,
@@ -110,7 +110,7 @@ def pull(config: Pull) -> None:
 def push(config: Push) -> None:
     """Push, or only show what would be pushed."""
     from nanochat.checkpoint_manager import checkpoint_dir, resolve_tag
-    from nanochat.hub.repository import repository as hub
+    from nanochat.hub import repository
 
     tag = resolve_tag(config.source, config.model_tag)
     what = {
@@ -120,9 +120,9 @@ def push(config: Push) -> None:
     }
     if not config.dry_run:
         flags = {"private": config.private, "overwrite": config.overwrite}
-        print(f"pushed: {hub.push(config.repo, config.source, tag, **what, **flags)}")
+        print(f"pushed: {repository.push(config.repo, config.source, tag, **what, **flags)}")
         return
-    files = hub.gather(config.repo, config.source, tag, **what)
+    files = repository.gather(config.repo, config.source, tag, **what)
     for name, source in files.items():
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         print(f"{size:14,d}  {name}")
