@@ -33,6 +33,7 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 logger = logging.getLogger(__name__)
 STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+UNSET = (None, -1)  # a step that is left open, by a caller or on a command line
 
 
 class DamagedError(ValueError):
@@ -234,12 +235,12 @@ def load_model(
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     """Load the model of a stage ("base", "mid", "sft", "rl") for phase "train" or "eval", with its tokenizer.
 
-    model_tag defaults to the deepest dN there is, step to the newest complete checkpoint.
+    model_tag defaults to the deepest dN there is, step (None or -1) to the newest complete checkpoint.
     """
     if phase not in ("train", "eval"):
         raise ValueError(f'phase {phase!r} is not "train" or "eval"')
     directory = checkpoint_dir(source, resolve_tag(source, model_tag))
-    step = newest_step(directory) if step is None else step
+    step = resolve_step(directory, step)
     meta = read_meta(directory, step)
     model = GPT(model_config(meta))
     load_weights(model, load_tensors(model_path(directory, step), "cpu"))
@@ -251,10 +252,8 @@ def load_model(
 def load_for(
     runtime: Runtime, source: str, phase: str, model_tag: str, step: int
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """load_model as commands ask for it: on the runtime's device and in its dtype; step -1 is the newest."""
-    model, tokenizer, meta = load_model(
-        source, runtime.device, phase, model_tag, None if step == -1 else step
-    )
+    """Load a model as `load_model` does, on the runtime's device and in its dtype."""
+    model, tokenizer, meta = load_model(source, runtime.device, phase, model_tag, step)
     model.compute_dtype = runtime.compute_dtype
     return model, tokenizer, meta
 
@@ -276,6 +275,11 @@ def newest_step(directory: Path) -> int:
             f"no checkpoint in {directory}; train one first (python -m scripts.base_train)"
         )
     return steps[-1]
+
+
+def resolve_step(directory: Path, step: int | None) -> int:
+    """Return step, or if it is None or -1 the newest in directory; FileNotFoundError if there is none."""
+    return newest_step(directory) if step in UNSET else step
 
 
 def resolve_tag(stage: str, model_tag: str | None) -> str:

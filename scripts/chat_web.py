@@ -123,10 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     sock = listen(config.host, config.port)  # before the model is loaded, which takes a while
     runtime = setup_runtime(config.device_type)
-    step = None if config.step == -1 else config.step
     workers = []
     for gpu, device in enumerate(devices(runtime.device, config.num_gpus)):
-        model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, step)
+        model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step)
         model.compute_dtype = runtime.compute_dtype
         name = f"{config.model_tag or f'd{model.config.n_layer}'}-{config.source}"
         limits = {"slots": config.slots, "max_waiting": config.max_waiting}

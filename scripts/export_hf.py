@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.hub.export import export_checkpoint
 
-    step = None if config.step == -1 else config.step
-    tag, step = export_checkpoint(config.source, config.model_tag, step, config.out)
+    tag, step = export_checkpoint(config.source, config.model_tag, config.step, config.out)
     print(f"export_hf: {config.source} {tag}, step {step}, is in {config.out}")
     return 0
 

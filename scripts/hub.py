@@ -99,7 +99,7 @@ def pull(config: Pull) -> None:
         config.repo,
         config.source,
         tag,
-        step=None if config.step == -1 else config.step,
+        step=config.step,
         folder=config.folder,
         revision=config.revision,
         overwrite=config.overwrite,
@@ -113,11 +113,7 @@ def push(config: Push) -> None:
     from nanochat.hub import repository
 
     tag = resolve_tag(config.source, config.model_tag)
-    what = {
-        "step": None if config.step == -1 else config.step,
-        "card": config.card,
-        "license": config.license,
-    }
+    what = {"step": config.step, "card": config.card, "license": config.license}
     if not config.dry_run:
         flags = {"private": config.private, "overwrite": config.overwrite}
         print(f"pushed: {repository.push(config.repo, config.source, tag, **what, **flags)}")

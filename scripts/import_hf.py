@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.hub.export import import_checkpoint
 
-    step = None if config.step == -1 else config.step
-    source, tag, step = import_checkpoint(config.folder, config.source, config.model_tag, step)
+    source, tag, step = import_checkpoint(config.folder, config.source, config.model_tag, config.step)
     print(f"import_hf: {source} {tag}, step {step}, can be used")
     return 0
 

@@ -159,6 +159,12 @@ def test_the_deepest_model_is_found_by_number(base_dir):
         cm.load_model("base", torch.device("cpu"), "eval")
 
 
+def test_a_step_left_open_is_the_newest(tmp_path):
+    for step in (2, 10):
+        cm.save_checkpoint(tmp_path, step, random_model(small_config()), None, {})
+    assert [cm.resolve_step(tmp_path, step) for step in (None, -1, 2, 7)] == [10, 10, 2, 7]
+
+
 def test_a_name_goes_before_the_deepest_model(base_dir):
     with pytest.raises(FileNotFoundError, match=r"no model dN in .*mid_checkpoints"):
         cm.resolve_tag("mid", None)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nanochat.checkpoint_manager import (
+    UNSET,
     check_vocabulary,
     checkpoint_dir,
     complete_steps,
@@ -28,8 +29,8 @@ from nanochat.checkpoint_manager import (
     load_weights,
     model_config,
     model_path,
-    newest_step,
     read_meta,
+    resolve_step,
     resolve_tag,
     save_checkpoint,
     tokenizer_dir,
@@ -53,7 +54,7 @@ def export_checkpoint(
     """
     model_tag = resolve_tag(source, model_tag)
     checkpoints = checkpoint_dir(source, model_tag)
-    step = newest_step(checkpoints) if step is None else step
+    step = resolve_step(checkpoints, step)
     meta = read_meta(checkpoints, step)
     state = load_tensors(model_path(checkpoints, step), "cpu")
     model = _model(model_config(meta), state)
@@ -103,7 +104,7 @@ def import_checkpoint(
     config = _read_config(directory)
     exported = config.get("checkpoint", {})
     source, model_tag = source or exported.get("source"), model_tag or exported.get("model_tag")
-    step = exported.get("step") if step is None else step
+    step = exported.get("step") if step in UNSET else step
     if not source or not model_tag or step is None:
         raise ValueError(f"{directory} does not say what checkpoint it was; give source, model tag and step")
     checkpoints = checkpoint_dir(source, model_tag)

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nanochat.checkpoint_manager import (
+    UNSET,
     check_vocabulary,
     checkpoint_dir,
     load_tensors,
@@ -32,8 +33,8 @@ from nanochat.checkpoint_manager import (
     meta_path,
     model_config,
     model_path,
-    newest_step,
     read_meta,
+    resolve_step,
     tokenizer_dir,
 )
 from nanochat.common import base_dir, write_json
@@ -65,8 +66,9 @@ def pull(
 ) -> Path:
     """Bring a checkpoint of a repository into the folder of stage and tag, which it returns.
 
-    step None takes the newest, folder is needed where several hold checkpoints. Raises OSError when it cannot
-    be downloaded (what has come is kept for the next attempt), ValueError when it is no checkpoint of ours.
+    step None or -1 takes the newest, folder is needed where several hold checkpoints. Raises OSError when it
+    cannot be downloaded (what has come is kept for the next attempt), ValueError when it is no checkpoint of
+    ours.
     """
     directory = checkpoint_dir(stage, tag)
     if directory.exists() and not overwrite:
@@ -110,7 +112,7 @@ def _find_checkpoint(names: Sequence[str], step: int | None, folder: str | None)
     homes = sorted({home for home, _ in found})
     if folder is not None:
         homes = [home for home in homes if home.strip("/") == folder.strip("/")]
-    wanted = [pair for pair in found if pair[0] in homes and step in (None, pair[1])]
+    wanted = [pair for pair in found if pair[0] in homes and step in (*UNSET, pair[1])]
     if len(homes) > 1 or not wanted:
         known = ", ".join(f"{home or './'} step {step}" for home, step in sorted(found))
         raise FileNotFoundError(f"choose one of its checkpoints with --folder and --step: {known}")
@@ -220,7 +222,7 @@ def gather(
     if not re.fullmatch("[^/]+/[^/]+", repo):
         raise ValueError(f"repo={repo!r} must be the name of an owner and of a repository, as in me/my-d12")
     directory = checkpoint_dir(stage, tag)
-    step = newest_step(directory) if step is None else step
+    step = resolve_step(directory, step)
     meta = read_meta(directory, step)
     config = model_config(meta)
     tokenizer = load_tokenizer(directory)
