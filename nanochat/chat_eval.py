@@ -23,8 +23,8 @@ from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, head_logits
+from nanochat.task import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
-from tasks.common import Conversation, Task
 
 JUDGES = 8  # answers judged at a time: one that is a program may take seconds
 

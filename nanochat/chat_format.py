@@ -21,10 +21,7 @@ What goes when there are more than max_tokens, so that the sequence stays well f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nanochat.tokenizer import RustBPETokenizer
+from typing import Any, Protocol
 
 _PART_TOKENS = {
     "text": (None, None),
@@ -34,7 +31,15 @@ _PART_TOKENS = {
 PART_TYPES = tuple(_PART_TOKENS)
 
 
-def part_after(tokenizer: RustBPETokenizer) -> dict[int, str]:
+class Tokenizer(Protocol):
+    """What rendering needs of a tokenizer."""
+
+    def get_bos_token_id(self) -> int: ...
+    def encode_special(self, token: str, /) -> int: ...
+    def encode(self, text: str, /, prepend: str | None = None, append: str | None = None) -> list[int]: ...
+
+
+def part_after(tokenizer: Tokenizer) -> dict[int, str]:
     """Return the kind of the part of a reply that follows each token that begins or ends one."""
     kinds: dict[int, str] = {}
     for kind, (start, end) in _PART_TOKENS.items():
@@ -51,7 +56,7 @@ class _Exchange:
 
 
 def render_conversation(
-    tokenizer: RustBPETokenizer, conversation: dict[str, Any], max_tokens: int
+    tokenizer: Tokenizer, conversation: dict[str, Any], max_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Return (ids, mask) of a conversation to learn from; ValueError if malformed or max_tokens < 6."""
     _, (first, *others) = _exchanges(tokenizer, conversation)
@@ -65,9 +70,7 @@ def render_conversation(
     return ids, mask
 
 
-def render_for_completion(
-    tokenizer: RustBPETokenizer, conversation: dict[str, Any], max_tokens: int
-) -> list[int]:
+def render_for_completion(tokenizer: Tokenizer, conversation: dict[str, Any], max_tokens: int) -> list[int]:
     """Return the ids from <|bos|> to the <|assistant_start|> after the last user message.
 
     A reply to that message, as data sets have it, is left out: it is what is to be completed. max_tokens is
@@ -90,9 +93,7 @@ def render_for_completion(
     return [tokenizer.get_bos_token_id(), *ids]
 
 
-def _exchanges(
-    tokenizer: RustBPETokenizer, conversation: dict[str, Any]
-) -> tuple[list[int], list[_Exchange]]:
+def _exchanges(tokenizer: Tokenizer, conversation: dict[str, Any]) -> tuple[list[int], list[_Exchange]]:
     """Return the system text as it goes in front of a user text, and the exchanges."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -125,7 +126,7 @@ def _exchanges(
     return tokenizer.encode(preface), exchanges
 
 
-def _reply(tokenizer: RustBPETokenizer, content: Any, index: int) -> tuple[list[int], list[int]]:
+def _reply(tokenizer: Tokenizer, content: Any, index: int) -> tuple[list[int], list[int]]:
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     ids, mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
     for part in parts:
@@ -161,7 +162,7 @@ def _fit(exchange: _Exchange, max_tokens: int, num_kept: int = 0) -> _Exchange:
     )
 
 
-def _render(tokenizer: RustBPETokenizer, exchange: _Exchange) -> tuple[list[int], list[int]]:
+def _render(tokenizer: Tokenizer, exchange: _Exchange) -> tuple[list[int], list[int]]:
     start, end = tokenizer.encode_special("<|user_start|>"), tokenizer.encode_special("<|user_end|>")
     ids = [start, *exchange.user, end, *exchange.reply]
     return ids, [0] * (len(exchange.user) + 2) + exchange.reply_mask

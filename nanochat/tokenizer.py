@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import tiktoken
@@ -204,6 +204,24 @@ class RustBPETokenizer:
 
     # -----------------------------------------------------------------------------------------------------
     # Text and ids
+
+    @overload
+    def encode(
+        self,
+        text: str,
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int = 8,
+    ) -> list[int]: ...
+
+    @overload
+    def encode(
+        self,
+        text: Sequence[str],
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int = 8,
+    ) -> list[list[int]]: ...
 
     def encode(
         self,

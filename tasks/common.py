@@ -17,11 +17,11 @@ import copy
 import random
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 
-Conversation = dict[str, Any]
+from nanochat.task import Conversation
+
 HELD_OUT_SEED = 10_000_000  # random.Random(-n) is random.Random(n): splits never differ by a sign
 
 

@@ -19,9 +19,9 @@ from nanochat.common import Runtime, require_at_least, require_counts
 from nanochat.optim.schedule import Cadence, LearningRates, Plan
 
 if TYPE_CHECKING:
+    from nanochat.task import Task
     from nanochat.train.conversations import Piece
     from nanochat.train.run import Progress
-    from tasks.common import Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from nanochat.chat_format import render_conversation
 from nanochat.common import Runtime
+from nanochat.task import Task
 from nanochat.tokenizer import RustBPETokenizer
-from tasks.common import Task
 
 Piece = tuple[int, int, int]  # conversation, first and last place + 1 of it
 OPEN_ROWS = 256  # that a conversation may still be put into

@@ -20,7 +20,7 @@ from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.decode.row import Completion
 from nanochat.engine import Engine
-from tasks.common import Task
+from nanochat.task import Task
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.task import Task
 from nanochat.tokenizer import RustBPETokenizer
-from tasks.common import Task
 
 logger = logging.getLogger(__name__)
 N_REPLIES = 6
