@@ -1,4 +1,4 @@
-"""Write a checkpoint as a folder that Hugging Face's transformers loads.
+"""Export a checkpoint to a folder that Hugging Face's transformers loads.
 
     python -m scripts.export_hf -o saint_iberis                     # the deepest SFT model
     python -m scripts.export_hf -i base -g d20 -s 21400 -o saint_iberis_base
@@ -7,7 +7,7 @@
     tokenizer = AutoTokenizer.from_pretrained("saint_iberis", trust_remote_code=True)
     lm_eval --model hf --model_args pretrained=saint_iberis,trust_remote_code=True,add_bos_token=True ...
 
-The way back is scripts.import_hf.
+scripts.import_hf converts such a folder back.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from nanochat.common import parse, run
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to export, and where to."""
+    """The checkpoint to export, and the folder to write."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """folder to write to; made if needed"""
+    """folder to write to; created if needed"""
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage of the model: sft, mid, rl or base"""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """name of the checkpoint folder; empty: the deepest there is"""
+    """name of the checkpoint folder; empty: the deepest model"""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export."""
+    """Export the checkpoint."""
     config = parse(ExportConfig, argv)
 
     from nanochat.hub.export import export_checkpoint
 
     tag, step = export_checkpoint(config.source, config.model_tag, config.step, config.out)
-    print(f"export_hf: {config.source} {tag}, step {step}, is in {config.out}")
+    print(f"export_hf: wrote {config.source} {tag}, step {step}, to {config.out}")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Make a checkpoint of a folder that scripts.export_hf wrote.
+"""Import a folder written by scripts.export_hf as a checkpoint.
 
-    python -m scripts.import_hf saint_iberis                  # under the stage, name and step that it had
+    python -m scripts.import_hf saint_iberis                  # under its original stage, name and step
     python -m scripts.import_hf saint_iberis -i sft -g tuned  # after finetuning in transformers
 
-The tokenizer comes with it and stays beside it.
+The tokenizer is imported too and saved beside the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from nanochat.common import parse, run
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """What to import, and under which name."""
+    """The folder to import, and the name of the checkpoint."""
 
     folder: tyro.conf.Positional[Path]
-    """what scripts.export_hf, or save_pretrained on its model and tokenizer, wrote"""
+    """folder written by scripts.export_hf, or by save_pretrained of the exported model and tokenizer"""
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = ""
-    """stage of the model: sft, mid, rl or base; empty: the one that was exported"""
+    """stage of the model: sft, mid, rl or base; empty: that of the exported checkpoint"""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """name of the checkpoint folder; empty: the one that was exported"""
+    """name of the checkpoint folder; empty: that of the exported checkpoint"""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """step of the checkpoint; -1: the one that was exported"""
+    """step of the checkpoint; -1: that of the exported checkpoint"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Import."""
+    """Import the folder."""
     config = parse(ImportConfig, argv)
 
     from nanochat.hub.export import import_checkpoint
 
     source, tag, step = import_checkpoint(config.folder, config.source, config.model_tag, config.step)
-    print(f"import_hf: {source} {tag}, step {step}, can be used")
+    print(f"import_hf: imported {source} {tag}, step {step}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints to folders for transformers and back: bit for bit, or with a word on what is wrong."""
+"""Export of checkpoints for transformers, and import: equal bit for bit, or an error that says why not."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
 @pytest.fixture
 def folder(base_dir, tmp_path):
-    """An export of a checkpoint laid out as the published one, and what was saved of it."""
+    """The export of a checkpoint with the state dict layout of the published one."""
     train_tokenizer().save(base_dir / "tokenizer")
     model = random_model(small_config(vocab_size=VOCAB_SIZE, n_kernel=4, slc_rate=2))
     directory = checkpoint_dir("rl", "d9")
@@ -41,35 +41,35 @@ def folder(base_dir, tmp_path):
 
 
 def other_tokenizer():
-    """Of the same size, and of the same words in another case."""
+    """Return a tokenizer of the same size, trained on the same words in upper case."""
     texts = [text.upper() for text in training_texts()]
     return RustBPETokenizer.train_from_iterator(texts, VOCAB_SIZE)
 
 
-def elsewhere(monkeypatch, tmp_path):
-    """Move to an empty base directory."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
-    return tmp_path / "elsewhere"
+def use_empty_base(monkeypatch, tmp_path):
+    """Switch to an empty base directory and return it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "empty"))
+    return tmp_path / "empty"
 
 
-def test_there_and_back(folder, base_dir, tmp_path, monkeypatch, capsys):
+def test_round_trip(folder, base_dir, tmp_path, monkeypatch, capsys):
     before = load_tensors(model_path(checkpoint_dir("rl", "d9"), 12), "cpu")
     meta, fields = read_meta(checkpoint_dir("rl", "d9"), 12), get_tokenizer().fields()
-    elsewhere(monkeypatch, tmp_path)
+    use_empty_base(monkeypatch, tmp_path)
     assert import_hf.main([str(folder)]) == 0
-    assert "import_hf: rl d9, step 12" in capsys.readouterr().out
+    assert "import_hf: imported rl d9, step 12" in capsys.readouterr().out
     after = load_tensors(model_path(checkpoint_dir("rl", "d9"), 12), "cpu")
     assert list(after) == [key.removeprefix("_orig_mod.") for key in before]
-    for one, other in zip(before.values(), after.values(), strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
+    for tensor, imported in zip(before.values(), after.values(), strict=True):
+        assert tensor.dtype == imported.dtype
+        assert torch.equal(tensor, imported)
     assert read_meta(checkpoint_dir("rl", "d9"), 12)["model_config"] == meta["model_config"]
     model, tokenizer, _ = load_model("rl", torch.device("cpu"), "eval")
     assert tokenizer.fields() == fields
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_what_is_in_the_folder(folder):
+def test_exported_files(folder):
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "configuration_saint_iberis.py",
@@ -95,24 +95,26 @@ def _umask():
     return mask
 
 
-def test_under_another_name(folder):
+def test_import_under_another_name(folder):
     assert import_hf.main([str(folder), "-i", "sft", "-g", "mine", "-s", "0"]) == 0
     model, _, meta = load_model("sft", torch.device("cpu"), "eval", "mine", 0)
     assert meta["step"] == 0
     assert model.config.n_kernel == 4
 
 
-def test_nothing_is_overwritten(folder, base_dir):
-    with pytest.raises(ValueError, match=r"d9 has a checkpoint of step 12; give another model tag or step"):
+def test_import_overwrites_nothing(folder, base_dir):
+    with pytest.raises(ValueError, match=r"d9 already has step 12; give another model tag or step"):
         import_checkpoint(folder)
     other_tokenizer().save(tokenizer_dir(checkpoint_dir("rl", "d9")))
-    with pytest.raises(ValueError, match=r"d9 have another tokenizer; give another model tag"):
+    with pytest.raises(
+        ValueError, match=r"d9 has checkpoints of a different tokenizer; give another model tag"
+    ):
         import_checkpoint(folder, step=0)
     assert complete_steps(checkpoint_dir("rl", "d9")) == [12]
 
 
-def test_a_model_goes_with_its_own_tokenizer(folder, base_dir, tmp_path):
-    """One from the hub has its own: it was exported with the base directory's, and spoke gibberish."""
+def test_export_uses_the_tokenizer_beside_the_model(folder, base_dir, tmp_path):
+    """Regression: a model pulled from the hub was exported with the base directory's tokenizer."""
     own, directory = train_tokenizer(), checkpoint_dir("rl", "d9")
     own.save(tokenizer_dir(directory))
     other_tokenizer().save(base_dir / "tokenizer")
@@ -130,17 +132,17 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def cut(path: Path):
+def truncate(path: Path):
     path.write_bytes(path.read_bytes()[:200])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "message"),
+    ("damage", "error", "message"),
     [
         (
             lambda f: (f / "config.json").unlink(),
             FileNotFoundError,
-            "expected a folder that scripts.export_hf",
+            "give a folder written by scripts.export_hf",
         ),
         (lambda f: (f / "config.json").write_text("[1"), ValueError, r"config\.json is damaged"),
         (lambda f: (f / "config.json").write_text("[1]"), ValueError, r"config\.json is damaged"),
@@ -149,20 +151,20 @@ def cut(path: Path):
         (lambda f: change_config(f, n_layer=3), ValueError, "weights do not fit the architecture"),
         (lambda f: change_config(f, n_head=5), ValueError, "must be an even multiple of n_head=5"),
         (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, r"no model\.safetensors in"),
-        (lambda f: cut(f / "model.safetensors"), ValueError, r"model\.safetensors is damaged"),
+        (lambda f: truncate(f / "model.safetensors"), ValueError, r"model\.safetensors is damaged"),
         (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, r"tokenizer\.json"),
-        (lambda f: cut(f / "tokenizer.json"), ValueError, r"tokenizer\.json is no tokenizer"),
+        (lambda f: truncate(f / "tokenizer.json"), ValueError, r"tokenizer\.json is not the tokenizer"),
     ],
 )
-def test_a_folder_that_is_something_else(folder, tmp_path, monkeypatch, spoil, error, message):
-    spoil(folder)
-    base = elsewhere(monkeypatch, tmp_path)
+def test_import_refuses_invalid_folders(folder, tmp_path, monkeypatch, damage, error, message):
+    damage(folder)
+    base = use_empty_base(monkeypatch, tmp_path)
     with pytest.raises(error, match=message):
         import_checkpoint(folder)
     assert not any(path.is_file() for path in base.rglob("*"))
 
 
-def test_what_cannot_be_exported(folder, base_dir, tmp_path):
+def test_export_refuses_invalid_checkpoints(folder, base_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model dN"):
         export_checkpoint("sft", None, None, tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):

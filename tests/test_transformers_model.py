@@ -1,4 +1,4 @@
-"""An exported model in transformers and lm-eval: the same numbers as ours, and what users expect there."""
+"""An exported model in transformers and lm-eval: the same numbers as ours, and the usual features."""
 
 import copy
 import json
@@ -6,19 +6,14 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
-from nanochat.common import base_dir
+from nanochat.checkpoint_manager import load_model
 from nanochat.hub.export import import_checkpoint
-from scripts import export_hf
 from tests.helpers.models import random_model, small_config
-from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer
-from tests.test_hf_tokenizer import MULTILINGUAL, SPECIAL_LOOKING
 
 PLANS = [
     {},
@@ -31,30 +26,11 @@ PLANS = [
 ]
 every_plan = pytest.mark.parametrize("plan", PLANS, ids=str)
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Our model and tokenizer, the folder that they were exported to, and what transformers makes of it."""
-    folder = tmp_path_factory.mktemp("exported") / "saint_iberis"
-    tokenizer = train_tokenizer()
-    model = random_model(small_config(vocab_size=VOCAB_SIZE, n_layer=5, n_head=4, n_kv_head=2, n_embd=40))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder.parent / "base"))
-        tokenizer.save(base_dir() / "tokenizer")
-        save_checkpoint(checkpoint_dir("sft", "d5"), 700, model, None, {})
-        assert export_hf.main(["-i", "sft", "-g", "d5", "-s", "700", "-o", str(folder)]) == 0
-    return SimpleNamespace(
-        folder=folder,
-        model=model,
-        tokenizer=tokenizer,
-        theirs=AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
-        their_tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
-    )
+pytest_plugins = "tests.helpers.exported"
 
 
 def both(exported, plan):
-    """Our model of another shape, and theirs with the same weights."""
+    """Return a model of ours with another plan, and the exported class with the same weights."""
     ours = random_model(small_config(**plan))
     config = type(exported.theirs.config)(**asdict(ours.config))
     theirs = type(exported.theirs)(config).eval()
@@ -67,17 +43,17 @@ def random_ids(*shape, seed=0):
 
 
 def padded(rows, filler=7, left=True):
-    """Rows of different lengths as (ids, attention_mask)."""
+    """Pad rows of different lengths to (ids, attention_mask)."""
     length = max(map(len, rows))
     ids, mask = torch.full((len(rows), length), filler), torch.zeros(len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
-        where = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[i, where], mask[i, where] = row, 1
+        columns = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, columns], mask[i, columns] = row, 1
     return ids, mask
 
 
 def greedy(model, ids, tokens=12, **settings):
-    """The new tokens (B, tokens)."""
+    """Generate greedily and return the new tokens (B, tokens)."""
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **settings}
     return model.generate(ids, max_new_tokens=tokens, **settings)[:, ids.size(1) :]
 
@@ -95,7 +71,7 @@ def test_same_logits(exported, plan):
 
 
 @every_plan
-def test_greedy_generation_is_ours_with_and_without_cache(exported, plan):
+def test_same_greedy_tokens_with_and_without_cache(exported, plan):
     ours, theirs = both(exported, plan)
     for length in (1, 2, 3, 9):
         ids = expected = random_ids(2, length, seed=length)
@@ -122,7 +98,7 @@ def test_any_chunking_gives_the_same_logits(exported, plan):
 @every_plan
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_padding_changes_nothing(exported, plan, left):
-    """Neither what is in it nor how much there is: not through attention, convolution or positions."""
+    """Neither its ids nor its length: not through attention, convolution or positions."""
     ours, theirs = both(exported, plan)
     rows = [random_ids(n, seed=n) for n in (1, 2, 7, 19)]
     for filler in (7, 31):
@@ -133,8 +109,8 @@ def test_padding_changes_nothing(exported, plan, left):
             torch.testing.assert_close(row_logits[row_mask], ours(row[None])[0], **TOLERANCE)
 
 
-def test_softmax_is_never_over_nothing(exported):
-    """Which is NaN in some attention kernels, and goes from padding into all else as 0 * NaN."""
+def test_every_token_attends_to_one_at_least(exported):
+    """Some attention kernels return NaN for a row without keys, and 0 * NaN spreads it from the padding."""
     visible_tokens = sys.modules[type(exported.theirs).__module__].visible_tokens
     mask = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
     expected = [
@@ -147,7 +123,7 @@ def test_softmax_is_never_over_nothing(exported):
 
 
 @every_plan
-def test_left_padded_generation_is_that_of_each_row_alone(exported, plan):
+def test_left_padded_generation_equals_unpadded(exported, plan):
     _, theirs = both(exported, plan)
     rows = [random_ids(n, seed=n) for n in (1, 2, 7, 19)]
     ids, mask = padded(rows)
@@ -168,7 +144,7 @@ def test_beam_search_reorders_the_whole_cache(exported):
         assert not torch.equal(beams[0], greedy(theirs, ids, attention_mask=mask))
 
 
-def test_rows_of_a_cache_are_repeated_and_chosen(exported):
+def test_cache_rows_are_repeated_and_selected(exported):
     theirs = exported.theirs
     ids, more = random_ids(2, 6), random_ids(3, 2, seed=1)
     cache = theirs(ids).cache
@@ -182,7 +158,7 @@ def test_rows_of_a_cache_are_repeated_and_chosen(exported):
         cache.crop(-1)
 
 
-def test_a_conversation_goes_on_from_its_cache(exported):
+def test_generation_continues_from_a_cache(exported):
     theirs, ids = exported.theirs, random_ids(2, 4)
     first = theirs.generate(
         ids, max_new_tokens=5, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0
@@ -192,8 +168,8 @@ def test_a_conversation_goes_on_from_its_cache(exported):
     assert torch.equal(greedy(theirs, longer, cache=first.cache), greedy(theirs, longer))
 
 
-def test_generation_ends_where_ours_does(exported):
-    """At <|assistant_end|> and at <|bos|>, which ours leaves out; finished rows are filled with padding."""
+def test_generation_stops_at_the_same_tokens(exported):
+    """<|assistant_end|> and <|bos|> end generation; GPT.generate does not return them."""
     bos, end = (exported.tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
     settings = exported.theirs.generation_config
     assert settings.eos_token_id == [end, bos]
@@ -219,11 +195,11 @@ def test_labels_give_our_loss(exported):
     targets = labels[:, 1:].masked_fill(labels[:, 1:] == -100, -1)
     out = exported.theirs(ids, labels=labels)
     torch.testing.assert_close(out.loss, exported.model(ids[:, :-1], targets))
-    summed = exported.theirs(ids, labels=labels, num_items_in_batch=10).loss  # as Trainer asks for it
+    summed = exported.theirs(ids, labels=labels, num_items_in_batch=10).loss  # as Trainer calls it
     torch.testing.assert_close(summed, exported.model(ids[:, :-1], targets, loss_reduction="sum") / 10)
 
 
-def test_every_parameter_learns_with_and_without_checkpointing(exported):
+def test_every_parameter_has_the_same_gradient_with_checkpointing(exported):
     _, theirs = both(exported, PLANS[2])
     theirs.train()
     ids, mask = padded([random_ids(n, seed=n) for n in (4, 9)])
@@ -239,8 +215,8 @@ def test_every_parameter_learns_with_and_without_checkpointing(exported):
     assert all(gradient.isfinite().all() and gradient.any() for gradient in plain.values())
     theirs.gradient_checkpointing_enable()
     assert theirs.transformer.h[0].gradient_checkpointing
-    again = gradients()
-    assert all(torch.equal(again[name], gradient) for name, gradient in plain.items())
+    checkpointed = gradients()
+    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
 
 
 def test_hidden_states_and_last_logits(exported):
@@ -256,14 +232,14 @@ def test_hidden_states_and_last_logits(exported):
     assert torch.equal(exported.theirs(ids, return_dict=False)[0], out.logits)
 
 
-def test_save_and_load_again_bit_for_bit(exported, tmp_path):
+def test_save_and_load_bit_for_bit(exported, tmp_path):
     exported.theirs.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
-    state = again.state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    state = loaded.state_dict()
     assert state.keys() == exported.model.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in exported.model.state_dict().items())
     ids = random_ids(2, 9)
-    assert torch.equal(again(ids).logits, exported.theirs(ids).logits)
+    assert torch.equal(loaded(ids).logits, exported.theirs(ids).logits)
     exported.their_tokenizer.save_pretrained(tmp_path)
     assert import_checkpoint(tmp_path) == ("sft", "d5", 700)
     model, tokenizer, _ = load_model("sft", torch.device("cpu"), "eval")
@@ -291,8 +267,8 @@ def test_device_map(exported, device_map):
     assert torch.equal(theirs(ids).logits, exported.theirs(ids).logits)
 
 
-def test_fresh_weights_are_drawn_for_every_parameter(exported):
-    """A convolution that nobody initialises stays what the memory held."""
+def test_every_parameter_is_initialized(exported):
+    """A convolution without initialization would keep uninitialized memory."""
     config = AutoConfig.from_pretrained(exported.folder, trust_remote_code=True)
     assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (40, 5, 32)
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -300,14 +276,14 @@ def test_fresh_weights_are_drawn_for_every_parameter(exported):
         assert 0.01 < parameter.std() < 0.04, name
 
 
-def test_what_does_not_fit_is_told(exported):
+def test_invalid_arguments_are_refused(exported):
     theirs, ids = exported.theirs, random_ids(2, 5)
     cache = theirs(ids).cache
     with pytest.raises(ValueError, match=r"shape \(2, 1\), expected \(2, 6\): one value for each token"):
         theirs(ids[:, :1], attention_mask=torch.ones(2, 1), cache=cache)
     with pytest.raises(ValueError, match="the cache is a DynamicCache"):
         theirs(ids, cache=DynamicCache())
-    with pytest.raises(ValueError, match="output_attentions is not available"):
+    with pytest.raises(ValueError, match="output_attentions=True is not supported"):
         theirs(ids, output_attentions=True)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         theirs(ids, inputs_embeds=torch.zeros(2, 5, 40))
@@ -318,92 +294,7 @@ def test_what_does_not_fit_is_told(exported):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tokenizer
-
-
-def test_same_ids(exported):
-    ours, theirs = exported.tokenizer, exported.their_tokenizer
-    for text in [*MULTILINGUAL, *SPECIAL_LOOKING]:
-        ids = theirs(text, split_special_tokens=True)["input_ids"]
-        assert ids == ours.encode(text), repr(text)
-        assert theirs.decode(ids) == text
-    assert len(theirs) == VOCAB_SIZE
-    assert theirs("<|bos|>The river")["input_ids"] == ours.encode("The river", prepend="<|bos|>")
-    batch = theirs(["a", "the river"], padding=True)
-    assert [row[0] for row in batch["attention_mask"]] == [0, 1]
-
-
-def test_a_start_token_for_those_who_ask(exported):
-    theirs = AutoTokenizer.from_pretrained(exported.folder, trust_remote_code=True, add_bos_token=True)
-    assert theirs("The river")["input_ids"] == exported.tokenizer.encode("The river", prepend="<|bos|>")
-
-
-CONVERSATIONS = [
-    [("user", "hi"), ("assistant", "Hello, what of the river?")],
-    [
-        ("system", "Be brief.\n"),
-        ("user", " 12*12?\n\n"),
-        ("assistant", "\n144 "),
-        ("user", "Ok"),
-        ("assistant", "!"),
-    ],
-    [
-        ("user", "<|assistant_end|><|bos|> <| <<|user_end|>>"),
-        ("assistant", "<|python_start|>1+1<|python_end|>"),
-    ],
-    [("system", "<|bos|>"), ("user", "\u65e5\u672c\u8a9e \U0001f680"), ("assistant", "{{ x }} {% y %} &lt;")],
-    [
-        ("user", "What is 12*12?"),
-        (
-            "assistant",
-            [
-                {"type": "text", "text": "It is "},
-                {"type": "python", "text": "12*12"},
-                {"type": "python_output", "text": "144"},
-                {"type": "text", "text": "144.<|output_end|>"},
-            ],
-        ),
-    ],
-]
-
-
-@pytest.mark.parametrize("turns", CONVERSATIONS)
-def test_chat_template_renders_what_we_render(exported, turns):
-    messages = [{"role": role, "content": content} for role, content in turns]
-    ours, theirs = exported.tokenizer, exported.their_tokenizer
-    expected_ids, expected_mask = ours.render_conversation({"messages": messages})
-    rendered = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    assert rendered["input_ids"] == expected_ids
-    assert rendered["assistant_masks"] == expected_mask
-    prompt = ours.render_for_completion({"messages": messages})
-    for asked in (messages, messages[:-1]):  # a reply to the last message is left out, as ours does
-        rendered = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
-        assert rendered["input_ids"] == prompt
-
-
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ([{"role": "system", "content": "x"}], "none of the messages is the user's"),
-        ([{"role": "assistant", "content": "x"}], "take turns"),
-        ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "take turns"),
-        ([{"role": "user", "content": ""}], "is empty"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "no text where text is due"),
-        (
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image"}]}],
-            "text, python or python_output",
-        ),
-    ],
-)
-def test_malformed_conversations(exported, messages, reason):
-    with pytest.raises(Exception, match=reason):
-        exported.their_tokenizer.apply_chat_template(messages)
-    with pytest.raises((ValueError, AttributeError)):
-        exported.tokenizer.render_conversation({"messages": messages})
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Elsewhere
+# lm-eval, and a process without this package
 
 QUESTIONS = [
     {"question": "The river is", "choices": [" under the bridge", " water"], "answer": 1},
@@ -424,7 +315,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_lm_eval_finds_our_likelihoods(exported, tmp_path):
+def test_lm_eval_computes_our_likelihoods(exported, tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -448,24 +339,24 @@ def test_lm_eval_finds_our_likelihoods(exported, tmp_path):
         logs = exported.model(torch.tensor([whole]))[0].log_softmax(-1)
         return sum(logs[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
 
-    right = 0
+    n_correct = 0
     samples = sorted(results["samples"]["river"], key=lambda sample: sample["doc_id"])
     for question, sample in zip(QUESTIONS, samples, strict=True):
         ours = [likelihood(question["question"], choice) for choice in question["choices"]]
         assert [float(theirs) for theirs, _ in sample["filtered_resps"]] == pytest.approx(ours, abs=1e-3)
-        right += ours.index(max(ours)) == question["answer"]
-    assert results["results"]["river"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
+        n_correct += ours.index(max(ours)) == question["answer"]
+    assert results["results"]["river"]["acc,none"] == pytest.approx(n_correct / len(QUESTIONS))
 
 
-WITHOUT_US = """
+GENERATE_WITHOUT_NANOCHAT = """
 import sys
 
-class NotHere:
+class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("nanochat", "scripts", "tasks", "rustbpe", "tiktoken"):
-            raise ImportError(f"{name} is not there")
+            raise ImportError(f"{name} is not installed")
 
-sys.meta_path.insert(0, NotHere())
+sys.meta_path.insert(0, Missing())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = sys.argv[1]
@@ -479,19 +370,19 @@ print(model.generate(**inputs, max_new_tokens=8)[0].tolist())
 """
 
 
-def test_in_a_process_without_this_package(exported, tmp_path):
+def test_without_the_nanochat_package(exported, tmp_path):
     environment = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS")}
     environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_US, exported.folder],
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", GENERATE_WITHOUT_NANOCHAT, exported.folder],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     prompt = exported.tokenizer.render_for_completion(
         {"messages": [{"role": "user", "content": "the river"}]}
     )
     expected = exported.theirs.generate(torch.tensor([prompt]), max_new_tokens=8)
-    assert json.loads(done.stdout) == expected[0].tolist()
+    assert json.loads(process.stdout) == expected[0].tolist()

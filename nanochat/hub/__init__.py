@@ -1,1 +1,1 @@
-"""Models from and to the Hugging Face hub and Transformers."""
+"""Exchange of models with the Hugging Face hub and with Transformers."""

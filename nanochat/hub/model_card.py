@@ -1,6 +1,6 @@
-"""The model card: what a stranger has to know of a model, as the README.md of its repository.
+"""The model card: README.md of a model's repository on the hub.
 
-Figures are those of the report; where there is none, the card says so and claims nothing.
+All figures come from the report; the card says which of them are missing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from nanochat.gpt import GPT
 from nanochat.report.markdown import dig, escape, fence, show, table
 from nanochat.report.text import count, fixed4, summary, task_names
 
-HUB_SETS = {
+HUB_DATASETS = {
     "base_train": [REPO_ID],
     "mid_train": ["HuggingFaceTB/smol-smoltalk", "cais/mmlu", "openai/gsm8k"],
     "chat_sft": ["allenai/ai2_arc", "openai/gsm8k", "HuggingFaceTB/smol-smoltalk"],
     "chat_rl": ["openai/gsm8k"],
 }
-STAGES = {"base": "pretrained", "mid": "midtrained", "sft": "finetuned", "rl": "reinforcement-learned"}
+STAGE_NAMES = {"base": "pretrained", "mid": "midtrained", "sft": "finetuned", "rl": "reinforcement-learned"}
 PROMPT = "<|bos|><|user_start|>QUESTION<|user_end|><|assistant_start|>ANSWER<|assistant_end|>"
 
 
@@ -34,24 +34,28 @@ def model_card(
     results: dict[str, dict],
     license: str,
 ) -> str:
-    """Return the card: YAML front matter and Markdown. `results` are those of the report, {} if unknown."""
+    """Return the card: YAML front matter and Markdown.
+
+    repo: "owner/name"; meta: the checkpoint's metadata; results: the results of nanochat.report.read_results,
+    {} if unknown; license: an identifier of the hub ("mit").
+    """
     with torch.device("meta"):
         model = GPT(config)
-    sets = [name for sets in _data(results).values() for name in sets if "/" in name]
-    front = {
+    datasets = [name for names in _data(results).values() for name in names if "/" in name]
+    front_matter = {
         "license": license,
         "library_name": "nanochat",
         "pipeline_tag": "text-generation",
         "tags": ["nanochat", "saint-iberis", "slc2"],
-        **({"datasets": list(dict.fromkeys(sets))} if sets else {}),
+        **({"datasets": list(dict.fromkeys(datasets))} if datasets else {}),
     }
     millions = model.num_parameters()["total"] / 1e6
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---",
         f"# {repo.rsplit('/', 1)[-1]}",
-        f"A language model of {millions:,.1f} M parameters ({STAGES[stage]}, step {meta.get('step')}), made "
-        "with Saint Iberis: nanochat's pipeline around a hybrid of attention and SLC2, a gated short causal "
-        "convolution.",
+        f"A language model of {millions:,.1f} M parameters ({STAGE_NAMES[stage]}, step {meta.get('step')}), "
+        "trained with Saint Iberis: nanochat's pipeline around a hybrid of attention and SLC2, a gated short "
+        "causal convolution.",
         _origin(meta),
         "## Architecture",
         _architecture(model),
@@ -67,11 +71,11 @@ def model_card(
             f"python -m scripts.hub pull {repo} -i {stage}\n"
             f"python -m scripts.chat_cli -i {stage} -g {repo.rsplit('/', 1)[-1]}"
         ),
-        "What the model reads and writes in a conversation, as single tokens around plain text:",
+        "The format of a conversation; each special token is a single token, the rest is plain text:",
         fence(PROMPT),
         "## Limits",
-        "A model of this size states wrong things with confidence, repeats what its data holds, good and "
-        "bad, and was not made safe for the public. Check what it says.",
+        "A model of this size makes false statements with confidence, reproduces the biases of its training "
+        "data, and has had no safety training. Verify its answers.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -84,31 +88,32 @@ def _origin(meta: dict[str, Any]) -> str:
 def _architecture(model: GPT) -> str:
     config, parameters, state = model.config, model.num_parameters(), model.state_bytes()
     kinds = config.layer_kinds
-    at = [str(i) for i, kind in enumerate(kinds) if kind == "attention"]
+    layers = [str(i) for i, kind in enumerate(kinds) if kind == "attention"]
+    attention = f"{len(layers)} attention ({', '.join(layers)})"
     rows = (
-        ("layers", f"{config.n_layer}: {kinds.count('slc2')} SLC2, {len(at)} attention ({', '.join(at)})"),
+        ("layers", f"{config.n_layer}: {kinds.count('slc2')} SLC2, {attention}"),
         ("width, heads, key-value heads", f"{config.n_embd}, {config.n_head}, {config.n_kv_head}"),
-        ("taps of the convolution", str(config.n_kernel)),
+        ("convolution width (taps)", str(config.n_kernel)),
         ("vocabulary", count(config.vocab_size)),
         ("context", f"{config.sequence_len:,} tokens"),
         *((f"parameters: {part}", count(n)) for part, n in parameters.items()),
-        ("decode state, bfloat16", f"{state['per_token']:,} bytes a token + {state['per_sequence']:,}"),
+        ("decode state, bfloat16", f"{state['per_token']:,} bytes per token + {state['per_sequence']:,}"),
     )
     return table(("", "value"), rows)
 
 
 def _data(results: dict[str, dict]) -> dict[str, list[str]]:
-    """Return what each stage learned from; of data of the author's own only that it was."""
-    found = {}
-    for stage, sets in HUB_SETS.items():
+    """Return the training data of each stage; paths of the author's own data are not disclosed."""
+    data_of = {}
+    for stage, datasets in HUB_DATASETS.items():
         data = dig(results, stage, "settings", "data")
         if isinstance(data, str):
             embedded = "documentation of Python" + ("" if stage == "base_train" else " and synthetic tasks")
-            kinds = {"hub": sets, "embedded": [embedded]}
-            found[stage] = list(kinds.get(source(data), ["data of the author's own"]))
+            kinds = {"hub": datasets, "embedded": [embedded]}
+            data_of[stage] = list(kinds.get(source(data), ["data of the author's own"]))
             if dig(results, stage, "settings", "add"):
-                found[stage].append("conversations of the author's own")
-    return found
+                data_of[stage].append("conversations of the author's own")
+    return data_of
 
 
 def _training(results: dict[str, dict]) -> str:
@@ -123,5 +128,5 @@ def _training(results: dict[str, dict]) -> str:
         )
         for stage, data in _data(results).items()
     ]
-    head = ("stage", "data", "steps", "tokens", "device", "validation bits per byte")
-    return table(head, rows) if rows else ""
+    header = ("stage", "data", "steps", "tokens", "device", "validation bits per byte")
+    return table(header, rows) if rows else ""

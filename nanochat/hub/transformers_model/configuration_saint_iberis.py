@@ -1,14 +1,14 @@
-"""Shape of a Saint Iberis model for Transformers, under the names that its own checkpoints use."""
+"""Configuration of a Saint Iberis model for Transformers, with the field names of its checkpoints."""
 
 from transformers import PretrainedConfig
 
 
 class SaintIberisConfig(PretrainedConfig):
-    """The fields of nanochat's GPTConfig; the usual names (`hidden_size` ...) work too."""
+    """The fields of nanochat's GPTConfig, with the names usual in transformers (`hidden_size`) as aliases."""
 
     model_type = "saint_iberis"
     keys_to_ignore_at_inference = ("cache", "past_key_values")
-    attribute_map = {  # noqa: RUF012  as every configuration of the library has it
+    attribute_map = {  # noqa: RUF012  a class attribute in transformers, too
         "max_position_embeddings": "sequence_len",
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",
@@ -24,8 +24,8 @@ class SaintIberisConfig(PretrainedConfig):
         n_head: int = 6,
         n_kv_head: int = 6,
         n_embd: int = 768,
-        n_kernel: int = 3,  # taps of the convolution in SLC2 layers
-        slc_rate: int = 3,  # layer i is attention iff i % slc_rate == 1 or it is the last; 0: all are
+        n_kernel: int = 3,  # width of the convolution in SLC2 layers
+        slc_rate: int = 3,  # layer i is attention iff i % slc_rate == 1 or it is the last; 0: all layers
         **kwargs,
     ):
         self.sequence_len = sequence_len
@@ -39,5 +39,5 @@ class SaintIberisConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
     def is_attention(self, layer: int) -> bool:
-        """Whether a layer is attention; every other one is SLC2."""
+        """True if a layer is attention; all others are SLC2."""
         return self.slc_rate == 0 or layer % self.slc_rate == 1 or layer == self.n_layer - 1

@@ -4,15 +4,16 @@
     block:  r += mixer(rms_norm(r));  r += Wproj( relu(Wfc rms_norm(r))^2 )
     logits = 15 * tanh(lm_head(rms_norm(r)) / 15)        in float32; untied, no biases, no norm weights
 
-Layer i is attention iff i % slc_rate == 1 or it is the last, every other one is SLC2. This file belongs to an
-exported model and needs torch and transformers only; the names of the weights are those of its checkpoints.
+Layer i is attention iff i % slc_rate == 1 or it is the last; all others are SLC2. This file belongs to an
+exported model and needs torch and transformers only. The weights have the names of nanochat's checkpoints.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Rows of different lengths are padded on the left to generate (on either side to train), with an attention_mask
-that is 0 there: padding is kept from attention and convolution, and positions count real tokens only.
+Pad rows of different lengths on the left to generate, on either side to train, with an attention_mask that is
+0 at padding. Attention and convolution ignore padding, and positions count real tokens only.
 
-Letters: B batch, T new tokens, S tokens in all, E n_embd, H heads, D head size, K n_kernel.
+Shapes: B batch, T new tokens, S all tokens (cached and new), E n_embd, H heads, D head size, K n_kernel,
+V vocabulary.
 """
 
 import torch
@@ -30,9 +31,9 @@ NORM_EPS = 2.0**-23  # float32's epsilon, for activations of every dtype
 
 
 class SaintIberisCache(DynamicCache):
-    """What a batch remembers: keys and values of attention layers, the last K-1 values of u of SLC2 layers.
+    """The decode state of a batch: keys and values of attention layers, the last K-1 inputs of convolutions.
 
-    The library's part holds the attention layers alone, in their order.
+    DynamicCache holds the attention layers only, numbered in their order.
     """
 
     is_croppable = False
@@ -42,33 +43,33 @@ class SaintIberisCache(DynamicCache):
         self.windows: dict[int, Tensor] = {}  # layer -> (B, K-1, E), oldest first
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         super().reset()
         self.windows.clear()
 
     def crop(self, *args, **kwargs) -> None:
-        """Refuse: a window does not hold what came before it."""
+        """Raise ValueError: the convolution inputs before a window are not stored."""
         raise ValueError(
-            "a SaintIberisCache cannot be cropped, as assisted generation would need; start anew"
+            "a SaintIberisCache cannot be cropped, so assisted generation is not available; use a new cache"
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let each row continue the row beam_idx (B,) of before."""
+        """Replace the rows by rows beam_idx (B,), for beam search."""
         super().reorder_cache(beam_idx)
-        self._change_windows(lambda window: window[beam_idx.to(window.device)])
+        self._map_windows(lambda window: window[beam_idx.to(window.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Make `repeats` neighbours of each row."""
+        """Repeat each row `repeats` times; the copies are adjacent."""
         super().batch_repeat_interleave(repeats)
-        self._change_windows(lambda window: window.repeat_interleave(repeats, dim=0))
+        self._map_windows(lambda window: window.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep only the rows `indices`."""
         super().batch_select_indices(indices)
-        self._change_windows(lambda window: window[indices.to(window.device)])
+        self._map_windows(lambda window: window[indices.to(window.device)])
 
-    def _change_windows(self, change) -> None:
-        self.windows = {layer: change(window) for layer, window in self.windows.items()}
+    def _map_windows(self, function) -> None:
+        self.windows = {layer: function(window) for layer, window in self.windows.items()}
 
 
 def norm(x: Tensor) -> Tensor:
@@ -76,40 +77,43 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
-def widen(x: Tensor) -> Tensor:
-    """Return x in float32, or as it is where that is more."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or unchanged if its dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (B,T,1,D/2) of rotary positions (B,T), base 10000, rounded to bfloat16."""
+    """Return cos and sin (B,T,1,D/2) bfloat16 of the rotary angles at positions (B,T), base 10000."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None, None].float() * 10000.0**-exponents
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B,T,H,D), its halves as coordinates."""
+    """Apply rotary embeddings to x (B,T,H,D); coordinate i is paired with i + D/2."""
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 def visible_tokens(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
-    """Return what the last T of S tokens may attend to, (B or 1, 1, T, S) bool; None if is_causal says it."""
+    """Return the attention mask of the last T of S tokens, (B or 1, 1, T, S) bool; True: may attend.
+
+    Return None if SDPA needs no mask: is_causal covers T = S, and a single token attends to all.
+    """
     if attention_mask is None and T in (1, S):
         return None
     keys = torch.arange(S, device=device)
     queries = keys[S - T :, None]
     visible = (keys <= queries)[None, None]
     if attention_mask is not None:
-        # padding sees itself: a row of softmax over nothing is NaN, and 0 * NaN would spread it
+        # padding attends to itself: softmax over an empty row is NaN, and 0 * NaN would spread it
         visible = visible & attention_mask[:, None, None].bool() | (keys == queries)
     return visible
 
 
 class SaintIberisAttention(nn.Module):
-    """Causal attention with rotary positions and normalised queries and keys; fewer key heads allowed."""
+    """Causal attention with rotary positions, normalized queries and keys, and optional grouped queries."""
 
     def __init__(self, config: SaintIberisConfig, cache_index: int):
         super().__init__()
@@ -158,7 +162,7 @@ class SaintIberisSLC2(nn.Module):
         self.c_proj = nn.Linear(E, E, bias=False)
 
     def forward(self, h: Tensor, is_token: Tensor | None, cache: SaintIberisCache | None) -> Tensor:
-        """Map h (B,T,E) to (B,T,E); where is_token (B,T,1) is 0 the convolution reads zeros."""
+        """Map h (B,T,E) to (B,T,E); the convolution reads zeros where is_token (B,T,1) is 0."""
         T, K = h.size(1), self.conv1d.kernel_size[0]
         outer = F.silu(self.alpha_proj(h)).unsqueeze(-1) * self.A_proj(h).unsqueeze(-2)  # (B,T,H,D)
         u = F.silu(outer).flatten(-2) * self.x_proj(h)
@@ -167,14 +171,14 @@ class SaintIberisSLC2(nn.Module):
         window = None if cache is None else cache.windows.get(self.layer)
         past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)
         if cache is not None:
-            cache.windows[self.layer] = past[:, T:].clone()  # a view would keep the whole prompt
-        weight = widen(self.conv1d.weight)
-        z = sum(widen(past[:, w : w + T]) * weight[:, 0, w] for w in range(K)).to(u.dtype)
+            cache.windows[self.layer] = past[:, T:].clone()  # a view would keep `past` in memory
+        weight = at_least_float32(self.conv1d.weight)
+        z = sum(at_least_float32(past[:, w : w + T]) * weight[:, 0, w] for w in range(K)).to(u.dtype)
         return self.c_proj(self.B_proj(h) * F.silu(z))
 
 
 class SaintIberisMLP(nn.Module):
-    """Two linear layers with relu^2 between."""
+    """Two linear layers with relu^2 in between."""
 
     def __init__(self, config: SaintIberisConfig):
         super().__init__()
@@ -187,7 +191,7 @@ class SaintIberisMLP(nn.Module):
 
 
 class SaintIberisBlock(GradientCheckpointingLayer):
-    """One layer: a mixer (attention or SLC2, both under the key `attn`) and an MLP on the residual stream."""
+    """A layer: a mixer (attention or SLC2, both named `attn` in checkpoints) and an MLP, with residuals."""
 
     def __init__(self, config: SaintIberisConfig, layer: int):
         super().__init__()
@@ -207,7 +211,7 @@ class SaintIberisBlock(GradientCheckpointingLayer):
         is_token: Tensor | None,
         cache: SaintIberisCache | None = None,
     ) -> Tensor:
-        """Map the residual stream x (B,T,E) to the next."""
+        """Return the residual stream after this layer, given x (B,T,E)."""
         h = norm(x)
         if self.is_attention:
             x = x + self.attn(h, cos, sin, visible, cache)
@@ -217,7 +221,7 @@ class SaintIberisBlock(GradientCheckpointingLayer):
 
 
 class SaintIberisPreTrainedModel(PreTrainedModel):
-    """What the library needs to know of these models."""
+    """Properties of these models that transformers reads."""
 
     config_class = SaintIberisConfig
     base_model_prefix = "transformer"
@@ -228,11 +232,11 @@ class SaintIberisPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model brings its own
+        return False  # the model creates a SaintIberisCache
 
 
 class SaintIberisModel(SaintIberisPreTrainedModel):
-    """The residual stream, without the head."""
+    """The model without its output head."""
 
     def __init__(self, config: SaintIberisConfig):
         super().__init__(config)
@@ -254,26 +258,28 @@ class SaintIberisModel(SaintIberisPreTrainedModel):
         past_key_values: SaintIberisCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Final hidden states (B,T,E) of input_ids (B,T), which continue what the cache has seen.
+        """Return the final hidden states (B,T,E) of input_ids (B,T), which follow the tokens in the cache.
 
-        attention_mask (B,S) is 1 at tokens and 0 at padding, those in the cache included. past_key_values is
-        the cache's name in older versions of the library. A cache is returned unless use_cache is False or,
-        by default, in training. Raises ValueError for shapes that do not fit.
+        attention_mask (B,S) is 1 at tokens and 0 at padding, cached tokens included. past_key_values is the
+        name of `cache` in older versions of transformers. use_cache: whether to return a cache; default: not
+        in training. Raise ValueError for shapes that do not match and for options that are not supported.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         if output_attentions or self.config.output_attentions:
-            raise ValueError("output_attentions is not available: attention weights are never held in memory")
+            raise ValueError(
+                "output_attentions=True is not supported: attention weights are not materialized"
+            )
         cache = self.open_cache(past_key_values if cache is None else cache, use_cache)
         x = norm(self.wte(input_ids) if inputs_embeds is None else inputs_embeds)
         T = x.size(1)
         S = T if cache is None else cache.get_seq_length() + T
-        attention_mask = _checked(attention_mask, x.size(0), S)
+        attention_mask = _checked_mask(attention_mask, x.size(0), S)
         if position_ids is None:
-            seen = torch.ones(1, S, device=x.device) if attention_mask is None else attention_mask
-            position_ids = (seen.long().cumsum(1) - 1).clamp(min=0)[:, S - T :]
+            mask = torch.ones(1, S, device=x.device) if attention_mask is None else attention_mask
+            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, S - T :]
         cos, sin = rotary_angles(position_ids, self.config.n_embd // self.config.n_head)
         visible = visible_tokens(attention_mask, T, S, x.device)
         is_token = None if attention_mask is None else attention_mask[:, S - T :, None].to(x.dtype)
@@ -284,34 +290,34 @@ class SaintIberisModel(SaintIberisPreTrainedModel):
                 states.append(x)
         x = norm(x)
         hidden_states = (*states[:-1], x) if output_hidden_states else None
-        # by position: the second field is `cache` or, in older versions, `past_key_values`
+        # positional: the second field is `cache`, or `past_key_values` in older versions
         return BaseModelOutputWithPast(x, cache, hidden_states)
 
     def open_cache(self, cache: SaintIberisCache | None, use_cache: bool | None) -> SaintIberisCache | None:
-        """Return the cache to use: the given one, a new one, or None; by default none in training."""
+        """Return the given cache, a new one, or None if use_cache is False (default: in training)."""
         if cache is None:
             return SaintIberisCache() if (not self.training if use_cache is None else use_cache) else None
         if not isinstance(cache, SaintIberisCache):
             raise ValueError(
-                f"the cache is a {type(cache).__name__}, not a SaintIberisCache; pass none at first"
+                f"the cache is a {type(cache).__name__}, not a SaintIberisCache; pass None to create one"
             )
         return cache
 
 
-def _checked(attention_mask: Tensor | None, B: int, S: int) -> Tensor | None:
-    """Return the mask, or None if it hides nothing."""
+def _checked_mask(attention_mask: Tensor | None, B: int, S: int) -> Tensor | None:
+    """Return the mask, or None if it masks nothing; raise ValueError unless its shape is (B,S)."""
     if attention_mask is None:
         return None
     if attention_mask.shape != (B, S):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(B, S)}: "
-            "one value for each token, those in the cache included"
+            "one value for each token, cached tokens included"
         )
     return None if attention_mask.all() else attention_mask
 
 
 class SaintIberisForCausalLM(SaintIberisPreTrainedModel, GenerationMixin):
-    """The language model."""
+    """The language model: SaintIberisModel and the output head."""
 
     def __init__(self, config: SaintIberisConfig):
         super().__init__(config)
@@ -335,10 +341,11 @@ class SaintIberisForCausalLM(SaintIberisPreTrainedModel, GenerationMixin):
         past_key_values: SaintIberisCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits (B,T,V) float32, of the last logits_to_keep tokens only if that is not 0.
+        """Return logits (B,T,V) float32 and, given labels, the loss.
 
-        With labels (B,T), -100 where none, also the mean loss in nats of each token given those before it.
-        For the rest see SaintIberisModel.forward.
+        logits_to_keep: return logits of the last tokens only, or of these indices; 0: of all. labels (B,T):
+        token ids, -100 is ignored; they are shifted here, and the loss is the mean in nats per token. For the
+        other arguments see SaintIberisModel.forward.
         """
         cache = self.transformer.open_cache(past_key_values if cache is None else cache, use_cache)
         outputs = self.transformer(
@@ -354,7 +361,7 @@ class SaintIberisForCausalLM(SaintIberisPreTrainedModel, GenerationMixin):
         )
         x = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = SOFTCAP * torch.tanh(widen(self.lm_head(x[:, kept])) / SOFTCAP)
+        logits = SOFTCAP * torch.tanh(at_least_float32(self.lm_head(x[:, kept])) / SOFTCAP)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,0 +1,35 @@
+"""A small model exported for transformers.
+
+Test modules take the fixture with `pytest_plugins = "tests.helpers.exported"`.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat.common import base_dir
+from scripts import export_hf
+from tests.helpers.models import random_model, small_config
+from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Our model and tokenizer, the folder of their export, and the same loaded by transformers."""
+    folder = tmp_path_factory.mktemp("exported") / "saint_iberis"
+    tokenizer = train_tokenizer()
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, n_layer=5, n_head=4, n_kv_head=2, n_embd=40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder.parent / "base"))
+        tokenizer.save(base_dir() / "tokenizer")
+        save_checkpoint(checkpoint_dir("sft", "d5"), 700, model, None, {})
+        assert export_hf.main(["-i", "sft", "-g", "d5", "-s", "700", "-o", str(folder)]) == 0
+    return SimpleNamespace(
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        theirs=AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
+        their_tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+    )
