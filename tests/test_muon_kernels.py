@@ -1,4 +1,4 @@
-"""The kernels of Muon against float64: interpreted on a CPU in float32, compiled on a GPU in bfloat16."""
+"""Muon's kernels against float64: interpreted on a CPU in float32, compiled on a GPU in bfloat16."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from nanochat.kernels.train.newton_schulz import fits, iterate, symmetric_produc
 from nanochat.optim import updates
 from tests.helpers.kernels import error, poison
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # a rounding of the result
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # one rounding of the result
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
-    """Tiles that the interpreter can take its time with; numbers that are the same in each run."""
+    """Use tiles small enough for the interpreter, and the same random numbers in each run."""
     torch.manual_seed(0)
     if "gpu" not in request.keywords:
         monkeypatch.setattr(newton_schulz, "TILE", Tile(16, 16, 16, 4, 1))
@@ -23,7 +23,7 @@ def small_tiles(request, monkeypatch):
 
 
 def polynomials(n, m, device, dtype):
-    """R (n,m,m) and another symmetric matrix that commutes with it."""
+    """Return a symmetric R (n,m,m) and another symmetric matrix that commutes with it."""
     half = torch.randn(n, m, m + 5, device=device, dtype=torch.float64)
     R = half @ half.mT / m
     return R.to(dtype), (3 * torch.eye(m, device=device) - R).to(dtype)
@@ -47,7 +47,7 @@ def test_symmetric_product_of_a_matrix_with_itself_on_a_gpu(shape, out_dtype):
 def check_square(X, out_dtype):
     scale = 0.01 * torch.rand(len(X), device=X.device)
     m = min(X.shape[1:])
-    poison(len(X), m, m, dtype=out_dtype, device=X.device)  # freed: the op is likely to be given it
+    poison(len(X), m, m, dtype=out_dtype, device=X.device)  # freed at once: the op likely reuses this memory
     R = symmetric_product(X, X, out_dtype, scale)
     wide = X.double().mT if X.size(1) > X.size(2) else X.double()
     assert R.dtype == out_dtype
@@ -79,7 +79,7 @@ def check_polynomials(m, device, dtype, out_dtype):
 
 
 def test_tiles_above_the_diagonal_mirror_those_below_it():
-    """Of a product that is not symmetric; tiles on the diagonal are the mean of both halves."""
+    """The product here is not symmetric; tiles on the diagonal are the mean of both halves."""
     a, b = torch.randn(2, 1, 48, 64)
     exact, tile = a @ b.mT, torch.arange(48) // 16
     lower, upper = tile[:, None] > tile, tile[:, None] < tile
@@ -88,7 +88,7 @@ def test_tiles_above_the_diagonal_mirror_those_below_it():
 
 
 def ill_conditioned(n, rows, cols, device):
-    """Matrices whose singular values fall from 1 to 1e-3, of very different sizes."""
+    """Return matrices of very different norms, with singular values from 1 down to 1e-3."""
     U, _, Vh = torch.linalg.svd(torch.randn(n, rows, cols, device=device), full_matrices=False)
     values = torch.logspace(0, -3, min(rows, cols), device=device)
     return (U * values) @ Vh * torch.logspace(-6, 6, n, device=device)[:, None, None]
@@ -96,14 +96,14 @@ def ill_conditioned(n, rows, cols, device):
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 48), (3, 48, 16), (2, 48, 32)])
 def test_iterate_is_orthogonalize(shape):
-    """Also of a matrix of zeros, which stays so."""
+    """A matrix of zeros stays zero."""
     X = ill_conditioned(*shape, "cpu")
     X[0] = 0
     norm = X.norm(dim=(1, 2)) + 1e-7
     out = iterate(X, norm) / norm[:, None, None]
     exact = updates.orthogonalize(X.double(), torch.float64)
     assert not out[0].any()
-    assert error(out, exact) < 1e-3  # its small singular values are amplified a thousandfold
+    assert error(out, exact) < 1e-3  # errors in the small singular values are amplified a thousandfold
 
 
 @pytest.mark.gpu
@@ -133,13 +133,13 @@ def test_muon_step_is_one_graph():
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows_cols", [(128, 128), (128, 384), (384, 128), (10, 1280)])
 def test_muon_step_of_the_optimizer(rows_cols):
-    """Compiled, by the kernels where they fit."""
+    """Compiled; with the kernels for matrices of whole tiles."""
     step = optim.fastest_muon_step(torch.empty(1, *rows_cols, device="cuda", dtype=torch.bfloat16))
     check_muon_step("cuda", step, *rows_cols, torch.bfloat16, 0.03)
 
 
 def check_muon_step(device, step, rows, cols, dtype, tolerance):
-    """What two steps change in weights, which lie among those of another rank, and momentum."""
+    """Compare weights and momentum after two steps; the weights of another rank must not change."""
     start = torch.randn(3, 2, 2, rows, cols, device=device)
     weights = start.clone()
     buffer = torch.randn(3, 2, rows, cols, device=device)
@@ -155,7 +155,7 @@ def check_muon_step(device, step, rows, cols, dtype, tolerance):
 
 
 def test_muon_operators():
-    """torch.compile may rely on what they declare: shapes, dtypes and what is changed in place."""
+    """The declared shapes, dtypes and in-place changes are correct: torch.compile relies on them."""
     R, other = polynomials(2, 32, "cpu", torch.float32)
     torch.library.opcheck(symmetric_product, (R, other, torch.float16, torch.rand(2), 0.5))
     torch.library.opcheck(symmetric_product, (torch.randn(2, 32, 16), torch.randn(2, 32, 16), torch.float32))
@@ -171,7 +171,7 @@ def test_whole_tiles_fit(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(10, 1280), (1280, 10), (128, 1300), (320, 1280)])
-def test_others_do_not_fit(shape, monkeypatch):
-    """A tile that reaches beyond a matrix would be read from, and written to, the next one."""
+def test_partial_tiles_do_not_fit(shape, monkeypatch):
+    """A partial tile would read from and write to the next matrix of the stack."""
     monkeypatch.setattr(newton_schulz, "TILE", Tile(128, 128, 64, 8, 3))
     assert not fits(*shape)

@@ -26,7 +26,7 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
 
 
 def test_orthogonalize_of_zero_is_zero():
-    """All c_proj gradients but the head's are zero at the first step; they must not become NaN."""
+    """All gradients but the head's are zero at the first step; they must not become NaN."""
     assert not orthogonalize(torch.zeros(2, 3, 5), torch.float32).any()
 
 
@@ -46,7 +46,7 @@ def test_muon_update_is_nesterov_momentum_and_scales_by_the_original_shape():
     assert torch.linalg.matrix_norm(wide, 2) < 1.3  # not scaled up: rows < columns
 
 
-def test_stacked_matrices_move_as_each_would_alone():
+def test_stacked_matrices_are_updated_independently():
     torch.manual_seed(0)
     start, gradients = torch.randn(3, 4, 6), torch.randn(2, 3, 4, 6)
 
@@ -64,7 +64,7 @@ def test_stacked_matrices_move_as_each_would_alone():
         torch.testing.assert_close(run([i])[0], together[i])
 
 
-def test_adamw_is_torchs():
+def test_adamw_equals_torchs():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2))
     group = {"kind": "adamw", "params": [ours], "lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-10}
@@ -98,7 +98,7 @@ def test_groups_by_role():
 
 
 def test_state_survives_saving():
-    """Two steps, or one and one with everything saved and loaded between: the same weights, bit for bit."""
+    """Two steps, with and without saving and loading in between, give bitwise equal weights."""
 
     def gradients(model, seed):
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How tensors are shared out over ranks that exist only on paper; for real ones see test_ranks."""
+"""Sharding of tensors over simulated ranks; test_ranks runs real ones."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
 from nanochat.optim import stack as stack_module
 from nanochat.optim.schedule import LearningRates
-from nanochat.optim.stack import Stack, slots_at_a_time
+from nanochat.optim.stack import Stack, slots_per_bucket
 from tests.helpers.models import random_model, small_config
 
 
 def optimizers(world_size, seed=0):
-    """The optimizer of each rank, over equal models."""
+    """Return a model and an optimizer for each rank; the models are equal."""
     runtimes = [dataclasses.replace(Runtime.cpu(), rank=r, world_size=world_size) for r in range(world_size)]
     models = [random_model(small_config(n_embd=32), seed) for _ in runtimes]
     return models, [build_optimizer(m, LearningRates(), r) for m, r in zip(models, runtimes, strict=True)]
@@ -22,11 +22,11 @@ def optimizers(world_size, seed=0):
 
 @pytest.mark.parametrize("share", [1, 2, 7, 34, 100])
 @pytest.mark.parametrize("mib", [1, 3, 13, 100])
-def test_buckets_are_full_and_hold_no_more_than_they_should(share, mib):
-    m = slots_at_a_time(share, mib * 2**20)
+def test_buckets_are_full_and_within_the_size_limit(share, mib):
+    m = slots_per_bucket(share, mib * 2**20)
     assert m == 1 or m * mib <= 32
     assert m <= share
-    assert -(-share // m) * m == share  # one slot at a time always fits, so nothing need be left empty
+    assert -(-share // m) * m == share  # buckets of one slot always fit, so no slot needs to stay empty
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
@@ -49,7 +49,7 @@ def test_every_slot_has_one_owner_and_a_parameter_keeps_its_values(monkeypatch, 
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2), (2, 5), (8, 8)])
-def test_state_goes_from_any_number_of_ranks_to_any_other(before, after):
+def test_state_moves_between_any_numbers_of_ranks(before, after):
     _, old = optimizers(before)
     for i, optimizer in enumerate(old):
         for stack in optimizer.stacks:
@@ -77,8 +77,8 @@ class Done:
         pass
 
 
-def test_what_is_sent_while_the_backward_runs_and_in_which_order(monkeypatch):
-    """The head's gradient leaves first and the embedding's last; weights return the other way."""
+def test_order_of_communication_during_the_backward(monkeypatch):
+    """The head's gradient is sent first and the embedding's last; weights return in reverse order."""
     events = []
 
     class Collectives:
@@ -91,7 +91,7 @@ def test_what_is_sent_while_the_backward_runs_and_in_which_order(monkeypatch):
             return Done()
 
     monkeypatch.setattr(stack_module, "dist", Collectives())
-    monkeypatch.setattr(stack_module, "BUCKET_BYTES", 0)  # a matrix of each rank at a time
+    monkeypatch.setattr(stack_module, "BUCKET_BYTES", 0)  # one matrix per rank and bucket
     n_gradients = [0]
     take = Stack.take_gradient
     monkeypatch.setattr(

@@ -1,23 +1,23 @@
-"""Muon for the matrices, AdamW for everything else, in one optimizer, on one rank or shared out over many.
+"""MuonAdamW: Muon for the matrices, AdamW for all other parameters, on one rank or sharded over many.
 
 Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal one: with G = U S V^T it
 steps along U V^T, which five steps of a quintic Newton-Schulz iteration approximate by matrix products alone.
 Matrices of one shape are stacked and updated together: a few large batched products instead of hundreds of
-small ones. On Hopper, nanochat/kernels/train/muon.py does it with fewer and cheaper products.
+small ones. On Hopper, nanochat/kernels/train/muon.py needs fewer and cheaper products.
 
-AdamW (Loshchilov & Hutter 2019) without weight decay takes the embedding, the head and the convolutions: rows
-of a table and taps of a filter are not linear maps whose singular values mean something.
+AdamW (Loshchilov & Hutter 2019) without weight decay updates the embedding, the head and the convolutions:
+rows of a table and taps of a filter are not linear maps whose singular values have a meaning.
 
-With several ranks each updates a share of every stack and keeps the state of that share alone (ZeRO stage 2,
-Rajbhandari et al. 2020):
+With several ranks, each updates a share of every stack and holds the optimizer state of that share only (ZeRO
+stage 2, Rajbhandari et al. 2020):
 
-    last backward of a step   each gradient goes into its stack as it comes; a part of the stack that is full
-                              is reduce-scattered while the backward goes on
-    finish_reduction          waits for that, and measures the gradients
-    step                      each rank updates its share; the weights are all-gathered, those that the next
-                              forward wants first before the others, while the next stack is updated
+    last backward of a step   each gradient is copied into its stack when it is ready; a full bucket of the
+                              stack is reduce-scattered while the backward continues
+    finish_reduction          waits for the reductions, and measures the gradients
+    step                      each rank updates its share; the weights are all-gathered, starting with those
+                              that the next forward needs first, while the next stack is updated
 
-One rank runs the same code without the collectives. nanochat/optim/stack.py lays the stacks out.
+A single rank runs the same code without the collectives. nanochat/optim/stack.py defines the layout.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +35,11 @@ from nanochat.optim.updates import adamw_step, muon_step
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups carry `kind`: "muon" (one shape; `momentum`) or "adamw" (one shape; `betas`, `eps`).
+    """Optimizer over groups of `kind` "muon" (with `momentum`) or "adamw" (with `betas`, `eps`).
 
-    Takes the parameters over: from here on each is a view into the stack of its group. Gradients are reduced
-    and Muon's products taken in dtype. forward_order lists the parameters as a forward meets them.
+    All parameters of a group have one shape, and become views into the stack of the group. Gradients are
+    reduced, and Muon's products computed, in dtype. forward_order lists the parameters in the order of use
+    in a forward; it decides the order of communication.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, defaults={})
         runtime = runtime or Runtime.cpu()
         params = [p for group in self.param_groups for p in group["params"]]
-        place = {p: i for i, p in enumerate(forward_order or params)}
+        position = {p: i for i, p in enumerate(forward_order or params)}
         self.stacks = [
             Stack(
-                sorted(group["params"], key=place.__getitem__, reverse=True),
+                sorted(group["params"], key=position.__getitem__, reverse=True),
                 ("momentum_buffer",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq"),
                 by_rows=group["kind"] == "adamw" and len(group["params"]) == 1,
                 dtype=dtype,
@@ -65,25 +66,26 @@ class MuonAdamW(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         self._stack_of = {p: stack for stack in self.stacks for p in stack.params}
-        self._missing = set(params)  # their gradients are not in a stack yet
-        # the same on all ranks, whatever comes when: collectives must meet
+        self._missing = set(params)  # parameters whose gradients are not in a stack yet
+        # a fixed order, whichever gradient is ready first: all ranks must issue the same collectives
         buckets = [(stack, b) for stack in self.stacks for b in range(len(stack.buckets))]
-        self._buckets = sorted(buckets, key=lambda at: -min(place[p] for p in at[0].buckets[at[1]]))
-        self._n_reduced = 0  # buckets
+        self._buckets = sorted(buckets, key=lambda item: -min(position[p] for p in item[0].buckets[item[1]]))
+        self._n_reduced = 0  # buckets whose reduction has started
         self._is_last_backward = self._is_reduced = False
         for p in params:
             p.register_post_accumulate_grad_hook(self._on_gradient)
 
     def begin_reduction(self) -> None:
-        """Say that the next backward is the last of the step: its gradients are whole as they come."""
+        """Announce the last backward of the step: from now on a ready gradient is complete."""
         self._is_last_backward = True
 
     def _on_gradient(self, p: Tensor) -> None:
         if self._is_last_backward:
-            self._take(p)
+            self._collect(p)
 
     @torch.no_grad()
-    def _take(self, p: Tensor) -> None:
+    def _collect(self, p: Tensor) -> None:
+        """Move the gradient of p into its stack, and start the reduction of every bucket that is full."""
         self._stack_of[p].take_gradient(p)
         self._missing.remove(p)
         while self._n_reduced < len(self._buckets):
@@ -95,20 +97,20 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def finish_reduction(self) -> Tensor:
-        """Move what gradients are left into the stacks, summed over ranks; a missing gradient counts as 0.
+        """Move the remaining gradients into the stacks and sum over ranks; a missing gradient counts as 0.
 
-        Returns the sum of squares of this rank's share, 0-D; its sum over ranks is the squared norm of the
-        whole gradient. No parameter has a `grad` afterwards.
+        Return the sum of squares of this rank's share, 0-D float32; its sum over ranks is the squared norm of
+        the whole gradient. Afterwards every parameter's `grad` is None.
         """
         self._is_last_backward = False
         for p in list(self._missing):
-            self._take(p)
+            self._collect(p)
         self._is_reduced = True
         return torch.stack([stack.finish_reduction() for stack in self.stacks]).sum()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter from the reduced gradients; reduces them first if nobody has."""
+        """Update every parameter from the reduced gradients; call finish_reduction first if necessary."""
         if not self._is_reduced:
             self.finish_reduction()
         gathering = []
@@ -122,32 +124,32 @@ class MuonAdamW(torch.optim.Optimizer):
         self._n_reduced, self._is_reduced = 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's share of the state, by group, with the numbers of the slots that it is the state of."""
+        """Return this rank's share of the state, by group, with the numbers of its slots."""
         groups = [{**group, "params": len(group["params"])} for group in self.param_groups]
         state = {i: stack.state_dict() for i, stack in enumerate(self.stacks)}
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state that one rank had for itself. Learning rates are not loaded: settings say them."""
+        """Load the state of a run on a single rank. Learning rates come from the settings, not from here."""
         self.load_shards([state_dict])
 
     def load_shards(self, shards: Sequence[dict[str, Any]]) -> None:
-        """Load this rank's share out of the state dicts of all ranks of a run, however many those were.
+        """Load this rank's share from the state dicts of all ranks of a run with any number of ranks.
 
-        Raises ValueError when they are of other parameters or do not hold all of the share.
+        Raise ValueError if they belong to other parameters or a part of the share is missing.
         """
         for i, stack in enumerate(self.stacks):
             try:
                 stack.load_shards([shard["state"][i] for shard in shards])
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"the optimizer state is of another model or an older version ({error!r}): start anew, "
-                    "from another stage with --no-warm-start"
+                    f"the optimizer state is from another model or an older version ({error!r}): start over; "
+                    "to start from another stage, pass --no-warm-start"
                 ) from error
 
 
 def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
-    """Return a function that does what muon_step does, fast for such gradients (..., rows, cols)."""
+    """Return the fastest equivalent of muon_step for gradients (..., rows, cols) like these."""
     if not grads.is_cuda:
         return muon_step
     if grads.dtype == torch.bfloat16 and has_large_tiles(grads.device):
@@ -180,7 +182,7 @@ def _update_adamw(stack: Stack, group: dict) -> None:
 
 
 def build_optimizer(model: GPT, rates: LearningRates, runtime: Runtime | None = None) -> MuonAdamW:
-    """Group the parameters by role; `initial_lr` of each group is what a schedule multiplies."""
+    """Group the parameters by role; a schedule multiplies the `initial_lr` of each group."""
     scale = (model.config.n_embd / 768) ** -0.5
     taps = [p for p in model.transformer.h.parameters() if p.ndim == 3]  # conv1d.weight (E,1,K)
     matrices: dict[torch.Size, list[Tensor]] = {}

@@ -1,7 +1,7 @@
-"""What to do when: learning rates, their schedule, and how often to evaluate and save.
+"""Learning rates, their schedules, and the intervals of evaluation, sampling, saving and logging.
 
-The schedules are pure functions of progress or step, so that a resumed run follows the same curve. No torch
-here: commands build their help text from these classes.
+The schedules are pure functions of progress or step, so a resumed run follows the same curve. This module
+must not import torch: commands build their help text from these classes.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRates:
-    """Peak rates; AdamW's are for a width of 768 and are scaled by (n_embd / 768)^-0.5."""
+    """Peak learning rates; AdamW's are for a width of 768 and are scaled by (n_embd / 768)^-0.5."""
 
     embedding_lr: float = 0.2
     """learning rate of the token embedding (AdamW)"""
@@ -30,7 +30,7 @@ class LearningRates:
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How often a run does what, in steps."""
+    """Intervals of a run's recurring actions, in steps."""
 
     eval_every: int = 250
     """steps between validations; 0: only at the start and the end"""
@@ -39,7 +39,7 @@ class Cadence:
     save_every: int = 500
     """steps between checkpoints; 0: only at the end"""
     keep_last: int = 2
-    """how many checkpoints to keep; 0: all"""
+    """number of checkpoints to keep; 0: all"""
     log_every: int = 10
     """steps between printed lines; metrics.jsonl has every step"""
 
@@ -51,22 +51,22 @@ class Cadence:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long and how large."""
+    """Length, batch size and learning-rate schedule of a run."""
 
     num_steps: int
-    accumulation: int  # micro-batches a step on this rank
-    tokens_per_step: int  # over all ranks
-    lr_multiplier: Callable[[float], float]  # of progress in [0, 1]
+    accumulation: int  # micro-batches per step on this rank
+    tokens_per_step: int  # summed over all ranks
+    lr_multiplier: Callable[[float], float]  # function of progress in [0, 1]
 
 
 def lr_multiplier(progress: float, *, peak: float = 1.0, warmdown: float = 0.2) -> float:
-    """Factor on every learning rate at progress in [0, 1] through training.
+    """Return the factor on every learning rate at a progress in [0, 1] through training.
 
-    `peak`, then linear to 0 over the last `warmdown` of it.
+    The factor is `peak`, then falls linearly to 0 over the last `warmdown` fraction of the run.
     """
     return peak * min(1.0, (1 - progress) / warmdown)
 
 
 def muon_momentum(step: int) -> float:
-    """Muon's momentum: 0.85 rising linearly to 0.95 over the first 300 steps."""
+    """Return Muon's momentum: 0.85, rising linearly to 0.95 over the first 300 steps."""
     return 0.85 + 0.10 * min(step / 300, 1.0)

@@ -1,13 +1,13 @@
-"""Tensors of one shape in one piece of memory, shared out over ranks: what the optimizer works on.
+"""Stacks: tensors of one shape in contiguous memory, sharded over ranks for the optimizer.
 
-A stack has slots of one shape: one for each of several tensors, or one for each row of a single table. They
-lie in buckets, the parts that are sent at a time, and in a bucket by rank:
+A stack has slots of one shape: one per tensor, or one per row of a single table. Slots are grouped into
+buckets, the units of communication, and within a bucket by rank:
 
     weights (buckets, ranks, m, *slot)      weights[b, r] is rank r's share of bucket b, m slots
 
-with as many empty slots at the end as it takes to fill the last bucket. So any number of tensors or rows goes
-with any number of ranks, and both collectives read and write whole buckets where they lie. The parameters
-themselves become views into the weights: nothing is copied to or from a stack but gradients.
+Empty slots at the end fill up the last bucket. So any number of tensors or rows works with any number of
+ranks, and both collectives read and write whole buckets in place. The parameters become views into the
+weights: only gradients are copied.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_BYTES = 32 * 2**20  # of gradients; enough for full bandwidth, small beside all that is sent in a step
+BUCKET_BYTES = 32 * 2**20  # of gradients; enough for full bandwidth, and small compared with all of a step
 
 
 class Stack:
-    """Weights, gradients in dtype, and this rank's share of the state `state_names`, zero at first.
+    """Weights, gradients in dtype, and this rank's share of the optimizer state `state_names`, initially 0.
 
-    Takes over params, all of one shape, which lie in the stack in their order; with by_rows there is one,
-    shared out by rows.
+    params, all of one shape, become views into the stack, in the given order. With by_rows there is a single
+    parameter, a table that is sharded by rows.
     """
 
     def __init__(
@@ -42,24 +42,24 @@ class Stack:
         self.n_slots, slot = (shape[0], shape[1:]) if by_rows else (len(params), shape)
         share = -(-self.n_slots // world_size)
         n_bytes = world_size * slot.numel() * dtype.itemsize
-        m = share if by_rows else slots_at_a_time(share, n_bytes)  # the gradient of a table comes at once
+        m = share if by_rows else slots_per_bucket(share, n_bytes)  # a table has a single gradient
         self.weights = params[0].detach().new_zeros(-(-share // m), world_size, m, *slot)
-        step = self.n_slots if by_rows else 1  # slots of one tensor
-        self.places = {p: slice(i * step, (i + 1) * step) for i, p in enumerate(params)}
-        for p, place in self.places.items():
-            there = self.weights.flatten(0, 2)[place].view(shape)
-            p.data = there.copy_(p.detach())
+        n = self.n_slots if by_rows else 1  # slots per parameter
+        self.slots_of = {p: slice(i * n, (i + 1) * n) for i, p in enumerate(params)}
+        for p, slots in self.slots_of.items():
+            view = self.weights.flatten(0, 2)[slots].view(shape)
+            p.data = view.copy_(p.detach())
         size = world_size * m
         self.buckets = [params[i : i + size] for i in range(0, len(params), size)]
-        self.grads: Tensor | None = None  # of all ranks' shares, laid out like weights
-        self.own_grads: Tensor | None = None  # of this rank's share, summed over ranks
+        self.grads: Tensor | None = None  # this rank's gradients of all shares, in the layout of weights
+        self.own_grads: Tensor | None = None  # gradients of this rank's share, summed over ranks
         self.reducing: list[dist.Work] = []
         self.n_steps = 0
         self.state = {name: torch.zeros_like(self.own_weights) for name in state_names}  # (buckets, m, *slot)
 
     @property
     def own_weights(self) -> Tensor:
-        """This rank's share of the weights, (buckets, m, *slot), a view."""
+        """This rank's share of the weights, a view (buckets, m, *slot)."""
         return self.weights[:, self.rank]
 
     # -----------------------------------------------------------------------------------------------------
@@ -67,34 +67,34 @@ class Stack:
 
     def take_gradient(self, p: Tensor) -> None:
         """Move the gradient of a parameter (None: zero) into the stack."""
-        if self.grads is None:  # new in each step: the memory serves activations in between
+        if self.grads is None:  # allocated per step: activations use the memory in between
             self.grads = torch.empty_like(self.weights, dtype=self.dtype)
             self.grads.flatten(0, 2)[self.n_slots :].zero_()
             self.own_grads = self.grads[:, 0]
             if self.world_size > 1:
                 self.own_grads = torch.empty_like(self.own_weights, dtype=self.dtype)
-        there = self.grads.flatten(0, 2)[self.places[p]]
+        target = self.grads.flatten(0, 2)[self.slots_of[p]]
         if p.grad is None:
-            there.zero_()
+            target.zero_()
         else:
-            there.view(p.shape).copy_(p.grad)
+            target.view(p.shape).copy_(p.grad)
         p.grad = None
 
     def reduce(self, b: int) -> None:
-        """Begin to sum a bucket's gradients over ranks, each rank's share on that rank."""
+        """Start the reduce-scatter of a bucket's gradients: each rank receives the sum of its share."""
         if self.world_size > 1:
             whole = self.grads[b].flatten(0, 1)
             self.reducing.append(dist.reduce_scatter_tensor(self.own_grads[b], whole, async_op=True))
 
     def finish_reduction(self) -> Tensor:
-        """Wait for all sums; return the sum of squares of this rank's, 0-D float32."""
+        """Wait for all reductions; return the sum of squares of this rank's gradients, 0-D float32."""
         for work in self.reducing:
             work.wait()
         self.reducing, self.grads = [], None
         return torch.linalg.vector_norm(self.own_grads, dtype=torch.float32).square()
 
     def gather(self) -> list[dist.Work]:
-        """Begin to collect the weights that each rank has updated, the first of the forward before others."""
+        """Start the all-gather of the updated weights, those that the forward needs first at the front."""
         self.own_grads = None
         self.n_steps += 1
         if self.world_size == 1:
@@ -109,20 +109,23 @@ class Stack:
 
     @property
     def own_slots(self) -> Tensor:
-        """Numbers of the slots of this rank's share, int64 in rising order; the empty ones left out."""
+        """Numbers of the slots of this rank's share, int64 in ascending order, without empty slots."""
         n_buckets, world_size, m = self.weights.shape[:3]
         slots = torch.arange(n_buckets * world_size * m).view(n_buckets, world_size, m)
         own = slots[:, self.rank].flatten()
         return own[own < self.n_slots]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this rank's share, (n, *slot) each, with the numbers of its n slots."""
+        """Return the state of this rank's share, (n, *slot) per tensor, and the numbers of its n slots."""
         slots = self.own_slots
         tensors = {name: value.flatten(0, 1)[: len(slots)] for name, value in self.state.items()}
         return {"n_slots": self.n_slots, "slots": slots, "n_steps": self.n_steps, **tensors}
 
     def load_shards(self, shards: Sequence[dict[str, Any]]) -> None:
-        """Take this rank's share out of the state of all ranks of a run; ValueError if it does not fit."""
+        """Load this rank's share from the state of all ranks of a run.
+
+        Raise ValueError if the shapes differ or a slot of the share is missing.
+        """
         slots = self.own_slots
         is_loaded = torch.zeros(len(slots), dtype=torch.bool)
         for shard in shards:
@@ -132,8 +135,8 @@ class Stack:
             for name, value in self.state.items():
                 if shard["n_slots"] != self.n_slots or shard[name].shape[1:] != value.shape[2:]:
                     raise ValueError(
-                        f"the optimizer state is of {shard['n_slots']} x {tuple(shard[name].shape[1:])}, "
-                        f"the model has {self.n_slots} x {tuple(value.shape[2:])}"
+                        f"the optimizer state has {shard['n_slots']} x {tuple(shard[name].shape[1:])}, "
+                        f"the model needs {self.n_slots} x {tuple(value.shape[2:])}"
                     )
                 value.flatten(0, 1)[where] = shard[name][is_own].to(value)
             self.n_steps = shard["n_steps"]
@@ -141,10 +144,10 @@ class Stack:
             raise ValueError("the optimizer state lacks the share of a rank")
 
 
-def slots_at_a_time(share: int, n_bytes: int) -> int:
-    """How many of a rank's slots go into a bucket, if a slot for each rank takes n_bytes.
+def slots_per_bucket(share: int, n_bytes: int) -> int:
+    """Return the number of a rank's slots per bucket, where one slot of every rank takes n_bytes.
 
-    As many as BUCKET_BYTES hold, or so many fewer that the last bucket is as good as full.
+    The largest number that fits into BUCKET_BYTES among those that leave the fewest slots empty.
     """
-    most = max(1, min(share, BUCKET_BYTES // n_bytes))
-    return min(range(most, 0, -1), key=lambda m: -(-share // m) * m)
+    limit = max(1, min(share, BUCKET_BYTES // n_bytes))
+    return min(range(limit, 0, -1), key=lambda m: -(-share // m) * m)

@@ -1,7 +1,4 @@
-"""The mathematics of one update of stacked parameters.
-
-Muon is Jordan et al. 2024, AdamW Loshchilov & Hutter 2019.
-"""
+"""Update rules for stacked parameters: Muon (Jordan et al. 2024), AdamW (Loshchilov & Hutter 2019)."""
 
 import torch
 from torch import Tensor
@@ -14,7 +11,7 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
     """Approximate U V^T of each matrix U S V^T in stack (n, rows, cols), in dtype; zeros stay zeros.
 
-    A stack of tall matrices is multiplied from the right: transposed, it would be read against its order.
+    Tall matrices are multiplied from the right: transposing them would make memory access strided.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = stack.size(-2) > stack.size(-1)
@@ -27,11 +24,11 @@ def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def muon_update(grads: Tensor, buffer: Tensor, momentum: Tensor, dtype: torch.dtype) -> Tensor:
-    """Direction of a Muon step for a stack of matrices, (n, rows, cols) in dtype.
+    """Return the direction of a Muon step for a stack of matrices, (n, rows, cols) in dtype.
 
-    buffer is the running mean of the gradients, updated in place; momentum, 0-D, is how much of it stays.
-    Nesterov: the step looks one gradient ahead. Scaled by max(1, rows/cols)^0.5, so that the change of an
-    output does not depend on the shape.
+    buffer, the running mean of the gradients with decay `momentum` (0-D), is updated in place. The step uses
+    Nesterov momentum, and is scaled by max(1, rows/cols)^0.5, so that the change of an output does not depend
+    on the shape.
     """
     grads = grads.to(buffer.dtype)
     buffer.mul_(momentum).add_(grads * (1 - momentum))
@@ -40,7 +37,10 @@ def muon_update(grads: Tensor, buffer: Tensor, momentum: Tensor, dtype: torch.dt
 
 
 def muon_step(weights: Tensor, grads: Tensor, buffer: Tensor, rate: Tensor, momentum: Tensor) -> None:
-    """Update weights and buffer (..., rows, cols) in place; orthogonalize in the dtype of the gradients."""
+    """Update weights and buffer (..., rows, cols) in place; orthogonalize in the dtype of the gradients.
+
+    rate (learning rate) and momentum are 0-D.
+    """
     update = muon_update(grads.flatten(0, -3), buffer.flatten(0, -3), momentum, grads.dtype)
     weights.sub_(rate * update.view(grads.shape).to(weights.dtype))
 
@@ -55,9 +55,10 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Update weights and the means of gradients and of their squares in place.
+    """Update weights, the running mean of the gradients and that of their squares in place.
 
-    rate is the learning rate over the bias of exp_avg, bias_sq the bias of exp_avg_sq, both 0-D.
+    rate, the learning rate divided by the bias correction of exp_avg, and bias_sq, the bias correction of
+    exp_avg_sq, are 0-D. The weights are not decayed.
     """
     grads = grads.to(weights.dtype)
     exp_avg.lerp_(grads, 1 - betas[0])

@@ -1,4 +1,4 @@
-"""Instructions of the GPU that Triton does not choose by itself, where results are in bfloat16."""
+"""GPU instructions that Triton does not select by itself, exact enough for results in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import triton.language as tl
 
 
 def has_instructions(x: torch.Tensor) -> bool:
-    """Whether they may be used for results in the dtype of x, and where it is."""
+    """Return True if these instructions apply to x: a bfloat16 tensor on an NVIDIA GPU."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
 @triton.jit
 def tanh(v, APPROX: tl.constexpr):
-    """Return tanh of a float32 tile, within float32's rounding of 1; APPROX with a relative error of 2^-11.
+    """Return tanh of a float32 tile, accurate to float32's rounding at 1; APPROX: relative error 2^-11.
 
-    That is exact enough for a soft-cap (PTX ISA, tanh), but not to make a sigmoid of: its small values are
-    differences of 1.
+    That is accurate enough for a soft-cap (PTX ISA, tanh) but not for a sigmoid, whose small values would be
+    differences of numbers near 1.
     """
     if APPROX:
         return tl.inline_asm_elementwise(
@@ -28,7 +28,7 @@ def tanh(v, APPROX: tl.constexpr):
 
 @triton.jit
 def sigmoid(v, APPROX: tl.constexpr):
-    """Return 1 / (1 + exp(-v)) of a float32 tile; APPROX with a relative error of 2^-21 in 4 instructions."""
+    """Return 1 / (1 + exp(-v)) of a float32 tile; APPROX: relative error 2^-21 in 4 instructions."""
     if APPROX:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;",
@@ -39,9 +39,9 @@ def sigmoid(v, APPROX: tl.constexpr):
 
 @triton.jit
 def round_to(v, dtype: tl.constexpr, PAIRED: tl.constexpr):
-    """Return a float32 tile rounded to dtype; PAIRED two values at a time, if dtype is bfloat16.
+    """Return a float32 tile rounded to dtype; PAIRED converts two values at a time if dtype is bfloat16.
 
-    The conversion that Triton chooses takes one value and runs on the special-function units.
+    The conversion that Triton selects takes one value and runs on the special-function units.
     """
     if PAIRED and dtype == tl.bfloat16:
         rounded = tl.inline_asm_elementwise(

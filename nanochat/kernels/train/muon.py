@@ -1,10 +1,9 @@
-"""The Muon step of nanochat/optim/updates.py by kernels.
+"""Fused Muon step, equivalent to nanochat/optim/updates.py.
 
-Half the work in symmetric products, few passes over memory.
-
-A kernel reads gradients and momentum once, and leaves the direction X, in the dtype of the gradients, and its
-norm. Nobody normalises X: a Newton-Schulz step is linear in X but for X X^T, which takes 1 / norm^2, and the
-learning rate takes 1 / norm.
+Symmetric products take half the work, and memory is read in few passes. One kernel reads gradients and
+momentum once and writes the direction X, in the dtype of the gradients, and its norm. X itself is never
+normalised: a Newton-Schulz step is linear in X except for X X^T, which is scaled by 1 / norm^2, and the
+learning rate is scaled by 1 / norm.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def _look_ahead(grads_ptr, buffer_ptr, ahead_ptr, squares_ptr, momentum, SIZE, B
 def look_ahead(grads: Tensor, buffer: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
     """Update buffer (n,rows,cols) as optim.updates.muon_update does; return the direction and its norm (n,).
 
-    The direction is of the dtype and shape of grads, norm and buffer are float32; momentum 0-D, on the CPU.
+    The direction has the dtype and shape of grads; norm and buffer are float32; momentum is 0-D on the CPU.
     """
     n, size = len(grads), grads[0].numel()
     programs = triton.cdiv(size, BLOCK)
@@ -53,7 +52,7 @@ def _(grads, buffer, momentum):
 
 
 def muon_step(weights: Tensor, grads: Tensor, buffer: Tensor, rate: Tensor, momentum: Tensor) -> None:
-    """Update weights and buffer (..., rows, cols) in place; newton_schulz.fits the matrices."""
+    """Update weights and buffer (..., rows, cols) in place; requires newton_schulz.fits(rows, cols)."""
     X, norm = look_ahead(grads.flatten(0, -3), buffer.flatten(0, -3), momentum)
     norm = norm + 1e-7
     X = iterate(X, norm)

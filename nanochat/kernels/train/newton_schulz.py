@@ -1,16 +1,17 @@
-"""Newton-Schulz iteration of nanochat/optim/updates.py with half the work where a product is symmetric.
+"""Newton-Schulz iteration of nanochat/optim/updates.py with half the work for symmetric products.
 
 With R = X X^T a step is X <- Q X, Q = a I + b R + c R^2. R and Q are symmetric: only their tiles on and below
 the diagonal are computed, and each is stored a second time, transposed. a I is part of Q, so that cuBLAS's
-product with X has no addend, which it would copy first. If X is at least twice as long as it is high, it pays
-not to touch it in every step: what is made of R alone commutes, so
+product with X has no addend, which it would copy first. If the long side of X is at least twice the short
+one, updating X in every step is wasteful. Polynomials in R commute, so
 
-    R <- R Q Q                     of the size of the short side, symmetric, as is the product of all Q
+    R <- R Q Q                     short side squared; symmetric, as is the product of all Q
     X <- Q_3 Q_2 Q_1 X             once for three steps
 
-An error in a small eigenvalue of R, which may make it negative, grows by a^2 a step. So R is made of X anew
-after three, and what is made of R is in float16, whose 3 more bits it needs. The result is then nearer to
-what float32 gives than if all were done in bfloat16 (dev/LOG.md, 2026-11-24).
+An error in a small eigenvalue of R, which may make it negative, grows by a factor of a^2 per step. So R is
+recomputed from X after three steps, and the polynomials in R are in float16, which has 3 more mantissa bits
+than bfloat16. The result is then closer to float32 than a computation entirely in bfloat16 (dev/LOG.md,
+2026-11-24).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nanochat.kernels.train.mlp import Tile
 from nanochat.optim.updates import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_STEPS
 
-TILE = Tile(128, 128, 64, 8, 3)  # two of them fit a multiprocessor: one computes while the other stores
+TILE = Tile(128, 128, 64, 8, 3)  # two fit on a multiprocessor: one computes while the other stores
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def _symmetric_product(
         acc += beta * addend_desc.load([n * M + i, j]).to(tl.float32)
     rows, cols = i + tl.arange(0, TILE)[:, None], j + tl.arange(0, TILE)[None, :]
     out = (acc + tl.where(rows == cols, gamma, 0.0)).to(out_desc.dtype)
-    if i == j:  # rounding may have made it differ from its mirror image
+    if i == j:  # rounding may have made the tile asymmetric
         out_desc.store([n * M + i, j], (out + out.T) * 0.5)
     else:
         out_desc.store([n * M + i, j], out)
@@ -77,10 +78,10 @@ def symmetric_product(
     beta: float = 0.0,
     gamma: float = 0.0,
 ) -> Tensor:
-    """Return scale alpha a b^T + beta a + gamma I (n,m,m) in dtype, where that is symmetric.
+    """Return scale alpha a b^T + beta a + gamma I (n,m,m) in dtype, for a result that is symmetric.
 
-    What is above the diagonal is mirrored from below. a and b (n,m,k) are of one dtype, contiguous and such
-    as `fits`; of tall ones, k < m, it is a^T b (n,k,k). scale (n,) float32. Only a square a can be added.
+    Tiles above the diagonal are copies of those below. a and b (n,m,k) have one dtype, are contiguous, and
+    satisfy `fits`; tall ones, k < m, give a^T b (n,k,k). scale is (n,) float32. beta needs a square a.
     """
     (n, rows, cols), is_tall = a.shape, a.size(1) > a.size(2)
     M, K = (cols, rows) if is_tall else (rows, cols)
@@ -105,14 +106,14 @@ def _(a, b, dtype, scale=None, alpha=1.0, beta=0.0, gamma=0.0):
 
 
 def fits(rows: int, cols: int) -> bool:
-    """Whether a matrix is made of whole tiles: memory beyond it is that of the next one in the stack."""
+    """Return True if whole tiles cover the matrix: a partial tile would overlap the next one in the stack."""
     return min(rows, cols) % TILE.m == 0 and max(rows, cols) % TILE.k == 0
 
 
 def iterate(X: Tensor, norm: Tensor) -> Tensor:
-    """Return norm times the orthogonal matrix near each of X (n,rows,cols), contiguous and such as `fits`.
+    """Return norm times the nearest orthogonal matrix of each X (n,rows,cols), contiguous, satisfying `fits`.
 
-    norm (n,) float32 is that of X. All that is made of X X^T is in float16 if X is in bfloat16.
+    norm (n,) float32 is the Frobenius norm of X. If X is bfloat16, polynomials in X X^T are float16.
     """
     rows, cols = X.shape[1:]
     small = torch.float16 if X.dtype == torch.bfloat16 else X.dtype
@@ -124,7 +125,7 @@ def iterate(X: Tensor, norm: Tensor) -> Tensor:
 
 
 def factor(R: Tensor, n_steps: int, dtype: torch.dtype) -> Tensor:
-    """Return, in dtype, what n_steps steps multiply X by; R (n,m,m)."""
+    """Return in dtype the factor (n,m,m) by which n_steps iterations multiply X, for R = X X^T (n,m,m)."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     Q = symmetric_product(R, R, dtype if n_steps == 1 else R.dtype, alpha=c, beta=b, gamma=a)
     if n_steps == 1:
