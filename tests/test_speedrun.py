@@ -1,4 +1,4 @@
-"""What speedrun.sh decides: flags for this machine, what it refuses, and what a second start does again."""
+"""What speedrun.sh decides: flags for this machine, what it refuses, and what a second start runs again."""
 
 import os
 import shlex
@@ -33,10 +33,11 @@ TRAINING = ("base_train", "mid_train", "chat_sft")
 
 @pytest.fixture
 def speedrun(tmp_path):
-    """The script with a Python that only notes what it is told; returns how it ends and the scripts run."""
+    """The script with a Python that only logs its arguments; returns the exit status and the scripts run."""
     (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / "setup.sh").touch()
-    shutil.copy(ROOT / "speedrun.sh", tmp_path)
+    (tmp_path / "dev" / "setup.sh").write_text("touch set-up\n")
+    for name in ("speedrun.sh", "dev/stage.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
@@ -185,6 +186,110 @@ def test_looks_for_the_core_bundle_before_it_needs_it(speedrun, tmp_path, capfd)
         status, calls = speedrun(CORE_BUNDLE=bundle)
         assert status == 0
         assert any(f"{flag}={bundle}" in words for words in calls if "scripts.base_eval" in words)
+
+
+REHEARSAL = {"STEPS": "3", "EVAL_ITEMS": "5", "CORE_BUNDLE": "https://there/it.zip", "RL": "1"}
+SHORT = {  # the settings that shorten each stage
+    "scripts.base_train": {"num_iterations": 3, "core_max_per_task": 5},
+    "scripts.base_loss": {},
+    "scripts.base_eval": {"max_per_task": 5},
+    "scripts.mid_train": {"num_iterations": 3, "val_conversations": 5},
+    "scripts.chat_sft": {"num_iterations": 3, "val_conversations": 5},
+    "scripts.chat_rl": {"num_steps": 3, "eval_examples": 5},
+    "scripts.chat_eval": {"max_problems": 5},
+}
+
+
+@pytest.mark.parametrize(("machine", "row"), [("no GPU", 256), ("eight of 80 GiB", 2048)])
+def test_a_rehearsal_is_short(machine, row, speedrun, tmp_path):
+    status, calls = speedrun(machine=machine, **REHEARSAL)
+    assert status == 0
+    configs = [(call[0], read_flags(*call)) for call in map(module_and_arguments, calls)]
+    for module, config in configs:
+        short = SHORT.get(module, {})
+        assert {name: getattr(config, name) for name in short} == short
+        for tokens in ("eval_tokens", "split_tokens"):
+            assert getattr(config, tokens, 5 * row) == 5 * row
+    assert {module for module, _ in configs} >= set(SHORT)
+
+
+def test_a_rehearsal_downloads_few_shards(speedrun, tmp_path):
+    assert speedrun(machine="eight of 80 GiB", SHARDS="2")[0] == 0
+    (line,) = (line for line in (tmp_path / "calls").read_text().splitlines() if "nanochat.dataset" in line)
+    assert line.endswith("-n 2 -w 4")
+
+
+def trained(calls):
+    """Return for each training stage that ran whether it replaced or resumed its checkpoints."""
+    modules = {f"scripts.{stage}": stage for stage in (*TRAINING, "chat_rl")}
+    return {
+        modules[module]: arguments[-1]
+        for module, arguments in map(module_and_arguments, calls)
+        if module in modules
+    }
+
+
+def test_other_steps_train_from_the_start(speedrun):
+    """A run after a rehearsal would continue from its checkpoints, whose learning rates had fallen to 0."""
+    everything = dict.fromkeys((*TRAINING, "chat_rl"), "--overwrite")
+    saved = {"AFTER": "step 00004 | saved to there"}
+    cut = {"CUT": "base_train", "LAST_WORDS": "step 00001"}
+    assert trained(speedrun(STEPS="3", **saved)[1]) == everything
+    assert trained(speedrun(STEPS="3", **saved)[1]) == {}
+    assert trained(speedrun(STEPS="4", **cut, **saved)[1]) == {"base_train": "--overwrite"}
+    assert trained(speedrun(STEPS="4", **saved)[1]) == everything  # it had not saved
+    assert trained(speedrun(**saved)[1]) == everything
+    assert trained(speedrun(**saved)[1]) == {}
+
+
+def test_other_evaluations_do_not_train_the_base_model_again(speedrun):
+    assert speedrun(AFTER="step 00080 | saved to there")[0] == 0
+    stages = trained(speedrun(EVAL_ITEMS="5")[1])
+    assert stages == {
+        "base_train": "--resume",
+        **dict.fromkeys(("mid_train", "chat_sft", "chat_rl"), "--overwrite"),
+    }
+    assert trained(speedrun(EVAL_ITEMS="5")[1]) == {}
+
+
+@pytest.mark.parametrize("setting", ["SHARDS", "PYTHON"])
+def test_another_tokenizer_is_learned_for_other(setting, speedrun, tmp_path):
+    """The tokenizer of a rehearsal, learned from few shards, would be that of the run after it."""
+    python = tmp_path / "python"
+    shutil.copy(tmp_path / ".venv" / "bin" / "python", python)
+    values = {"SHARDS": "2", "PYTHON": str(python)}
+    assert speedrun(machine="one of 24 GiB")[0] == 0
+    status, calls = speedrun(machine="one of 24 GiB", **{setting: values[setting]})
+    assert (status, module_and_arguments(calls[1])[0]) == (0, "scripts.tok_train")
+    assert trained(calls)["base_train"] == "--overwrite"
+    assert len(speedrun(machine="one of 24 GiB", **{setting: values[setting]})[1]) == 1  # the doctor
+
+
+def test_a_ready_interpreter_needs_no_set_up(speedrun, tmp_path, capfd):
+    assert speedrun(PYTHON=".venv/bin/python")[0] == 0
+    assert not (tmp_path / "set-up").exists()
+    assert len(speedrun()[1]) == 1  # the same interpreter: nothing is done but set-up and the doctor
+    assert (tmp_path / "set-up").exists()
+    for python in ("/no/such/python", "false"):
+        assert speedrun(PYTHON=python) == (1, [])
+        assert f"PYTHON={python} must be an interpreter that can import nanochat" in capfd.readouterr().err
+    assert speedrun(PYTHON=".venv/bin/python", WANDB_RUN="mine", NO_WANDB="1") == (1, [])
+    assert "uv pip install --python .venv/bin/python wandb" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["STEPS", "SHARDS", "EVAL_ITEMS"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "ten", "08", "4 --resume"])
+def test_a_length_that_is_none(name, value, speedrun, capfd):
+    assert speedrun(**{name: value}, machine="eight of 80 GiB") == (1, [])
+    assert f"{name}={value} must be a whole number above 0" in capfd.readouterr().err
+
+
+def test_shards_are_those_of_the_hub(speedrun, capfd):
+    assert speedrun(SHARDS="2") == (1, [])
+    assert "SHARDS=2 is for DATA=hub, and the data is embedded" in capfd.readouterr().err
+    for n_shards in ("1823", "1" + 30 * "0"):
+        assert speedrun(SHARDS=n_shards, machine="eight of 80 GiB") == (1, [])
+        assert f"SHARDS={n_shards} must be at most 1822" in capfd.readouterr().err
 
 
 def test_is_not_misled_by_what_libraries_print_at_the_end(speedrun):
