@@ -23,6 +23,7 @@ from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, head_logits
+from nanochat.sampling import GREEDY
 from nanochat.task import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -137,8 +138,8 @@ def _write_replies(
     completions = Engine(model, tokenizer).complete(
         prompts,
         max_tokens=max_new_tokens,
+        sampling=GREEDY,
         batch_size=batch_size,
-        temperature=0,
         on_done=progress.update,
     )
     return [tokenizer.decode(completion.tokens) for completion in completions]

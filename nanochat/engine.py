@@ -16,7 +16,7 @@ from nanochat.decode.decoder import Decoder
 from nanochat.decode.row import Completion, Row, special_ids
 from nanochat.decode.running import Running, Seat, decoder_for
 from nanochat.gpt import GPT
-from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
+from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import RustBPETokenizer
 
 
@@ -43,11 +43,18 @@ class Engine:
         A sample that has ended repeats its end token, with mask 0. max_tokens defaults to what the context
         has left. The same seed gives the same tokens; None draws a fresh one.
         """
-        settings = _settings(temperature, top_k, top_p)
         max_tokens = self._room(tokens, max_tokens)
+        sampling = SamplingParams.from_flat(temperature, top_k, top_p, seed=seed)
+        yield from self.stream(tokens, max_tokens=max_tokens, sampling=sampling, num_samples=num_samples)
+
+    def stream(
+        self, tokens: Sequence[int], *, max_tokens: int, sampling: SamplingParams, num_samples: int = 1
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Do what generate does, with the settings as one object."""
+        sampling = sampling.seeded()
         _check([tokens], max_tokens, num_samples)
         with self._running(num_samples, len(tokens) + max_tokens) as running:
-            seats = self._seat(running, tokens, num_samples, seed_or_fresh(seed), settings)
+            seats = self._seat(running, tokens, [sampling.for_sample(i) for i in range(num_samples)])
             while running.seats:
                 taken = [seat for _, seat in running.step()]
                 if not taken:
@@ -70,12 +77,9 @@ class Engine:
         found = self.complete(
             [tokens],
             max_tokens=self._room(tokens, max_tokens),
+            sampling=SamplingParams.from_flat(temperature, top_k, top_p, seed=seed),
             num_samples=num_samples,
             batch_size=num_samples,
-            seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
         )
         return [[*tokens, *row.tokens] for row in found], [[0] * len(tokens) + row.mask for row in found]
 
@@ -84,33 +88,30 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         *,
         max_tokens: int,
+        sampling: SamplingParams,
         num_samples: int = 1,
         batch_size: int = 64,
-        seed: int | None = None,
         on_done: Callable[[int], object] = lambda n: None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
     ) -> list[Completion]:
         """Complete every prompt num_samples times (sample j of prompt i is number i * num_samples + j).
 
-        At most batch_size rows run at a time, and what they say does not depend on it; on_done is told how
-        many have ended. The settings are generate's.
+        At most batch_size rows run at a time, which does not change their tokens. on_done is called with the
+        number of rows that have just ended.
         """
-        settings = _settings(temperature, top_k, top_p)
         _check(prompts, max_tokens, num_samples)
         if num_samples > batch_size:
             raise ValueError(f"num_samples={num_samples} must fit into batch_size={batch_size}")
         if not prompts:
             return []
-        seed, waiting, rows = seed_or_fresh(seed), deque(enumerate(prompts)), []
+        sampling, waiting, rows = sampling.seeded(), deque(enumerate(prompts)), []
         batch_size = min(batch_size, num_samples * len(prompts))
         with self._running(batch_size, max(map(len, prompts)) + max_tokens) as running:
             while waiting or running.seats:
                 while waiting and len(running.seats) + num_samples <= batch_size:
                     i, prompt = waiting.popleft()
-                    first = sample_seed(seed, i * num_samples)
-                    rows += [seat.row for seat in self._seat(running, prompt, num_samples, first, settings)]
+                    numbers = range(i * num_samples, (i + 1) * num_samples)
+                    params = [sampling.for_sample(number) for number in numbers]
+                    rows += [seat.row for seat in self._seat(running, prompt, params)]
                 running.step()
                 ended = self._remove_ended(running, max_tokens)
                 if ended:
@@ -141,11 +142,8 @@ class Engine:
             running.clear()
             self._idle.append(decoder)
 
-    def _seat(
-        self, running: Running, prompt: Sequence[int], n: int, seed: int, settings: dict[str, float]
-    ) -> list[Seat]:
-        """Run a prompt, but for the last token, and let n samples of it take their seats."""
-        params = [SamplingParams(**settings, seed=sample_seed(seed, j)) for j in range(n)]
+    def _seat(self, running: Running, prompt: Sequence[int], params: Sequence[SamplingParams]) -> list[Seat]:
+        """Prefill a prompt without its last token; return the seats of its samples, one for each params."""
         slots = [running.decoder.open(params[0])]
         try:
             if len(prompt) > 1:
@@ -169,10 +167,6 @@ class Engine:
         for seat in ended:
             running.remove(seat)
         return len(ended)
-
-
-def _settings(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, float]:
-    return {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
 
 
 def _check(prompts: Sequence[Sequence[int]], max_tokens: int, num_samples: int) -> None:

@@ -108,7 +108,7 @@ def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context
     from nanochat.sampling import SamplingParams
 
     device, vocab_size = decoder.device, config.vocab_size
-    params = SamplingParams(temperature=config.temperature, top_k=config.top_k)
+    params = SamplingParams(temperature=config.temperature, top_k=config.top_k, seed=0)
     prompt = torch.randint(0, vocab_size, (context,)).tolist()
 
     def prefill() -> None:

@@ -27,6 +27,7 @@ from nanochat.decode.stream_decoder import StreamDecoder
 
 if TYPE_CHECKING:
     from nanochat.engine import Engine
+    from nanochat.sampling import SamplingParams
     from nanochat.tokenizer import RustBPETokenizer
 
 FORGET = ("/clear", "/new")
@@ -105,11 +106,11 @@ class Reply:
 
 
 class Chat:
-    """A conversation with the model of an engine; settings are those of Engine.generate."""
+    """A conversation with the model of an engine."""
 
-    def __init__(self, engine: Engine, max_tokens: int, **settings: Any):
+    def __init__(self, engine: Engine, max_tokens: int, sampling: SamplingParams):
         context = engine.model.config.sequence_len
-        self.engine, self.settings = engine, settings
+        self.engine, self.sampling = engine, sampling
         self.max_tokens = min(max_tokens, context // 2)
         self.room = context - self.max_tokens
         self.history: list[dict[str, Any]] = []
@@ -120,9 +121,8 @@ class Chat:
         reply = Reply(self.engine.tokenizer, is_dim=sys.stdout.isatty())
         try:
             prompt = render_for_completion(self.engine.tokenizer, {"messages": self.history}, self.room)
-            for (token,), _ in self.engine.generate(
-                prompt, num_samples=1, max_tokens=self.max_tokens, **self.settings
-            ):
+            columns = self.engine.stream(prompt, max_tokens=self.max_tokens, sampling=self.sampling)
+            for (token,), _ in columns:
                 if token in reply.ends:
                     break
                 print(reply.add(token), end="", flush=True)
@@ -165,18 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.checkpoint_manager import load_for
     from nanochat.engine import Engine
-    from nanochat.sampling import check_sampling
+    from nanochat.sampling import SamplingParams
 
-    check_sampling(config.temperature, config.top_k, top_p=None, repetition_penalty=1.0)
+    sampling = SamplingParams(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
-    chat = Chat(
-        Engine(model, tokenizer),
-        config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        seed=config.seed,
-    )
+    chat = Chat(Engine(model, tokenizer), config.max_tokens, sampling)
     if chat.max_tokens < config.max_tokens:
         print(f"answers have {chat.max_tokens} tokens at most, half of the context", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks

@@ -13,6 +13,7 @@ import torch
 from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
 from nanochat.common import run
 from nanochat.engine import Engine
+from nanochat.sampling import GREEDY, SamplingParams
 from scripts import chat_cli
 from scripts.chat_cli import Chat, converse
 from tests.helpers.models import random_model, small_config
@@ -35,7 +36,7 @@ class ScriptedEngine:
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=context))
         self.prompts, self.settings = [], []
 
-    def generate(self, tokens, **settings):
+    def stream(self, tokens, **settings):
         self.prompts.append(self.tokenizer.decode(tokens))
         self.settings.append(settings)
         for piece in next(self.replies):
@@ -58,7 +59,7 @@ CALL = ("<|python_start|>", "12*7", "<|python_end|>", "<|output_start|>", "84", 
 
 
 def shown(tokenizer, capsys, *pieces):
-    Chat(ScriptedEngine(tokenizer, pieces), max_tokens=50).answer("hello")
+    Chat(ScriptedEngine(tokenizer, pieces), max_tokens=50, sampling=GREEDY).answer("hello")
     return capsys.readouterr().out
 
 
@@ -94,7 +95,7 @@ def test_characters_are_whole(tokenizer, capsys, monkeypatch):
     """It decoded token by token, which broke emoji and CJK."""
     written = []
     monkeypatch.setattr("builtins.print", lambda text, **_: written.append(text))
-    Chat(ScriptedEngine(tokenizer, say("\u732b \U0001f63a!")), max_tokens=50).answer("hello")
+    Chat(ScriptedEngine(tokenizer, say("\u732b \U0001f63a!")), max_tokens=50, sampling=GREEDY).answer("hello")
     assert "".join(written) == "\u732b \U0001f63a!"
     assert [text for text in written if text] == ["\u732b", " ", "\U0001f63a", "!"]  # each when it is whole
 
@@ -149,21 +150,21 @@ def test_no_text_controls_the_terminal(tokenizer, capsys):
 def test_history(tokenizer, capsys):
     """The model sees again exactly what was said, calls and results included."""
     engine = ScriptedEngine(tokenizer, say("It is ", *CALL, "."), say("yes"))
-    chat = Chat(engine, max_tokens=100, temperature=0.5, top_k=7, seed=3)
+    sampling = SamplingParams(temperature=0.5, top_k=7, seed=3)
+    chat = Chat(engine, max_tokens=100, sampling=sampling)
     chat.answer("12 times 7?")
     chat.answer("really?")
     first = "<|bos|><|user_start|>12 times 7?<|user_end|><|assistant_start|>"
     reply = f"It is {''.join(CALL)}.<|assistant_end|>"
     second = "<|user_start|>really?<|user_end|><|assistant_start|>"
     assert engine.prompts == [first, first + reply + second]
-    settings = {"num_samples": 1, "max_tokens": 100, "temperature": 0.5, "top_k": 7, "seed": 3}
-    assert engine.settings == [settings] * 2
+    assert engine.settings == [{"max_tokens": 100, "sampling": sampling}] * 2
 
 
 def test_an_empty_reply_does_not_break_the_next_turn(tokenizer, capsys):
     """The renderer refuses a message without content."""
     engine = ScriptedEngine(tokenizer, say(), [STOP_HERE], say("yes"))
-    chat = Chat(engine, max_tokens=50)
+    chat = Chat(engine, max_tokens=50, sampling=GREEDY)
     chat.answer("one")
     with pytest.raises(KeyboardInterrupt):
         chat.answer("two")
@@ -175,7 +176,7 @@ def test_an_empty_reply_does_not_break_the_next_turn(tokenizer, capsys):
 
 def test_old_turns_fall_away(tokenizer, capsys):
     engine = ScriptedEngine(tokenizer, *itertools.repeat(say("the river"), 30), context=64)
-    chat = Chat(engine, max_tokens=1000)
+    chat = Chat(engine, max_tokens=1000, sampling=GREEDY)
     assert (chat.max_tokens, chat.room) == (32, 32)
     for turn in range(30):
         chat.answer(f"turn {turn} ")
@@ -194,7 +195,7 @@ def test_old_turns_fall_away(tokenizer, capsys):
 def test_forget(tokenizer, capsys, terminal, command):
     engine = ScriptedEngine(tokenizer, say("yes"), say("no"))
     terminal("one", command, "", "two")
-    converse(Chat(engine, max_tokens=50), "hello")
+    converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert engine.prompts[1] == "<|bos|><|user_start|>two<|user_end|><|assistant_start|>"
 
 
@@ -202,7 +203,7 @@ def test_forget(tokenizer, capsys, terminal, command):
 def test_leave(tokenizer, capsys, terminal, leave):
     engine = ScriptedEngine(tokenizer, say("yes"))
     terminal("one", leave, "two")
-    converse(Chat(engine, max_tokens=50), "hello")
+    converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert len(engine.prompts) == 1
     assert capsys.readouterr().out.startswith("hello\nyes\n")
 
@@ -210,7 +211,7 @@ def test_leave(tokenizer, capsys, terminal, leave):
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(tokenizer, capsys, terminal):
     engine = ScriptedEngine(tokenizer, ["the river", STOP_HERE, " and more"], say("yes"))
     terminal("one", "two")
-    converse(Chat(engine, max_tokens=50), "hello")
+    converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert capsys.readouterr().out == "hello\nthe river\nyes\n\n"
     assert "<|assistant_start|>the river<|assistant_end|><|user_start|>two" in engine.prompts[1]
 
@@ -227,21 +228,21 @@ def test_a_second_ctrl_c_keeps_what_was_said(tokenizer, capsys, terminal, monkey
             raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.print", print_until_interrupted)
-    converse(Chat(engine, max_tokens=50), "hello")
+    converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert "<|assistant_start|>the river<|assistant_end|><|user_start|>two" in engine.prompts[1]
 
 
 def test_ctrl_c_ends_a_run_over_a_pipe(tokenizer, capsys, monkeypatch):
     pipe(monkeypatch, b"one\ntwo\n")
     with pytest.raises(KeyboardInterrupt):
-        converse(Chat(ScriptedEngine(tokenizer, [STOP_HERE]), max_tokens=50), "hello")
+        converse(Chat(ScriptedEngine(tokenizer, [STOP_HERE]), max_tokens=50, sampling=GREEDY), "hello")
 
 
 def test_a_pipe_sees_the_answers_alone(tokenizer, capsys, monkeypatch):
     """One line is one turn; bytes that are no UTF-8 are not the end, and a last line needs no newline."""
     pipe(monkeypatch, "one \u732b\n\n".encode() + b"t\xffwo\nquit please")
     engine = ScriptedEngine(tokenizer, say("yes"), say("no"), say("well"))
-    converse(Chat(engine, max_tokens=50), "hello")
+    converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert capsys.readouterr().out == "yes\nno\nwell\n"
     for prompt, text in zip(engine.prompts, ("one \u732b", "t\ufffdwo", "quit please"), strict=True):
         assert prompt.endswith(f"<|user_start|>{text}<|user_end|><|assistant_start|>")
@@ -268,7 +269,7 @@ def greedy(text, source="sft", step=None, max_tokens=20):
     """What the model says, through the engine alone; only plain text is asked for."""
     model, tokenizer, _ = load_model(source, torch.device("cpu"), "eval", step=step)
     prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]}, 44)
-    (row,) = Engine(model, tokenizer).complete([prompt], max_tokens=max_tokens, temperature=0)
+    (row,) = Engine(model, tokenizer).complete([prompt], max_tokens=max_tokens, sampling=GREEDY)
     text = tokenizer.decode(row.tokens)
     assert text
     assert "<|" not in text

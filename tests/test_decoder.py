@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat.decode import decoder as decoder_module
+from nanochat.decode import running
 from nanochat.decode.decoder import PlainDecoder
 from nanochat.decode.graph_decoder import GraphDecoder
 from nanochat.decode.running import decoder_for
@@ -173,7 +173,7 @@ def test_context_is_not_left(device):
 
 def test_what_there_are_no_graphs_for_is_said(monkeypatch, caplog):
     """chat_eval -b 256 and chat_web --slots=200 were several times slower than with half of that."""
-    monkeypatch.setattr(decoder_module, "PlainDecoder", lambda *_: "plain")
+    monkeypatch.setattr(running, "PlainDecoder", lambda *_: "plain")
     model = SimpleNamespace(device=torch.device("cuda"), config=SMALL)
     assert decoder_for(model, 129) == "plain"
     assert "no CUDA graphs for 129 rows" in caplog.text

@@ -11,6 +11,7 @@ import torch
 from nanochat import engine as engine_module
 from nanochat.decode.decoder import Decoder, PlainDecoder
 from nanochat.engine import Engine
+from nanochat.sampling import GREEDY, SamplingParams
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer
@@ -21,6 +22,8 @@ PLANS = [
     {"slc_rate": 2, "n_kernel": 5},
     {"slc_rate": 9, "n_layer": 3},
 ]
+
+SEEDED = SamplingParams(seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_rows_of_a_batch_are_as_if_alone(plan, tokenizer):
     ends = {tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")}
     expected = [by_full_forwards(model, prompt, 12, ends) for prompt in prompts]
     for batch_size in (64, 2, 1):
-        found = engine.complete(prompts, max_tokens=12, batch_size=batch_size, temperature=0)
+        found = engine.complete(prompts, max_tokens=12, batch_size=batch_size, sampling=GREEDY)
         assert [(row.tokens, row.end_token) for row in found] == expected
     for prompt, (tokens, _) in zip(prompts, expected, strict=True):
         assert list(model.generate(torch.tensor([prompt]), 12, temperature=0)) == tokens
@@ -88,7 +91,7 @@ def test_rows_of_a_batch_are_as_if_alone(plan, tokenizer):
 def test_the_rows_that_go_on_are_the_right_ones(engine, monkeypatch):
     """Ends are rare in a random model: a token that it writes often is made one, so the batch shrinks."""
     prompts = some_prompts()
-    plain = engine.complete(prompts, max_tokens=14, temperature=0)
+    plain = engine.complete(prompts, max_tokens=14, sampling=GREEDY)
     frequent = Counter(token for row in plain for token in set(row.tokens[1:])).most_common(4)
     sizes = []
     launch = PlainDecoder.launch
@@ -98,7 +101,7 @@ def test_the_rows_that_go_on_are_the_right_ones(engine, monkeypatch):
     for end, n_rows in frequent:
         engine.special["<|assistant_end|>"] = end
         ends = {end, engine.special["<|bos|>"]}
-        found = engine.complete(prompts, max_tokens=14, temperature=0)
+        found = engine.complete(prompts, max_tokens=14, sampling=GREEDY)
         expected = [by_full_forwards(engine.model, prompt, 14, ends) for prompt in prompts]
         assert [(row.tokens, row.end_token) for row in found] == expected
         assert sum(row.end_token == end for row in found) >= n_rows
@@ -136,11 +139,11 @@ def test_samples_of_several_prompts(engine):
     prompts = some_prompts()
     done = []
     settings = {"num_samples": 3, "batch_size": 7, "on_done": done.append}
-    found = engine.complete(prompts, max_tokens=6, temperature=0, **settings)
-    alone = engine.complete(prompts, max_tokens=6, temperature=0)
+    found = engine.complete(prompts, max_tokens=6, sampling=GREEDY, **settings)
+    alone = engine.complete(prompts, max_tokens=6, sampling=GREEDY)
     assert [row.tokens for row in found] == [row.tokens for row in alone for _ in range(3)]
     assert done == [6, 6, 6, 3]
-    assert engine.complete([], max_tokens=6) == []
+    assert engine.complete([], max_tokens=6, sampling=GREEDY) == []
 
 
 def test_interleaved_generations_do_not_mix_and_the_model_can_be_trained_after(engine):
@@ -155,7 +158,7 @@ def test_interleaved_generations_do_not_mix_and_the_model_can_be_trained_after(e
 
 def test_an_interrupted_prompt_frees_its_slots(engine, monkeypatch):
     """Ctrl-C while a prompt was run left no slot for the next question."""
-    wanted = engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, seed=0)
+    wanted = engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, sampling=SEEDED)
     decoder = engine._idle[0]
     for name in ("feed", "fork"):
 
@@ -165,17 +168,19 @@ def test_an_interrupted_prompt_frees_its_slots(engine, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(decoder, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
-                engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, seed=0)
+                engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, sampling=SEEDED)
         assert engine._idle == [decoder]
-        assert engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, seed=0) == wanted
+        assert engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, sampling=SEEDED) == wanted
 
 
 def test_idle_decoders_do_not_pile_up(engine):
     """Each larger request kept the decoder of the one before, with its weights, state and graphs."""
     for num_samples in (2, 1, 3, 4):
-        engine.complete([[1, 2]], max_tokens=2, num_samples=num_samples)
+        engine.complete([[1, 2]], max_tokens=2, sampling=GREEDY, num_samples=num_samples)
     assert [decoder.slots for decoder in engine._idle] == [4]
-    engine.complete([[1] * 30], max_tokens=engine.model.config.sequence_len)  # few rows, but long
+    engine.complete(
+        [[1] * 30], max_tokens=engine.model.config.sequence_len, sampling=GREEDY
+    )  # few rows, but long
     assert [decoder.slots for decoder in engine._idle] == [4, 1]
 
 
@@ -200,7 +205,7 @@ def test_settings_that_mean_nothing(engine, settings, message):
 
 def test_a_batch_holds_the_samples_of_a_prompt(engine):
     with pytest.raises(ValueError, match="num_samples=3 must fit into batch_size=2"):
-        engine.complete([[1]], max_tokens=1, num_samples=3, batch_size=2)
+        engine.complete([[1]], max_tokens=1, sampling=GREEDY, num_samples=3, batch_size=2)
 
 
 def test_what_the_context_has_left_is_the_default(engine):
@@ -280,7 +285,7 @@ def write(tokenizer, spell, scripted):
     def written(*pieces, n_more=0):
         script = [id for piece in pieces for id in ([0] if piece is None else spell(piece))]
         model = ScriptedModel(script)
-        (row,) = Engine(model, tokenizer).complete([[1]], max_tokens=len(script) + n_more, temperature=0)
+        (row,) = Engine(model, tokenizer).complete([[1]], max_tokens=len(script) + n_more, sampling=GREEDY)
         fed = [inputs[0] for inputs in model.given[1:]]
         expected = row.tokens[:-1] if row.end_token is None else row.tokens  # the model sees forced ones
         assert fed[: len(expected)] == expected
@@ -347,7 +352,7 @@ def test_rows_that_have_ended_make_room(tokenizer, spell, scripted):
     scripts = [[100 + row] * length + [end] for row, length in enumerate(lengths)]
     model = ScriptedModel(*scripts)
     found = Engine(model, tokenizer).complete(
-        [[row + 1] for row in range(8)], max_tokens=40, temperature=0, batch_size=3
+        [[row + 1] for row in range(8)], max_tokens=40, sampling=GREEDY, batch_size=3
     )
     assert [row.tokens for row in found] == [script[:-1] for script in scripts]
     assert {row.end_token for row in found} == {end}

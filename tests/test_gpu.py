@@ -11,6 +11,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
+from nanochat.sampling import GREEDY
 from nanochat.train import accelerate as acceleration
 from nanochat.train.accelerate import accelerate
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
@@ -166,8 +167,8 @@ def test_batch_of_prompts_of_different_lengths_is_each_alone():
     model.compute_dtype = torch.float32
     engine = Engine(model, tokenizer)
     prompts = [tokenizer.encode("the river " * n, prepend="<|bos|>") for n in (1, 7, 2, 5)]
-    together = engine.complete(prompts, max_tokens=24, temperature=0)
-    alone = [engine.complete([prompt], max_tokens=24, temperature=0)[0] for prompt in prompts]
+    together = engine.complete(prompts, max_tokens=24, sampling=GREEDY)
+    alone = [engine.complete([prompt], max_tokens=24, sampling=GREEDY)[0] for prompt in prompts]
     assert together == alone
 
 

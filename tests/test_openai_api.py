@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from nanochat.sampling import SamplingParams
 from nanochat.serve.protocol import End, QueueFull, Token
 from tests.helpers.fake_backend import FakeBackend, Pause, serve, wait_for
 from tests.helpers.vocabulary import train_tokenizer
@@ -77,8 +78,8 @@ def test_chat(ask, backend):
     assert answer.usage.prompt_tokens == len(request.tokens)
     assert answer.usage.completion_tokens == num_new
     assert answer.usage.total_tokens == len(request.tokens) + num_new
-    assert (request.temperature, request.top_k, request.max_tokens, request.n) == (0.8, 50, 100, 1)
-    assert (request.seed, request.logprobs) == (None, None)
+    assert request.sampling == SamplingParams(temperature=0.8, top_k=50, seed=None)
+    assert (request.max_tokens, request.n, request.logprobs) == (100, 1, None)
 
 
 def test_chat_stream(ask, backend):
@@ -120,9 +121,10 @@ def test_settings(ask, backend):
     ask(temperature=0, top_p=0.5, seed=-3, max_tokens=7, extra_body={"top_k": 3, "repetition_penalty": 1.5})
     ask(max_completion_tokens=8)
     first, second = backend.requests
-    assert (first.temperature, first.top_p, first.seed, first.max_tokens) == (0, 0.5, -3, 7)
-    assert (first.top_k, first.repetition_penalty) == (3, 1.5)
-    assert second.max_tokens == 8
+    assert first.sampling == SamplingParams(
+        temperature=0.0, top_k=3, top_p=0.5, repetition_penalty=1.5, seed=-3
+    )
+    assert (first.max_tokens, second.max_tokens) == (7, 8)
 
 
 def test_length(ask, continue_, backend):

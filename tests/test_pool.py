@@ -4,6 +4,7 @@ import queue
 
 import pytest
 
+from nanochat.sampling import GREEDY
 from nanochat.serve.pool import Pool
 from nanochat.serve.protocol import Closed, End, QueueFull, Request
 from nanochat.serve.worker import Worker
@@ -22,7 +23,7 @@ def pool():
 
 def submit(pool):
     events = queue.Queue()
-    return pool.submit(Request(tokens=[1, 2], max_tokens=5, temperature=0.0), events.put), events
+    return pool.submit(Request(tokens=[1, 2], max_tokens=5, sampling=GREEDY), events.put), events
 
 
 def test_requests_are_spread_and_answered_alike(pool):

@@ -90,8 +90,45 @@ def test_sample_rows_have_settings_of_their_own():
     assert torch.equal(logits, before)
     free = [sample_rows(logits[:1], [SamplingParams(seed=s)], [0], [[]])[0] for s in range(200)]
     assert set(free) == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="top_k"):
-        SamplingParams(top_k=-1)
+    unseeded = [sample_rows(logits[:1], [SamplingParams(seed=s)], [0], [[]]) for s in (None, 0)]
+    assert unseeded[0] == unseeded[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1 must be 0 .greedy. or more"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1 must be 0 .off. or more"),
+        ({"top_p": 0.0}, "top_p=0.0 must be in .0, 1.; 1 turns it off"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0; 1 turns it off"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
+
+
+def test_none_is_off_in_flat_signatures_alone():
+    assert SamplingParams.from_flat(0.5, None, None) == SamplingParams(temperature=0.5, top_k=0, top_p=1.0)
+    assert SamplingParams.from_flat(0.5, 3, 0.9, 1.2, 7) == SamplingParams(
+        temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.2, seed=7
+    )
+    for name in ("top_k", "top_p"):
+        with pytest.raises(TypeError):
+            SamplingParams(**{name: None})
+
+
+def test_samples_of_a_request_have_seeds_of_their_own():
+    params = SamplingParams(top_k=3, seed=2**40 + 5)
+    assert params.seeded() is params
+    samples = [params.for_sample(number) for number in range(100)]
+    assert len({sample.seed for sample in samples}) == 100
+    assert all(0 <= sample.seed < 2**32 and sample.top_k == 3 for sample in samples)
+    fresh = [SamplingParams(top_k=3).seeded() for _ in range(20)]
+    assert len({params.seed for params in fresh}) == 20
+    assert all(params.top_k == 3 for params in fresh)
 
 
 @pytest.mark.parametrize("tiny", [1e-50, 1e-300, 1e-7])

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from schemathesis.checks import not_a_server_error
 from starlette.testclient import TestClient
 
+from nanochat.sampling import SamplingParams
 from nanochat.serve.protocol import Closed, End, QueueFull
 from nanochat.serve.server import Settings, create_app
 from nanochat.serve.worker import Worker
@@ -112,25 +113,28 @@ def test_settings_of_a_request(server, backend):
     chat(server, temperature=0, top_k=0, max_tokens=7, top_p=0.5, repetition_penalty=1.5, seed=3)
     chat(server)
     asked, default = backend.requests
-    assert (asked.temperature, asked.top_k, asked.max_tokens) == (0, 0, 7)
-    assert (asked.top_p, asked.repetition_penalty, asked.seed) == (0.5, 1.5, 3)
-    assert (default.temperature, default.top_k, default.max_tokens) == (0.8, 50, 100)  # half of the context
-    assert (default.top_p, default.repetition_penalty, default.seed, default.n) == (1.0, 1.0, None, 1)
-    assert default.logprobs is None
+    assert asked.sampling == SamplingParams(
+        temperature=0.0, top_k=0, top_p=0.5, repetition_penalty=1.5, seed=3
+    )
+    assert default.sampling == SamplingParams(
+        temperature=0.8, top_k=50, top_p=1.0, repetition_penalty=1.0, seed=None
+    )
+    assert (asked.max_tokens, default.max_tokens) == (7, 100)  # half of the context
+    assert (default.n, default.logprobs) == (1, None)
 
 
 def test_whole_numbers(server, backend):
     """7.0 is an integer in JSON, and in the app's own description."""
     chat(server, top_k=7.0, max_tokens=1e1, seed=-3.0)
     (request,) = backend.requests
-    assert repr((request.top_k, request.max_tokens, request.seed)) == "(7, 10, -3)"
+    assert repr((request.sampling.top_k, request.max_tokens, request.sampling.seed)) == "(7, 10, -3)"
 
 
 def test_defaults_of_the_server(backend):
     with serve(backend, temperature=0.1, top_k=3, max_tokens=5) as client:
         chat(client)
     (request,) = backend.requests
-    assert (request.temperature, request.top_k, request.max_tokens) == (0.1, 3, 5)
+    assert (request.sampling.temperature, request.sampling.top_k, request.max_tokens) == (0.1, 3, 5)
     with pytest.raises(ValueError, match="temperature"):
         serve(backend, temperature=3).__enter__()
 

@@ -14,6 +14,7 @@ import torch
 from nanochat.cache import HybridCache
 from nanochat.decode.decoder import PlainDecoder
 from nanochat.engine import Engine
+from nanochat.sampling import GREEDY, SamplingParams
 from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token
 from nanochat.serve.worker import Worker
 from tests.helpers.models import random_model, small_config
@@ -66,10 +67,13 @@ def next_token_model(chain, then):
 class Reader:
     """Collects what a request emits."""
 
-    def __init__(self, worker, **request):
+    def __init__(self, worker, *, tokens, max_tokens, n=1, logprobs=None, **sampling):
         self.events = queue.Queue()
-        self.handle = worker.submit(Request(**request), self.events.put)
-        self.n = request.get("n", 1)
+        self.n = n
+        request = Request(
+            tokens=tokens, max_tokens=max_tokens, sampling=SamplingParams(**sampling), n=n, logprobs=logprobs
+        )
+        self.handle = worker.submit(request, self.events.put)
         self.tokens = [[] for _ in range(self.n)]
         self.ends = {}
 
@@ -101,7 +105,7 @@ def test_greedy_answers_in_a_crowd_are_the_engine_s(make_worker):
     readers = [Reader(worker, tokens=p, max_tokens=20, temperature=0.0) for p in prompts(23)]
     engine = Engine(model, TOKENIZER)
     for prompt, reader in zip(prompts(23), readers, strict=True):
-        expected = engine.complete([prompt], max_tokens=20, temperature=0)[0]
+        expected = engine.complete([prompt], max_tokens=20, sampling=GREEDY)[0]
         assert reader.all().tokens[0] == expected.tokens
         assert reader.ends[0] == ("length" if expected.end_token is None else "stop")
     stats = worker.stats()
@@ -321,7 +325,7 @@ def test_a_failing_prompt_ends_its_request_and_no_other(make_worker, monkeypatch
         monkeypatch.setattr(worker.decoder, name, whole)
     assert "error" not in _turns_until_all(worker, tokens=[1, 2, 3], max_tokens=5, n=3).values()
     worker.start()
-    expected = Engine(worker.model, TOKENIZER).complete([[1]], max_tokens=40, temperature=0)[0]
+    expected = Engine(worker.model, TOKENIZER).complete([[1]], max_tokens=40, sampling=GREEDY)[0]
     assert good.all().tokens[0] == expected.tokens
 
 
@@ -478,8 +482,9 @@ def test_many_clients_come_and_go(make_worker):
     again = make_worker(model, slots=1)
     for reader in kept[::5]:
         request = reader.handle.request
+        seed = request.sampling.seed
         alone = Reader(
-            again, tokens=request.tokens, max_tokens=request.max_tokens, seed=request.seed, temperature=0.8
+            again, tokens=request.tokens, max_tokens=request.max_tokens, seed=seed, temperature=0.8
         )
         assert alone.all().tokens == reader.tokens
     stats = worker.stats()

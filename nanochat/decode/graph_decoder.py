@@ -228,7 +228,7 @@ class GraphDecoder(Decoder):
 
     def _set_params(self, slot: int, params: SamplingParams) -> None:
         for row, name in enumerate(INPUTS):
-            value = getattr(params, name, 0)
+            value = getattr(params, name, None) or 0
             if name in FLOATS:
                 self._of_slot[row, slot] = np.float32(value).view(np.int32)
             elif row != SLOT:

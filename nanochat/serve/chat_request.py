@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nanochat.chat_format import render_for_completion
+from nanochat.sampling import SamplingParams
 from nanochat.serve.api_errors import ApiError
 from nanochat.serve.protocol import Request
 from nanochat.tokenizer import RustBPETokenizer
@@ -82,11 +83,11 @@ class Sampling(StrictModel):
 
     def to_request(self, settings: Settings, tokens: list[int], max_tokens: int, **more: Any) -> Request:
         """Return the request for the worker; `more` are further fields of it."""
-        chosen = self.model_dump(
-            include={"temperature", "top_k", "top_p", "repetition_penalty", "seed"}, exclude_none=True
-        )
+        names = {"temperature", "top_k", "top_p", "repetition_penalty", "seed"}
+        chosen = self.model_dump(include=names, exclude_none=True)
         defaults = {"temperature": settings.temperature, "top_k": settings.top_k}
-        return Request(tokens=tokens, max_tokens=max_tokens, **{**defaults, **chosen, **more})
+        sampling = SamplingParams(**{**defaults, **chosen})
+        return Request(tokens=tokens, max_tokens=max_tokens, sampling=sampling, **more)
 
 
 class Message(StrictModel):

@@ -7,23 +7,20 @@ exactly once, an End for each of the samples. Whoever submits must take emits fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import RustBPETokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how to continue it; ValueError from submit where the settings mean nothing."""
+    """A prompt and how to continue it."""
 
     tokens: list[int]
     max_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    repetition_penalty: float = 1.0  # 1: off
-    seed: int | None = None  # None: a fresh one
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1  # samples, from one prefill
     logprobs: int | None = None  # how many alternatives to each token; None: no logprobs
 

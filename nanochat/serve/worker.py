@@ -24,7 +24,6 @@ from torch import Tensor
 from nanochat.decode.row import Row, special_ids
 from nanochat.decode.running import Running, Seat, decoder_for
 from nanochat.gpt import GPT
-from nanochat.sampling import SamplingParams, sample_seed, seed_or_fresh
 from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -43,7 +42,7 @@ class Job:
         self.ended: set[int] = set()
         self.slots: list[int] = []  # of the prompt, while it is being run, and of its samples
         self.fed = 0  # tokens of the prompt
-        self.seed = 0
+        self.sampling = request.sampling.seeded()
 
     def cancel(self) -> None:
         """See serving.Handle; the worker looks at it before its next step."""
@@ -107,7 +106,6 @@ class Worker:
             )
         if not 1 <= request.n <= self.n_slots:
             raise ValueError(f"n={request.n} must be from 1 to {self.n_slots}, the number of slots")
-        _params(request, 0, 0)  # says what is wrong with the settings
         job = Job(request, emit, self.gpu)
         with self._changed:
             if self._is_closing:
@@ -222,15 +220,14 @@ class Worker:
         request = job.request
         *tokens, last = request.tokens
         if not job.slots:
-            job.seed = seed_or_fresh(request.seed)
-            job.slots = [self.decoder.open(_params(request, job.seed, 0))]
+            job.slots = [self.decoder.open(job.sampling.for_sample(0))]
         chunk = tokens[job.fed : job.fed + budget]
         if chunk:
             self.decoder.feed(job.slots[0], chunk)
             job.fed += len(chunk)
         if job.fed == len(tokens):
             while (number := len(job.slots)) < request.n:
-                job.slots.append(self.decoder.fork(job.slots[0], _params(request, job.seed, number)))
+                job.slots.append(self.decoder.fork(job.slots[0], job.sampling.for_sample(number)))
             for number, slot in enumerate(job.slots):
                 row = Row(self.tokenizer, self.special)
                 self._samples.append(_Sample(slot=slot, row=row, last=last, job=job, number=number))
@@ -283,16 +280,6 @@ class Worker:
             self._fail()
             while self._queue:
                 self._fail_prompt()
-
-
-def _params(request: Request, seed: int, number: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        repetition_penalty=request.repetition_penalty,
-        seed=sample_seed(seed, number),
-    )
 
 
 def _scores(logits: Tensor, taken: Sequence[tuple[int, _Sample]]) -> dict[int, Scores]:

@@ -20,6 +20,7 @@ from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.decode.row import Completion
 from nanochat.engine import Engine
+from nanochat.sampling import SamplingParams
 from nanochat.task import Task
 
 
@@ -64,11 +65,13 @@ class Rollouts:
         completions = self.engine.complete(
             prompts,
             max_tokens=self.max_new_tokens,
+            sampling=SamplingParams(
+                temperature=self.temperature,
+                top_k=self.top_k,
+                seed=step_seed(self.seed, step, runtime.rank),
+            ),
             num_samples=self.num_samples,
             batch_size=self.batch_size,
-            seed=step_seed(self.seed, step, runtime.rank),
-            temperature=self.temperature,
-            top_k=self.top_k,
         )
         samples = []
         for i, (conversation, prompt) in enumerate(zip(conversations, prompts, strict=True)):

@@ -8,6 +8,7 @@ from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.sampling import GREEDY
 from nanochat.task import Task
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -59,6 +60,6 @@ def print_replies(
     max_tokens = min(max_tokens, model.config.sequence_len // 2)
     room = model.config.sequence_len - max_tokens
     prompts = [render_for_completion(tokenizer, task[i], room) for i in range(min(N_REPLIES, len(task)))]
-    completions = Engine(model, tokenizer).complete(prompts, max_tokens=max_tokens, temperature=0)
+    completions = Engine(model, tokenizer).complete(prompts, max_tokens=max_tokens, sampling=GREEDY)
     for prompt, completion in zip(prompts, completions, strict=True):
         logger.info(f"sample | {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion.tokens)!r}")
