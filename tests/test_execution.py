@@ -35,7 +35,7 @@ def test_an_exception():
     result = execute_code("print('before')\ndef f():\n    raise ValueError('first\\nsecond')\nf()")
     assert (result.success, result.stdout, result.error) == (False, "before\n", "ValueError: first\nsecond")
     assert 'File "program.py", line 3, in f\n    raise ValueError' in result.stderr
-    assert "execution_child" not in result.stderr
+    assert "child.py" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_an_exception():
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("input()", "EOFError: EOF when reading a line"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("import execution_child", "ModuleNotFoundError"),
+        ("import child", "ModuleNotFoundError"),
         ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
         ("raise ValueError('x' * 10**6)", "ValueError: xxx"),
         ("raise ValueError('\ud800')".encode("unicode_escape").decode(), "ValueError: \\ud800"),
@@ -108,7 +108,7 @@ def test_an_exception_that_cannot_be_written_out():
     """Frames of the sandbox were shown, and the error was an exit status."""
     result = execute_code("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E")
     assert result.error == "E: <exception str() failed>"
-    assert "execution_child" not in result.stderr
+    assert "child.py" not in result.stderr
 
 
 def test_packages_can_be_imported():

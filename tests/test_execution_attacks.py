@@ -178,7 +178,7 @@ def test_landlock_alone_lets_no_datagram_out(tmp_path, monkeypatch):
 @needs_landlock
 def test_an_editable_install_does_not_show_the_repository():
     """Its place is on sys.path: .git/config, .env and a base directory there could be read."""
-    for path in (execution.CHILD, execution.CHILD.parent.parent / "pyproject.toml"):
+    for path in (execution.CHILD, Path(__file__).parent.parent / "pyproject.toml"):
         result = execute_code(f"open({str(path)!r})")
         assert result.error.startswith("PermissionError"), result
 

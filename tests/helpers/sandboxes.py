@@ -70,13 +70,13 @@ def processes_in_sandboxes() -> list[str]:
 
 def take_walls_away(walls, tmp_path, monkeypatch):
     """Let the far side find a system without these walls."""
-    child = tmp_path / "child.py"
-    child.write_text(
-        f"import sys; sys.path.insert(0, {str(execution.CHILD.parent)!r}); import execution_child as child\n"
+    weakened = tmp_path / "weakened_child.py"
+    weakened.write_text(
+        f"import sys; sys.path.insert(0, {str(execution.CHILD.parent)!r}); import child\n"
         f"for wall in {walls}: setattr(child, wall, lambda libc: False)\n"
         "child.main(*map(int, sys.argv[1:]))\n"
     )
-    monkeypatch.setattr(execution, "CHILD", child)
+    monkeypatch.setattr(execution, "CHILD", weakened)
     execution._warn_once.cache_clear()
 
 
