@@ -88,8 +88,10 @@ class HybridCache:
         """Number of rows."""
         return len(self.lengths)
 
-    def span(self, T: int) -> Span:
-        """Say where T more tokens of each row go; ValueError if there is no room."""
+    def span(self, B: int, T: int) -> Span:
+        """Return the places of T more tokens of each of B rows; ValueError if they do not fit."""
+        if self.batch_size != B:
+            raise ValueError(f"{B} rows do not fit a cache of {self.batch_size} rows")
         longest = max(self.lengths)
         is_even = min(self.lengths) == longest
         end = longest + T

@@ -16,8 +16,9 @@ Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kerne
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.cache import ConvState, HybridCache, KVState, Span
 from nanochat.config import GPTConfig
 from nanochat.sampling import check_sampling, penalize_repetition, sample
-from nanochat.slc2 import SLC2, Linear, joint_linear
+from nanochat.slc2 import SLC2, Linear, slc2_mix
 
 SOFTCAP = 15.0
 NORM_EPS = 2.0**-23  # float32's epsilon, for activations of every dtype
@@ -60,6 +61,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
+def attention_inputs(attn: "CausalSelfAttention", h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Return q (B,H,T,D) and k (B,H_kv,T,D), rotated and normalised, and v (B,H_kv,T,D) of h (B,T,E)."""
+    B, T, _ = h.shape
+    q, k, v = (layer(h).view(B, T, -1, attn.head_dim) for layer in (attn.c_q, attn.c_k, attn.c_v))
+    q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention with rotary positions and normalised queries and keys."""
 
@@ -72,23 +81,23 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.rope: Callable[..., tuple[Tensor, ...]] | None = None  # kernels.rope.rope, and the product that
-        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear  # feeds it: accelerate.fuse
 
     def forward(
-        self, h: Tensor, cos: Tensor, sin: Tensor, state: KVState | None = None, span: Span | None = None
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        state: KVState | None = None,
+        span: Span | None = None,
+        inputs: Callable[..., tuple[Tensor, ...]] = attention_inputs,
     ) -> Tensor:
-        """Map h (B,T,E) to (B,T,E); with a state, attend also to the tokens that it holds."""
-        B, T, _ = h.shape
-        layers = [self.c_q, self.c_k, self.c_v]
-        if self.rope is not None and state is None:
-            q, k, v = self.rope(joint_linear(h, layers, self.product), cos, sin, self.n_head, NORM_EPS)
-        else:
-            q, k, v = (layer(h).view(B, T, -1, self.head_dim) for layer in layers)
-            q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        """Map h (B,T,E) to (B,T,E); with a state, attend also to the tokens that it holds.
+
+        inputs computes queries, keys and values as `attention_inputs` does.
+        """
+        q, k, v = inputs(self, h, cos, sin)
         mask, is_causal = None, True
-        if span is not None:
+        if state is not None and span is not None:
             mask, is_causal = span.mask, span.is_causal
             past_k, past_v = state.append(k, v, span)
             if not is_causal:
@@ -96,7 +105,12 @@ class CausalSelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.c_proj(y.transpose(1, 2).reshape(h.shape))
+
+
+def relu2_mlp(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    """Return relu(h Wfc^T)^2 Wproj^T (B,T,E) of h (B,T,E), Wfc (4E,E) and Wproj (E,4E), in h's dtype."""
+    return F.linear(F.relu(F.linear(h, w_fc.to(h.dtype))).square(), w_proj.to(h.dtype))
 
 
 class MLP(nn.Module):
@@ -106,46 +120,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        self.kernel: Callable[..., Tensor] | None = None  # accelerate.fuse
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map h (B,T,E) to (B,T,E)."""
-        if self.kernel is not None:
-            return self.kernel(h, self.c_fc.weight, self.c_proj.weight)
-        return self.c_proj(F.relu(self.c_fc(h)).square())
-
-
-class Block(nn.Module):
-    """One layer: a mixer (attention or SLC2, both under the key `attn`) and an MLP on the residual stream.
-
-    What the MLP adds to the stream is handed on beside it, for the next layer to add where it reads the
-    stream anyway: a layer is what is compiled, and a sum at its end would be a pass over memory of its own.
-    """
-
-    def __init__(self, config: GPTConfig, kind: str):
-        super().__init__()
-        self.is_attention = kind == "attention"
-        self.attn = CausalSelfAttention(config) if self.is_attention else SLC2(config)
-        self.mlp = MLP(config)
-        self.norm = norm  # or kernels.norm.rms_norm: nanochat/train/accelerate.py
-
-    def forward(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        state: KVState | ConvState | None = None,
-        span: Span | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Map the residual stream x + delta (B,T,E) to the next; the decode state is updated in place."""
-        x = x + delta
-        h = self.norm(x)
-        if self.is_attention:
-            x = x + self.attn(h, cos, sin, state, span)
-        else:
-            x = x + self.attn(h, None if span is None else state.window)
-        return x, self.mlp(self.norm(x))
+    def forward(self, h: Tensor, mlp: Callable[[Tensor, Tensor, Tensor], Tensor] = relu2_mlp) -> Tensor:
+        """Map h (B,T,E) to (B,T,E); mlp computes what `relu2_mlp` does."""
+        return mlp(h, self.c_fc.weight, self.c_proj.weight)
 
 
 def embed(idx: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,6 +154,59 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Ten
     return loss / (targets != -1).sum().clamp(min=1) if reduction == "mean" else loss
 
 
+@dataclass(frozen=True)
+class Ops:
+    """The functions that a forward without decode state is computed with.
+
+    The defaults are the equations of this file and of slc2.py; nanochat/train/accelerate.py puts kernels of
+    the same signatures, or compiled functions, in their place. Decoding always uses the defaults.
+    """
+
+    embed: Callable[..., Tensor] = embed
+    norm: Callable[[Tensor], Tensor] = norm
+    attention_inputs: Callable[..., tuple[Tensor, ...]] = attention_inputs
+    slc2_mix: Callable[..., Tensor] = slc2_mix
+    mlp: Callable[[Tensor, Tensor, Tensor], Tensor] = relu2_mlp
+    final_norm: Callable[[Tensor, Tensor], Tensor] = final_norm
+    loss: Callable[..., Tensor] = head_loss
+
+
+PLAIN = Ops()
+
+
+class Block(nn.Module):
+    """One layer: a mixer (attention or SLC2, both under the key `attn`) and an MLP on the residual stream."""
+
+    def __init__(self, config: GPTConfig, kind: str):
+        super().__init__()
+        self.is_attention = kind == "attention"
+        self.attn = CausalSelfAttention(config) if self.is_attention else SLC2(config)
+        self.mlp = MLP(config)
+        self.ops = PLAIN
+
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        state: KVState | ConvState | None = None,
+        span: Span | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Map the residual stream x + delta (B,T,E) to the next; update the decode state in place.
+
+        Return the stream and the MLP's output separately: the next block adds them, which saves a pass over
+        memory, because each block is compiled on its own.
+        """
+        ops = self.ops if state is None else PLAIN
+        x = x + delta
+        if self.is_attention:
+            x = x + self.attn(ops.norm(x), cos, sin, state, span, ops.attention_inputs)
+        else:
+            x = x + self.attn(ops.norm(x), None if state is None else state.window, ops.slc2_mix)
+        return x, self.mlp(ops.norm(x), ops.mlp)
+
+
 class GPT(nn.Module):
     """The model. Activations are computed in compute_dtype (None: bfloat16 on CUDA, float32 elsewhere)."""
 
@@ -190,8 +221,8 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self.embed, self.final_norm, self.loss = embed, final_norm, head_loss
-        self.checkpoints_activations = False  # keep only what goes into a block, compute the rest again
+        self.ops = PLAIN
+        self.checkpoints_activations = False  # keep each block's input alone and compute the rest twice
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -208,14 +239,19 @@ class GPT(nn.Module):
                 fan_out, fan_in = parameter.shape
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
 
+    def use(self, ops: Ops) -> None:
+        """Compute with these functions from now on, wherever there is no decode state."""
+        self.ops = ops
+        for block in self.transformer.h:
+            block.ops = ops
+
     def compile_blocks(self) -> None:
-        """Compile each block, what is before them and after, for fixed shapes: few graphs at any depth."""
+        """Compile each block, embedding, final norm and loss for fixed shapes: few graphs at any depth."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
-        self.embed = torch.compile(embed, dynamic=False)
-        self.final_norm = torch.compile(final_norm, dynamic=False)
-        if self.loss is head_loss:
-            self.loss = torch.compile(head_loss, dynamic=False)
+        names = ("embed", "final_norm") + (("loss",) if self.ops.loss is head_loss else ())
+        compiled = {name: torch.compile(getattr(self.ops, name), dynamic=False) for name in names}
+        self.use(replace(self.ops, **compiled))
 
     @property
     def device(self) -> torch.device:
@@ -237,45 +273,53 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return head_logits(x, self.lm_head.weight)
-        return self.loss(x, self.lm_head.weight, targets, loss_reduction)
+        return self.ops.loss(x, self.lm_head.weight, targets, loss_reduction)
 
     def next_logits(self, idx: Tensor, cache: HybridCache) -> Tensor:
         """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache."""
         return head_logits(self.hidden(idx, cache)[:, -1], self.lm_head.weight)
 
     def hidden(self, idx: Tensor, cache: HybridCache | None = None) -> Tensor:
-        """Final normalised hidden state (B,T,E)."""
-        B, T = idx.shape
-        if cache is not None and cache.batch_size != B:
-            raise ValueError(f"{B} rows do not fit a cache of {cache.batch_size} rows")
-        span = None if cache is None else cache.span(T)
-        length = T if span is None else span.end
-        length = -(-length // self.config.sequence_len) * self.config.sequence_len
-        tables = rotary_tables(length, self.config.head_dim, idx.device)
-        if span is None:
-            cos, sin = (table[:T] for table in tables)
-        elif span.start is not None:
-            cos, sin = (table[span.start : span.end] for table in tables)
-        else:
-            cos, sin = (table[span.positions] for table in tables)
-        start, end = self.embed, self.final_norm
-        if cache is not None:  # decoding must not compile them anew
-            start, end = embed, final_norm
-        x = start(idx, self.transformer.wte.weight, self.activation_dtype)
+        """Return the final normalised hidden state (B,T,E); see `forward`."""
+        span = None if cache is None else cache.span(*idx.shape)
+        ops = self.ops if cache is None else PLAIN  # decoding must not compile them for each length
+        cos, sin = self._rotary(idx.size(1), span)
+        x = ops.embed(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
-        # what is computed again in the backward must be by the same kernel, and the context has ended there
-        is_full = self.config.sequence_len == T or self.checkpoints_activations
-        with nullcontext() if cache is None and self.training and is_full else sdpa_kernel(ANY_LENGTH):
-            for i, block in enumerate(self.transformer.h):
-                if cache is None and self.checkpoints_activations and torch.is_grad_enabled():
-                    x, delta = checkpoint(block, x, delta, cos, sin, use_reentrant=False)
-                elif cache is None:
-                    x, delta = block(x, delta, cos, sin)
-                else:  # .forward: decoding changes pos with every call, and must not recompile a block
-                    x, delta = block.forward(x, delta, cos, sin, cache.layers[i], span)
+        states = [None] * len(self.transformer.h) if cache is None else cache.layers
+        call = self._block_call(cache is not None)
+        with self._attention_kernels(idx.size(1), cache is not None):
+            for block, state in zip(self.transformer.h, states, strict=True):
+                x, delta = call(block, x, delta, cos, sin, state, span)
         if cache is not None:
             cache.advance(span)
-        return end(x, delta)
+        return ops.final_norm(x, delta)
+
+    def _rotary(self, T: int, span: Span | None) -> tuple[Tensor, Tensor]:
+        """Return cos and sin at the positions of T tokens: (T,D/2), or (B,T,D/2) if rows differ in length."""
+        length = T if span is None else span.end
+        length = -(-length // self.config.sequence_len) * self.config.sequence_len
+        cos, sin = rotary_tables(length, self.config.head_dim, self.device)
+        if span is None:
+            places: slice | Tensor = slice(T)
+        else:
+            places = span.positions if span.start is None else slice(span.start, span.end)
+        return cos[places], sin[places]
+
+    def _block_call(self, is_decoding: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+        if is_decoding:
+            return Block.forward  # not the compiled one: positions differ at every call
+        if self.checkpoints_activations and torch.is_grad_enabled():
+            return partial(checkpoint, use_reentrant=False)
+        return Block.__call__
+
+    def _attention_kernels(self, T: int, is_decoding: bool) -> AbstractContextManager:
+        """Leave the choice to PyTorch in training on full rows, and exclude cuDNN elsewhere."""
+        # activations that the backward recomputes must come from the same kernel, outside of this context
+        is_full = self.config.sequence_len == T or self.checkpoints_activations
+        if self.training and is_full and not is_decoding:
+            return nullcontext()
+        return sdpa_kernel(ANY_LENGTH)
 
     def new_cache(self, batch_size: int, max_len: int) -> HybridCache:
         """Return an empty decode state for this model."""

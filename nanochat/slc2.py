@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PACKED_ALIGN = 64  # columns of the joint projection are a multiple of it: rows of whole 128-byte lines
-
 
 class Linear(nn.Linear):
     """y = x W^T without bias, W cast to x's dtype. Weight (out_features, in_features)."""
@@ -31,18 +29,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features) in x's dtype."""
         return F.linear(x, self.weight.to(x.dtype))
-
-
-def joint_linear(
-    h: Tensor, layers: list[Linear], product: Callable[[Tensor, Tensor], Tensor], multiple: int = 1
-) -> Tensor:
-    """What the layers make of h (..., E), side by side, in one product; zeros up to a multiple of columns.
-
-    The parameters stay apart, so that the optimizer and checkpoints never see that they are laid together.
-    """
-    weight = torch.cat([layer.weight for layer in layers])
-    weight = F.pad(weight, (0, 0, 0, -len(weight) % multiple))
-    return product(h, weight.to(h.dtype))
 
 
 def gate(x: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
@@ -66,6 +52,16 @@ def short_conv(u: Tensor, weight: Tensor, window: Tensor | None = None) -> Tenso
     return z.to(u.dtype)
 
 
+def slc2_mix(layer: "SLC2", h: Tensor, window: Tensor | None = None) -> Tensor:
+    """Return b * silu(z) (B,T,E) of h (B,T,E): all of the layer but c_proj.
+
+    window (B,K-1,E), if given, is the conv state, updated in place.
+    """
+    u = gate(layer.x_proj(h), layer.alpha_proj(h), layer.A_proj(h))
+    z = short_conv(u, layer.conv1d.weight, window)
+    return layer.B_proj(h) * F.silu(z)
+
+
 class SLC2(nn.Module):
     """The SLC2 mixer of one layer. Holds parameters only; decode state is passed in."""
 
@@ -80,15 +76,9 @@ class SLC2(nn.Module):
         self.conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
         self.c_proj = Linear(E, E)
         self.n_head = H
-        self.mix: Callable[..., Tensor] | None = None  # kernels.slc2.slc2_mix, and the product that feeds it:
-        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear  # accelerate.fuse
 
-    def forward(self, h: Tensor, window: Tensor | None = None) -> Tensor:
-        """Map h (B,T,E) to y (B,T,E); window (B,K-1,E), if given, is the conv state, updated in place."""
-        if self.mix is not None and window is None:
-            layers = [self.x_proj, self.B_proj, self.A_proj, self.alpha_proj]
-            packed = joint_linear(h, layers, self.product, PACKED_ALIGN).flatten(0, 1)
-            return self.c_proj(self.mix(packed, self.conv1d.weight, None, h.size(1), self.n_head).view_as(h))
-        u = gate(self.x_proj(h), self.alpha_proj(h), self.A_proj(h))
-        z = short_conv(u, self.conv1d.weight, window)
-        return self.c_proj(self.B_proj(h) * F.silu(z))
+    def forward(
+        self, h: Tensor, window: Tensor | None = None, mix: Callable[..., Tensor] = slc2_mix
+    ) -> Tensor:
+        """Map h (B,T,E) to y (B,T,E); mix computes what `slc2_mix` does."""
+        return self.c_proj(mix(self, h, window))

@@ -84,8 +84,8 @@ def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     import torch
     import torch.nn.functional as F
 
-    from nanochat.kernels.train.slc2 import slc2_mix
-    from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
+    from nanochat.kernels.train.slc2 import PACKED_ALIGN, slc2_mix
+    from nanochat.slc2 import gate, short_conv
 
     E, H, D, T = shape.n_embd, shape.n_head, shape.head_dim, config.seq_len
     width = -(-(2 * E + D + H) // PACKED_ALIGN) * PACKED_ALIGN
@@ -97,7 +97,7 @@ def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
         x, b, a, alpha, _ = packed.view(-1, T, width).split([E, E, D, H, width - 2 * E - D - H], dim=-1)
         return (b * F.silu(short_conv(gate(x, alpha, a), conv))).flatten(0, 1)
 
-    yield {"by": "kernel", **both_ways(lambda p, c: slc2_mix(p, c, None, T, H), packed, conv)}
+    yield {"by": "kernel", **both_ways(lambda p, c: slc2_mix(p, c, T, H), packed, conv)}
     yield {"by": "compiled", **both_ways(plain, packed, conv)}
 
 
@@ -171,7 +171,7 @@ def time_products(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict
     import torch
 
     from nanochat.benchmark import seconds
-    from nanochat.slc2 import PACKED_ALIGN
+    from nanochat.kernels.train.slc2 import PACKED_ALIGN
 
     E, V = shape.n_embd, shape.vocab_size
     slc2_in = -(-(2 * E + shape.head_dim + shape.n_head) // PACKED_ALIGN) * PACKED_ALIGN

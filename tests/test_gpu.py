@@ -12,8 +12,8 @@ from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from nanochat.sampling import GREEDY
-from nanochat.train import accelerate as acceleration
-from nanochat.train.accelerate import accelerate
+from nanochat.train import fused as fused_module
+from nanochat.train.accelerate import accelerate, why_not_fused
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
 from tasks import mixtures as recipes
 from tests.helpers import chats
@@ -43,7 +43,7 @@ def loss_and_gradients(model, idx):
 def test_bf16_loss_and_gradients_against_float64(slc_rate, compiled, fused, has_large_tiles, monkeypatch):
     """Head counts that are no power of two and odd lengths, with random non-zero weights; a smaller card."""
     if not has_large_tiles:
-        monkeypatch.setattr(acceleration, "has_large_tiles", lambda device: False)
+        monkeypatch.setattr(fused_module, "has_large_tiles", lambda device: False)
     config = GPTConfig(64, 200, 4, 3, 3, 3 * 64, 3, slc_rate)
     model = random_model(config)
     idx = torch.randint(0, 200, (2, 38))
@@ -63,7 +63,7 @@ def test_8_bit_loss_and_gradients_against_float64(compiled):
     idx = torch.randint(0, 208, (2, 65))
     reference_loss, reference = loss_and_gradients(model.double(), idx)
     model = model.float().cuda()
-    if reason := acceleration.lacking(model, fp8=True):
+    if reason := why_not_fused(model, fp8=True):
         pytest.skip(reason)
     accelerate(model, compile=compiled, fused=True, fp8=True)
     loss, gradients = loss_and_gradients(model, idx.cuda())

@@ -1,11 +1,14 @@
 """The kernels that rotate and normalise queries and keys, against float64 by nanochat/gpt.py's equations."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import NORM_EPS, CausalSelfAttention, apply_rotary, norm, rotary_tables
 from nanochat.kernels.train.rope import rope, rope_, rope_backward
+from nanochat.train.fused import fused_attention_inputs
 from tests.helpers.kernels import error, on_gpu, poison
 from tests.helpers.models import small_config
 
@@ -139,11 +142,11 @@ def test_rope_in_a_layer(device, dtype, H, H_kv, D, compiled):
     dy, positions = torch.randn_like(h), tables(T, D, device)
     expected = run(layer, layer, h.double(), dy.double(), *positions)
     plain = run(layer, layer, h, dy, *positions)
-    layer.rope = rope
+    fused_layer = partial(layer, inputs=partial(fused_attention_inputs, product=F.linear))
     torch._dynamo.reset()
     backend = "inductor" if device == "cuda" else "aot_eager"
-    function = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False) if compiled else layer
-    fused = run(function, layer, h, dy, *positions)
+    compiled_layer = torch.compile(fused_layer, backend=backend, fullgraph=True, dynamic=False)
+    fused = run(compiled_layer if compiled else fused_layer, layer, h, dy, *positions)
     for value, rounded, reference_value in zip(fused, plain, expected, strict=True):
         assert error(value, reference_value) < max(TOLERANCE[dtype], 1.2 * error(rounded, reference_value))
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig
+from nanochat.gpt import GPT, NORM_EPS, PLAIN, SOFTCAP, GPTConfig
 from nanochat.gpt import head_loss as plain_head_loss
 from nanochat.kernels.train import cross_entropy, fp8, mlp, norm
-from nanochat.kernels.train.slc2 import slc2_mix, slc2_reference
-from nanochat.slc2 import PACKED_ALIGN
-from nanochat.train import accelerate as acceleration
-from nanochat.train import chunked_loss
-from nanochat.train.accelerate import accelerate, fuse, lacking
+from nanochat.kernels.train.slc2 import PACKED_ALIGN, slc2_mix, slc2_reference
+from nanochat.train import chunked_loss, fused
+from nanochat.train.accelerate import accelerate, why_not_fused
+from nanochat.train.fused import fused_ops
 from tests.helpers.kernels import error, on_gpu, poison
 from tests.helpers.models import random_model
 
@@ -28,10 +27,6 @@ def small_tiles(monkeypatch):
     """Tiles that the interpreter can take its time with."""
     monkeypatch.setattr(mlp, "FORWARD", SMALL_TILE)
     monkeypatch.setattr(mlp, "BACKWARD", SMALL_TILE._replace(halves=True))
-
-
-def documents(lengths, device):
-    return torch.cat([torch.arange(n) for n in lengths]).int().to(device)
 
 
 def slc2_case(device, dtype, N, H, D, K):
@@ -67,28 +62,21 @@ def bounded(bound, rounded, expected):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(
-    ("B", "T", "lengths"),
-    [
-        (2, 1, None), (2, 2, None), (1, 3, None), (3, 7, None), (1, 37, (1, 2, 1, 1, 2, 3, 4, 23)),
-        on_gpu(3, 31, None), on_gpu(5, 64, None), on_gpu(2, 2048, None),
-        on_gpu(1, 2048, (1, 2, 500, 1, 1544)),
-    ],
+    ("B", "T"),
+    [(2, 1), (2, 2), (1, 3), (3, 7), (1, 37), on_gpu(3, 31), on_gpu(5, 64), on_gpu(2, 2048)],
 )  # fmt: skip
-def test_slc2(device, dtype, H, D, K, B, T, lengths):
+def test_slc2(device, dtype, H, D, K, B, T):
     """y and all gradients; the columns that nobody reads hold NaN and get zeros; twice the same bits.
 
     The interpreter runs a kernel's programs one after the other: it could not but give the same.
     """
     packed, conv, dy = slc2_case(device, dtype, B * T, H, D, K)
-    positions = documents(lengths, device) if lengths else None
     poison(*packed.shape, device=device, dtype=dtype)  # freed: the op is likely to be given it
-    y, (dpacked, dconv) = gradients(lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv)
+    y, (dpacked, dconv) = gradients(lambda p, c: slc2_mix(p, c, T, H), dy, packed, conv)
     expected_y, (expected, expected_conv) = gradients(
-        lambda p, c: slc2_reference(p, c, positions, T, H, dtype), dy.double(), packed.double(), conv.double()
+        lambda p, c: slc2_reference(p, c, T, H, dtype), dy.double(), packed.double(), conv.double()
     )
-    rounded_y, (rounded, _) = gradients(
-        lambda p, c: slc2_reference(p, c, positions, T, H, dtype), dy, packed, conv
-    )
+    rounded_y, (rounded, _) = gradients(lambda p, c: slc2_reference(p, c, T, H, dtype), dy, packed, conv)
     used = 2 * H * D + D + H
     bound, sum_bound = TOLERANCE[dtype]
     assert error(y, expected_y) < bounded(bound, rounded_y, expected_y)
@@ -98,9 +86,7 @@ def test_slc2(device, dtype, H, D, K, B, T, lengths):
     assert not dpacked[:, used:].any()
     assert error(dconv, expected_conv) < sum_bound
     if device == "cuda":
-        again, (dpacked_again, dconv_again) = gradients(
-            lambda p, c: slc2_mix(p, c, positions, T, H), dy, packed, conv
-        )
+        again, (dpacked_again, dconv_again) = gradients(lambda p, c: slc2_mix(p, c, T, H), dy, packed, conv)
         assert torch.equal(again, y)
         assert torch.equal(dpacked_again, dpacked)
         assert torch.equal(dconv_again, dconv)
@@ -110,7 +96,7 @@ def test_slc2_is_an_operator(device):
     """torch.compile may rely on what it declares: shapes, no mutation, gradients."""
     packed, conv, _ = slc2_case(device, torch.float32, 4, 2, 16, 3)
     packed = packed.nan_to_num_().requires_grad_()
-    torch.library.opcheck(slc2_mix, (packed, conv.requires_grad_(), None, 4, 2))
+    torch.library.opcheck(slc2_mix, (packed, conv.requires_grad_(), 4, 2))
 
 
 def head_case(device, dtype, N, E, V):
@@ -325,7 +311,7 @@ def test_mlp_fp8(device, emulated_fp8, M, E):
 @pytest.mark.parametrize("has_large_tiles", [True, False])
 def test_fused_model_is_the_plain_one(has_large_tiles, small_tiles, monkeypatch):
     """Loss and gradients of every parameter, in float32; the decode state is kept as before."""
-    monkeypatch.setattr(acceleration, "has_large_tiles", lambda device: has_large_tiles)
+    monkeypatch.setattr(fused, "has_large_tiles", lambda device: has_large_tiles)
     torch.manual_seed(0)
     model = random_model(GPTConfig(16, 50, 3, 2, 2, 32, 3, 3))
     idx = torch.randint(0, 50, (2, 6))
@@ -338,8 +324,8 @@ def test_fused_model_is_the_plain_one(has_large_tiles, small_tiles, monkeypatch)
 
     plain_loss, plain_gradients = run()
     logits = model(idx).detach()
-    fuse(model)
-    assert (model.transformer.h[0].mlp.kernel is not None) == has_large_tiles
+    model.use(fused_ops(model.device))
+    assert (model.ops.mlp is mlp.mlp) == has_large_tiles
     loss, grads = run()
     assert error(loss, plain_loss) < 1e-5
     for gradient, expected in zip(grads, plain_gradients, strict=True):
@@ -357,14 +343,14 @@ def test_kernels_that_do_not_run_here_are_refused():
     with pytest.raises(ValueError, match="fp8"):
         accelerate(model, compile=False, fused=False, fp8=True)
     accelerate(model, compile=False, fused=False)
-    assert model.transformer.h[0].mlp.kernel is None
+    assert model.ops == PLAIN
 
 
 @pytest.mark.gpu
 def test_models_that_the_kernels_do_not_serve():
     def reason(dtype=torch.bfloat16, fp8=False, T=24, **shape):
         config = GPTConfig(T, 64, 2, **{"n_head": 3, "n_kv_head": 3, "n_embd": 384, **shape})
-        return lacking(GPT(config, dtype).cuda(), fp8)
+        return why_not_fused(GPT(config, dtype).cuda(), fp8)
 
     assert not reason()
     assert not reason(fp8=True, T=32)

@@ -1,25 +1,26 @@
-"""How training is made fast: by the kernels of nanochat/kernels where they run, and by torch.compile."""
+"""Fast training: the kernels of nanochat/kernels/train where they run, and torch.compile."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from nanochat.gpt import GPT, NORM_EPS, SOFTCAP
+from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, Ops
 from nanochat.hardware import has_large_tiles
 from nanochat.kernels.train.norm import rms_norm
+from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops
 from nanochat.train.chunked_loss import head_loss
 
 logger = logging.getLogger(__name__)
 MAX_TAPS = 4  # of a convolution: the kernel holds a row of them in registers
 
 
-def lacking(model: GPT, fp8: bool = False) -> str:
-    """Say what is in the way of training this model by the kernels; "" if nothing is."""
+def why_not_fused(model: GPT, fp8: bool = False) -> str:
+    """Return why the fused kernels cannot train this model, or ""."""
     config = model.config
     T, V, D, K = config.sequence_len, config.vocab_size, config.head_dim, config.n_kernel
     if model.device.type != "cuda" or torch.version.hip:
@@ -38,49 +39,33 @@ def lacking(model: GPT, fp8: bool = False) -> str:
 
 
 def uses_kernels(asked: bool | None, model: GPT) -> bool:
-    """Whether a model is trained by the kernels: as asked, or, if that is None, where they run."""
-    return not lacking(model) if asked is None else asked
-
-
-def fuse(model: GPT, fp8: bool = False) -> None:
-    """Let the model compute by the kernels, except where it has a decode state to keep."""
-    from nanochat.kernels.train import cross_entropy, mlp, rope, slc2
-    from nanochat.kernels.train import fp8 as kernels_fp8
-
-    for block in model.transformer.h:
-        block.attn.product = kernels_fp8.linear if fp8 else F.linear
-        if has_large_tiles(model.device):
-            block.mlp.kernel = kernels_fp8.mlp if fp8 else mlp.mlp
-        if block.is_attention:
-            block.attn.rope = rope.rope
-        else:
-            block.attn.mix = slc2.slc2_mix
-    model.loss = partial(
-        head_loss,
-        cap=SOFTCAP,
-        cross_entropy_=cross_entropy.cross_entropy_,
-        narrow_head=kernels_fp8.Head if fp8 else None,
-    )
+    """Return whether the kernels train a model: as asked, or, if that is None, where they run."""
+    return not why_not_fused(model) if asked is None else asked
 
 
 def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
-    """Make a model that is to be trained fast: by the kernels (None: where they run), in 8 bits, compiled.
+    """Prepare a model for fast training: by the kernels (None: where they run), in 8 bits, compiled.
 
-    Where fused is None a CPU, which has no kernels, takes the head's loss in chunks.
-    Raises ValueError if the kernels are asked for and do not run here: fp8 is one of theirs.
+    With fused None, a CPU, which has no kernels, computes the head's loss in chunks.
+    Raise ValueError if kernels are asked for that do not run here (fp8 is one of them), or that compute
+    something else than the plain layers.
     """
-    asked, reason, fused = fused, lacking(model, fp8), uses_kernels(fused, model)
+    asked, reason, fused = fused, why_not_fused(model, fp8), uses_kernels(fused, model)
     if (fused or fp8) and reason:
         raise ValueError(f"fused={fused}, fp8={fp8}: the kernels of training do not run here: {reason}")
     if fp8 and not fused:
         raise ValueError("fp8=True with fused=False: products in 8 bits are kernels of training, too")
     if fused:
-        fuse(model, fp8)
+        from nanochat.train.fused import fused_ops  # Triton is not installed everywhere
+
+        ops = fused_ops(model.device, fp8)
+        check_ops(model, ops, BOUND_8_BITS if fp8 else BOUNDS[model.activation_dtype])
+        model.use(ops)
     elif asked is None and model.device.type == "cpu":
-        model.loss = partial(head_loss, cap=SOFTCAP)
+        model.use(Ops(loss=partial(head_loss, cap=SOFTCAP)))
     if compile:
-        for block in model.transformer.h if fused else ():
-            block.norm = partial(rms_norm, eps=NORM_EPS)  # not compiled it would be many passes
+        if fused:  # not compiled it would be many passes over memory
+            model.use(replace(model.ops, norm=partial(rms_norm, eps=NORM_EPS)))
         model.compile_blocks()
     if model.device.type == "cuda":
         by = "kernels in 8 bits" if fp8 else "kernels" if fused else "plain PyTorch"

@@ -19,8 +19,6 @@ order, so two runs agree bit for bit.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -28,26 +26,22 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.train.instructions import has_instructions, round_to, sigmoid
-from nanochat.slc2 import PACKED_ALIGN, gate, short_conv
+from nanochat.slc2 import gate, short_conv
 
+PACKED_ALIGN = 64  # columns of packed are a multiple of it: rows of whole 128-byte lines
 BLOCK_T = 16  # tokens of a program at a time
 CONV_BLOCK_T, CONV_BLOCKS = 8, 32  # the same of _slc2_backward_conv, and how often: few partial sums of dw
 
 
-def slc2_reference(
-    packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int, dtype: torch.dtype
-) -> Tensor:
-    """y (N,E) by the equations of nanochat/slc2.py, one document after the other, with u rounded to dtype."""
+def slc2_reference(packed: Tensor, conv: Tensor, seq_len: int, n_head: int, dtype: torch.dtype) -> Tensor:
+    """Return y (N,E) by the equations of nanochat/slc2.py, with u rounded to dtype; see `slc2_mix`."""
     E = conv.size(0)
     D = E // n_head
     x, b, a, alpha = packed[:, : 2 * E + D + n_head].split([E, E, D, n_head], dim=1)
     u = gate(x, alpha, a)
     u = u + (u.to(dtype).to(u.dtype) - u).detach()
-    if positions is None:
-        positions = torch.arange(len(u), device=u.device) % seq_len
-    starts = [*(positions == 0).nonzero().flatten().tolist(), len(u)]
-    z = [short_conv(u[None, i:j], conv)[0] for i, j in pairwise(starts)]
-    return b * F.silu(torch.cat(z))
+    z = short_conv(u.unflatten(0, (-1, seq_len)), conv).flatten(0, 1)
+    return b * F.silu(z)
 
 
 @triton.jit
@@ -64,13 +58,9 @@ def _silu_and_slope(v, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _linked(positions_ptr, t, k, N, T, HAS_POSITIONS: tl.constexpr):
-    """Whether token t, and token t-k with it, is there and in one document."""
-    if HAS_POSITIONS:
-        position = tl.load(positions_ptr + t, mask=t < N, other=0)
-    else:
-        position = t % T
-    return (t < N) & (position >= k)
+def _linked(t, k, N, T):
+    """Return true where tokens t and t-k exist and are in one sequence."""
+    return (t < N) & (t % T >= k)
 
 
 @triton.jit
@@ -87,7 +77,6 @@ def _gate(row, head, D: tl.constexpr, E: tl.constexpr, mask, dtype: tl.constexpr
 def _slc2_forward(
     packed_ptr,
     conv_ptr,
-    positions_ptr,
     y_ptr,
     N,
     T,
@@ -96,7 +85,6 @@ def _slc2_forward(
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -106,7 +94,7 @@ def _slc2_forward(
     rows = packed_ptr + t.to(tl.int64) * WIDTH
     z = tl.zeros((BLOCK_T, D), tl.float32)
     for j in tl.static_range(TAPS):
-        seen = _linked(positions_ptr, t, j, N, T, HAS_POSITIONS)
+        seen = _linked(t, j, N, T)
         u = _gate(rows - j * WIDTH, head, D, E, seen, y_ptr.dtype.element_ty, APPROX)
         z += u * tl.load(conv_ptr + c * TAPS + TAPS - 1 - j)
     b = tl.load(rows + E + c, mask=t < N, other=0.0).to(tl.float32)
@@ -118,7 +106,6 @@ def _slc2_backward_conv(
     dy_ptr,
     packed_ptr,
     conv_ptr,
-    positions_ptr,
     dpacked_ptr,
     dc_ptr,
     dconv_ptr,
@@ -130,7 +117,6 @@ def _slc2_backward_conv(
     TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCKS: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     """From dy back to dB and dc, and the program's share of dw."""
@@ -146,7 +132,7 @@ def _slc2_backward_conv(
         us = ()
         z = tl.zeros((BLOCK_T, D), tl.float32)
         for j in tl.static_range(TAPS):
-            seen = _linked(positions_ptr, t, j, N, T, HAS_POSITIONS)
+            seen = _linked(t, j, N, T)
             us += (_gate(rows - j * WIDTH, head, D, E, seen, packed_ptr.dtype.element_ty, APPROX),)
             z += us[j] * taps[j]
         silu_z, slope = _silu_and_slope(z, APPROX)
@@ -169,7 +155,6 @@ def _slc2_backward_gate(
     dc_ptr,
     packed_ptr,
     conv_ptr,
-    positions_ptr,
     dpacked_ptr,
     N,
     T,
@@ -179,7 +164,6 @@ def _slc2_backward_gate(
     TAPS: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     """From dc back to dx, dA and dalpha; zeros in the columns that nobody reads."""
@@ -195,7 +179,7 @@ def _slc2_backward_gate(
         c = head * D + d
         du = tl.zeros((BLOCK_T, D), tl.float32)
         for k in tl.static_range(TAPS):
-            near = _linked(positions_ptr, t + k, k, N, T, HAS_POSITIONS)
+            near = _linked(t + k, k, N, T)
             dc = tl.load(dcs + k * E + c, mask=near, other=0.0).to(tl.float32)
             du += dc * tl.load(conv_ptr + c * TAPS + TAPS - 1 - k)
         alpha = tl.load(rows + 2 * E + D + head, mask=t < N, other=0.0).to(tl.float32)
@@ -213,30 +197,29 @@ def _slc2_backward_gate(
 
 
 @torch.library.custom_op("nanochat::slc2_mix", mutates_args=())
-def slc2_mix(packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int) -> Tensor:
-    """Return y (N,E) in packed's dtype, for N tokens of sequences of seq_len tokens one after the other.
+def slc2_mix(packed: Tensor, conv: Tensor, seq_len: int, n_head: int) -> Tensor:
+    """Return y (N,E) in packed's dtype, for N tokens of consecutive sequences of seq_len tokens.
 
-    packed (N,W) contiguous, W at most 15 more than 2E+D+H; conv (E,1,K) float32, K at most 4; D = E/n_head
-    a power of two. positions (N,) int32, if given, counts the tokens before each token in its document, over
-    whose start no tap reaches.
+    packed (N,W) contiguous, W from 2E+D+H to the next multiple of PACKED_ALIGN; conv (E,1,K) float32, K at
+    most 4; D = E/n_head a power of two.
     """
     N, E = packed.size(0), conv.size(0)
     y = packed.new_empty(N, E)
     _slc2_forward[(n_head, triton.cdiv(N, BLOCK_T))](
-        packed, conv, positions, y, N, seq_len, E, E // n_head, packed.size(1), conv.size(-1), BLOCK_T,
-        positions is not None, has_instructions(packed), num_warps=8,
+        packed, conv, y, N, seq_len, E, E // n_head, packed.size(1), conv.size(-1), BLOCK_T,
+        has_instructions(packed), num_warps=8,
     )  # fmt: skip
     return y
 
 
 @slc2_mix.register_fake
-def _(packed, conv, positions, seq_len, n_head):
+def _(packed, conv, seq_len, n_head):
     return packed.new_empty(packed.size(0), conv.size(0))
 
 
 @torch.library.custom_op("nanochat::slc2_mix_backward", mutates_args=())
 def slc2_mix_backward(
-    dy: Tensor, packed: Tensor, conv: Tensor, positions: Tensor | None, seq_len: int, n_head: int
+    dy: Tensor, packed: Tensor, conv: Tensor, seq_len: int, n_head: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of packed (N,W), in its dtype, and of conv (E,1,K), float32."""
     (N, W), (E, _, K) = packed.shape, conv.shape
@@ -245,29 +228,29 @@ def slc2_mix_backward(
     programs = triton.cdiv(N, CONV_BLOCK_T * CONV_BLOCKS)
     dconv = conv.new_empty(programs, K, E)
     _slc2_backward_conv[(n_head, programs)](
-        dy, packed, conv, positions, dpacked, dc, dconv, N, seq_len, E, D, W, K, CONV_BLOCK_T, CONV_BLOCKS,
-        positions is not None, is_approx, num_warps=4,
+        dy, packed, conv, dpacked, dc, dconv, N, seq_len, E, D, W, K, CONV_BLOCK_T, CONV_BLOCKS,
+        is_approx, num_warps=4,
     )  # fmt: skip
     _slc2_backward_gate[(triton.cdiv(N, BLOCK_T),)](
-        dc, packed, conv, positions, dpacked, N, seq_len, n_head, D, W, K, PACKED_ALIGN, BLOCK_T,
-        positions is not None, is_approx, num_warps=8,
+        dc, packed, conv, dpacked, N, seq_len, n_head, D, W, K, PACKED_ALIGN, BLOCK_T,
+        is_approx, num_warps=8,
     )  # fmt: skip
     return dpacked, dconv.sum(0).T.unsqueeze(1).contiguous()
 
 
 @slc2_mix_backward.register_fake
-def _(dy, packed, conv, positions, seq_len, n_head):
+def _(dy, packed, conv, seq_len, n_head):
     return torch.empty_like(packed), torch.empty_like(conv)
 
 
 def _save(ctx, inputs, output):
-    packed, conv, positions, ctx.seq_len, ctx.n_head = inputs
-    ctx.save_for_backward(packed, conv, positions)
+    packed, conv, ctx.seq_len, ctx.n_head = inputs
+    ctx.save_for_backward(packed, conv)
 
 
 def _differentiate(ctx, dy):
     dpacked, dconv = slc2_mix_backward(dy.contiguous(), *ctx.saved_tensors, ctx.seq_len, ctx.n_head)
-    return dpacked, dconv, None, None, None
+    return dpacked, dconv, None, None
 
 
 slc2_mix.register_autograd(_differentiate, setup_context=_save)
