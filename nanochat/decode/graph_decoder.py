@@ -76,7 +76,7 @@ def packed_weights(model: GPT, dtype: torch.dtype) -> list[Tensor]:
 
 
 @dataclass
-class _Layer:
+class Layer:
     """Weights of a block; `state` is its number among the layers of its kind."""
 
     state: int
@@ -87,11 +87,11 @@ class _Layer:
     conv: Tensor | None = None  # None: attention
 
 
-def _layers(config: GPTConfig, weights: list[Tensor]) -> list[_Layer]:
+def _layers(config: GPTConfig, weights: list[Tensor]) -> list[Layer]:
     counts, weights = Counter(), iter(weights)
     layers = []
     for kind in config.layer_kinds:
-        layers.append(_Layer(counts[kind], *islice(weights, 4 if kind == "attention" else 5)))
+        layers.append(Layer(counts[kind], *islice(weights, 4 if kind == "attention" else 5)))
         counts[kind] += 1
     return layers
 
@@ -304,27 +304,40 @@ class GraphDecoder(Decoder):
         """
         c, R = self.config, len(tokens)
         x = torch.empty(R, c.n_embd, dtype=self.dtype, device=self.device)
-        y, q = torch.empty_like(x), torch.empty_like(x).view(R, c.n_head, c.head_dim)
         embed(tokens, self.wte, slots, counts, self.latest, self.seen, x)
         for layer in self.layers:
-            i = layer.state
-            if layer.conv is None:
-                packed = self._product(x, layer.mixer_in)
-                rope_append(packed, x, self.tables, slots, positions, q, self.k[i], self.v[i])
-                if tails is None:
-                    splits = max(1, min(32, ATTENTION_PROGRAMS // (R * c.n_kv_head)))
-                    attend(q, self.k[i], self.v[i], slots, positions, y.view_as(q), splits)
-                else:
-                    attend_causal(q, self.k[i], self.v[i], slots, positions, y.view_as(q))
-            elif R == 1:
-                slc2_row(x, layer.mixer_in, layer.conv, self.windows[i], slots, y, c.n_head)
-            else:
-                packed = self._product(x, layer.mixer_in)
-                tail = self.windows[i] if tails is None else tails[i]
-                slc2_mix(packed, x, layer.conv, self.windows[i], slots, counts, tail, y, c.n_head)
-            self._add(x, y, layer.mixer_out)
-            self._mlp(x, layer)
+            self.add_mixer(x, layer, slots, positions, counts, tails)
+            self.add_mlp(x, layer)
         return x
+
+    def add_mixer(
+        self,
+        x: Tensor,
+        layer: Layer,
+        slots: Tensor,
+        positions: Tensor,
+        counts: Tensor,
+        tails: Tensor | None = None,
+    ) -> None:
+        """x += mixer(norm(x)); x (R,E), and the rest as in `_trunk`."""
+        c, R, i = self.config, len(x), layer.state
+        y = torch.empty_like(x)
+        if layer.conv is None:
+            q = torch.empty_like(x).view(R, c.n_head, c.head_dim)
+            packed = self._product(x, layer.mixer_in)
+            rope_append(packed, x, self.tables, slots, positions, q, self.k[i], self.v[i])
+            if tails is None:
+                splits = max(1, min(32, ATTENTION_PROGRAMS // (R * c.n_kv_head)))
+                attend(q, self.k[i], self.v[i], slots, positions, y.view_as(q), splits)
+            else:
+                attend_causal(q, self.k[i], self.v[i], slots, positions, y.view_as(q))
+        elif R == 1:
+            slc2_row(x, layer.mixer_in, layer.conv, self.windows[i], slots, y, c.n_head)
+        else:
+            packed = self._product(x, layer.mixer_in)
+            tail = self.windows[i] if tails is None else tails[i]
+            slc2_mix(packed, x, layer.conv, self.windows[i], slots, counts, tail, y, c.n_head)
+        self._add(x, y, layer.mixer_out)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T, not yet divided by rms(x)."""
@@ -343,7 +356,7 @@ class GraphDecoder(Decoder):
         else:
             x.addmm_(y, weight.T)
 
-    def _mlp(self, x: Tensor, layer: _Layer) -> None:
+    def add_mlp(self, x: Tensor, layer: Layer) -> None:
         """x += MLP(norm(x))."""
         h = x.new_empty(len(x), len(layer.mlp_in))
         if len(x) == 1:

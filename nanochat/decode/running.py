@@ -21,10 +21,13 @@ logger = logging.getLogger(__name__)
 def decoder_for(model: GPT, slots: int, context: int | None = None) -> Decoder:
     """The fastest decoder there is for a model, on its device; context None: the model's sequence_len."""
     if model.device.type == "cuda":
+        from nanochat.decode.graph_check import check_decoder
         from nanochat.decode.graph_decoder import GraphDecoder, supports
 
         if supports(model.config, slots):
-            return GraphDecoder(model, slots, context)
+            decoder = GraphDecoder(model, slots, context)
+            check_decoder(decoder, model)
+            return decoder
         logger.warning("warning: no CUDA graphs for %d rows at a time of this model: decoding is slow", slots)
     return PlainDecoder(model, slots, context)
 

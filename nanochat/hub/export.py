@@ -39,6 +39,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import atomic_write, write_json
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
+from nanochat.hub.export_check import check_exported_code
 from nanochat.hub.hf_tokenizer import load_hf_tokenizer, save_hf_tokenizer
 
 MODEL_TYPE = "saint_iberis"
@@ -61,6 +62,7 @@ def export_checkpoint(
     model = _model(model_config(meta), state)
     tokenizer = load_tokenizer(checkpoints)
     check_vocabulary(model.config, tokenizer)
+    check_exported_code(model.config)
     bos, end = (tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
     ids = {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": bos}
     directory.mkdir(parents=True, exist_ok=True)

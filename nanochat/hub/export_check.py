@@ -1,0 +1,57 @@
+"""Compare the modeling file that is exported with the plain model: see nanochat/layer_check.py."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from nanochat.config import GPTConfig
+from nanochat.gpt import GPT, norm, rotary_tables
+from nanochat.layer_check import BOUNDS, noise, noise_for_zeros, require_same
+
+logger = logging.getLogger(__name__)
+TOKENS = 8
+WAY_OUT = "export with the version of this project that trained the model"
+
+
+def check_exported_code(config: GPTConfig) -> None:
+    """Raise ValueError if the exported file computes a layer, or the logits, unlike the plain model.
+
+    The code is compared on a narrow model with the layer plan of config; its weights are noise. Where
+    transformers is not installed nothing can be compared, and a warning says so.
+    """
+    if find_spec("transformers") is None:
+        logger.warning("warning: transformers is missing: the exported code is not compared with the model")
+        return
+    from nanochat.hub.transformers_model.configuration_saint_iberis import SaintIberisConfig
+    from nanochat.hub.transformers_model.modeling_saint_iberis import SaintIberisForCausalLM, rotary_angles
+
+    narrow = replace(config, n_embd=8 * config.n_head, vocab_size=64, sequence_len=TOKENS)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        plain = GPT(narrow)
+        for parameter in plain.parameters():
+            parameter.zero_()
+        exported = SaintIberisForCausalLM(SaintIberisConfig(**asdict(narrow))).eval()
+        with noise_for_zeros(plain):
+            exported.load_state_dict(plain.state_dict())
+            h = norm(noise(plain, 1, TOKENS, narrow.n_embd))
+            tables = rotary_tables(TOKENS, narrow.head_dim, plain.device)
+            angles = rotary_angles(torch.arange(TOKENS)[None], narrow.head_dim)
+            pairs = zip(exported.transformer.h, plain.transformer.h, narrow.layer_kinds, strict=True)
+            for i, (theirs, ours, kind) in enumerate(pairs):
+                if ours.is_attention:
+                    mixed = theirs.attn(h, *angles, None, None), ours.attn(h, *tables)
+                else:
+                    mixed = theirs.attn(h, None, None), ours.attn(h)
+                _require(f"layer {i} ({kind})", *mixed)
+                _require(f"layer {i} (MLP)", theirs.mlp(h), ours.mlp(h))
+            ids = torch.arange(TOKENS)[None] * 7 % narrow.vocab_size
+            _require("the logits", exported(ids).logits, plain(ids))
+
+
+def _require(layer: str, exported: Tensor, plain: Tensor) -> None:
+    require_same(layer, [exported], [plain], BOUNDS[plain.dtype], "the exported file", WAY_OUT)

@@ -1,0 +1,109 @@
+"""Refuse a layer that was changed in only one of the places that compute it.
+
+Each layer exists four times: the plain equations (gpt.py, slc2.py), the training kernels (train/fused.py),
+the decoding kernels (decode/graph_decoder.py) and the exported file (hub/transformers_model). A change in one
+place only would make the others silently compute the old layer. So random activations pass through each plain
+layer and through its other version, and the results must agree up to rounding.
+
+c_proj and lm_head start at zero, and published convolutions are zero. Zeros would hide every difference:
+such weights hold noise during the comparison, and zeros again after it. The noise comes from a generator of
+its own, so the process's random state does not change.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+
+from nanochat.gpt import ANY_LENGTH, GPT, PLAIN, Block, Ops, norm, rotary_tables
+
+TOKENS = 64  # of a comparison; products in 8 bits need a multiple of 16
+# largest relative error of a value or gradient that rounding explains
+BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.05}
+BOUND_8_BITS = 0.25
+
+
+@contextmanager
+def noise_for_zeros(model: nn.Module) -> Iterator[bool]:
+    """Fill the weights that are all zero with noise, yield whether there were any, and zero them again."""
+    zero = [p for p in model.parameters() if not p.any()]
+    generator = torch.Generator(zero[0].device if zero else "cpu").manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in zero:
+                p.normal_(std=p[0].numel() ** -0.5, generator=generator)
+        yield bool(zero)
+    finally:
+        with torch.no_grad():
+            for p in zero:
+                p.zero_()
+
+
+def noise(model: GPT, *shape: int, seed: int = 0) -> Tensor:
+    """Return normal noise in the model's dtype of activations, on its device."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=model.device).to(model.activation_dtype)
+
+
+def require_same(
+    layer: str, fast: Sequence[Tensor], plain: Sequence[Tensor], bound: float, version: str, way_out: str
+) -> None:
+    """Raise ValueError, naming the layer, the error and the way out, if two results differ beyond bound."""
+    error = max(_relative_error(f, p) for f, p in zip(fast, plain, strict=True))
+    if not error <= bound:  # NaN is a difference, too
+        raise ValueError(
+            f"{layer}: {version} and the plain layer differ by {100 * error:.1f} %, and rounding explains "
+            f"{100 * bound:.1f} % at most: change the layer in every place that computes it (CONTRIBUTING.md "
+            f"lists them), or {way_out}"
+        )
+
+
+def check_ops(model: GPT, ops: Ops, bound: float) -> None:
+    """Compare the functions `ops` with the plain ones: values and all gradients of every layer and the loss.
+
+    Raise ValueError for the first that differs by more than the relative error `bound`.
+    """
+    c = model.config
+    T = min(TOKENS, c.sequence_len)
+    tables = rotary_tables(c.sequence_len, c.head_dim, model.device)
+    rotary = tuple(table[:T] for table in tables)
+    h, dy = norm(noise(model, 1, T, c.n_embd)), noise(model, 1, T, c.n_embd, seed=1)
+    compare = _Comparison(ops, bound)
+    with noise_for_zeros(model), torch.enable_grad(), sdpa_kernel(ANY_LENGTH):
+        for i, (block, kind) in enumerate(zip(model.transformer.h, c.layer_kinds, strict=True)):
+            mixer = _mixer(block, rotary)
+            compare(f"layer {i} ({kind})", mixer, h, dy, block.attn)
+            compare(f"layer {i} (MLP)", lambda o, h, b=block: b.mlp(h, o.mlp), h, dy, block.mlp)
+        targets = (torch.arange(T, device=model.device) * 7 % c.vocab_size)[None]
+        one = torch.ones((), device=model.device)
+        weight = model.lm_head.weight
+        compare("the loss", lambda o, h: o.loss(h, weight, targets, "mean"), h, one, model.lm_head)
+
+
+def _mixer(block: Block, rotary: tuple[Tensor, ...]) -> Callable[[Ops, Tensor], Tensor]:
+    if block.is_attention:
+        return lambda ops, h: block.attn(h, *rotary, inputs=ops.attention_inputs)
+    return lambda ops, h: block.attn(h, mix=ops.slc2_mix)
+
+
+class _Comparison:
+    def __init__(self, ops: Ops, bound: float):
+        self.ops, self.bound = ops, bound
+
+    def __call__(
+        self, layer: str, function: Callable[[Ops, Tensor], Tensor], h: Tensor, dy: Tensor, module: nn.Module
+    ) -> None:
+        results = []
+        for ops in (self.ops, PLAIN):
+            x = h.detach().clone().requires_grad_()
+            y = function(ops, x)
+            gradients = torch.autograd.grad(y, [x, *module.parameters()], dy.to(y.dtype))
+            results.append([y.detach(), *gradients])
+        require_same(layer, *results, self.bound, "the training kernels", "train with --fused=False")
+
+
+def _relative_error(value: Tensor, reference: Tensor) -> float:
+    value, reference = value.double(), reference.double()
+    return ((value - reference).norm() / reference.norm()).item()

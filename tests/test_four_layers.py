@@ -1,0 +1,154 @@
+"""The four implementations of each layer agree, and a change in one place only is refused.
+
+nanochat/gpt.py, nanochat/slc2.py                       plain: the equations, and decoding with a cache
+nanochat/train/fused.py, nanochat/kernels/train         training kernels
+nanochat/decode/graph_decoder.py, kernels/decode        decoding kernels
+nanochat/hub/transformers_model/modeling_...            the exported file
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import gpt, slc2
+from nanochat.decode.graph_check import check_decoder
+from nanochat.decode.graph_decoder import GraphDecoder
+from nanochat.decode.running import decoder_for
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hub.export_check import check_exported_code
+from nanochat.kernels.train import mlp
+from nanochat.kernels.train import slc2 as kernels_slc2
+from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops, noise_for_zeros
+from nanochat.train.accelerate import accelerate, why_not_fused
+from nanochat.train.fused import fused_ops
+
+CONFIG = GPTConfig(4, 64, 2, 2, 1, 2 * 16, 3, 3)
+SMALL_TILE = mlp.Tile(16, 16, 16, 4, 1)
+
+
+@pytest.fixture
+def model(device, monkeypatch):
+    """A model to train from, with the zeros of init_weights."""
+    if device == "cpu":
+        monkeypatch.setattr(mlp, "FORWARD", SMALL_TILE)
+        monkeypatch.setattr(mlp, "BACKWARD", SMALL_TILE)
+        monkeypatch.setattr(kernels_slc2, "CONV_BLOCKS", 1)
+    torch.manual_seed(0)
+    model = GPT(CONFIG, torch.float32 if device == "cpu" else torch.bfloat16).to(device)
+    model.init_weights()
+    return model
+
+
+def check_training(model):
+    check_ops(model, fused_ops(model.device), BOUNDS[model.activation_dtype])
+
+
+def check_decoding(model):
+    check_decoder(GraphDecoder(model.eval(), slots=2), model)
+
+
+def check_export(model):
+    check_exported_code(model.config)
+
+
+CHECKS = [check_training, check_decoding, check_export]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_all_agree_and_nothing_is_left_behind(check, model):
+    """Weights, among them those that are zero, and the random state are what they were before."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    check(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def doubled_gate(x, alpha, A):
+    return F.silu((2 * F.silu(alpha)).unsqueeze(-1) * A.unsqueeze(-2)).flatten(-2) * x
+
+
+def reversed_conv(u, weight, window=None, conv=slc2.short_conv):
+    return conv(u, weight.flip(-1), window)
+
+
+CHANGES = {
+    "slc2 gate": (slc2, "gate", doubled_gate, "layer 0 .slc2."),
+    "slc2 convolution": (slc2, "short_conv", reversed_conv, "layer 0 .slc2."),
+    "attention": (gpt, "apply_rotary", lambda x, cos, sin: x * cos.mean(), "layer 1 .attention."),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_changed_in_one_place_is_refused(check, change, model, monkeypatch):
+    """With the gate replaced in slc2.py, the kernels went on computing the old one, silently."""
+    module, name, replacement, layer = CHANGES[change]
+    monkeypatch.setattr(module, name, replacement)
+    way_out = {
+        check_training: "--fused=False",
+        check_decoding: "--decoder=plain",
+        check_export: "export with the version",
+    }[check]
+    with pytest.raises(ValueError, match=rf"{layer}.*differ by .* %.*{way_out}"):
+        check(model)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_changed_mlp_is_refused(check, model, monkeypatch):
+    """Its c_proj is zero at the start, which made all MLPs alike."""
+    monkeypatch.setattr(gpt.F, "relu", torch.Tensor.abs)
+    if check is check_export:
+        pytest.skip("the exported file reads the same torch.nn.functional")
+    with pytest.raises(ValueError, match=r"layer 0 .MLP."):
+        check(model)
+
+
+def test_noise_is_for_zeros_alone():
+    module = torch.nn.ModuleDict({"zero": torch.nn.Linear(3, 2, bias=False), "one": torch.nn.Linear(2, 1)})
+    torch.nn.init.zeros_(module["zero"].weight)
+    kept = module["one"].weight.clone()
+    with noise_for_zeros(module) as has_noise:
+        assert has_noise
+        assert module["zero"].weight.all()
+        assert torch.equal(module["one"].weight, kept)
+    assert not module["zero"].weight.any()
+
+    def interrupted():
+        with noise_for_zeros(module):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not module["zero"].weight.any()
+    with noise_for_zeros(module["one"]) as has_noise:
+        assert not has_noise
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_training_refuses_before_the_first_step(fp8, monkeypatch):
+    model = GPT(GPTConfig(64, 64, 2, 2, 2, 2 * 64, 3, 3), torch.bfloat16).cuda()
+    model.init_weights()
+    if reason := why_not_fused(model, fp8):
+        pytest.skip(reason)
+    accelerate(model, compile=False, fused=True, fp8=fp8)
+    monkeypatch.setattr(slc2, "gate", doubled_gate)
+    with pytest.raises(ValueError, match="fused=False"):
+        accelerate(model, compile=False, fused=True, fp8=fp8)
+    accelerate(model, compile=False, fused=False)
+
+
+@pytest.mark.gpu
+def test_serving_refuses_before_the_first_token(monkeypatch):
+    model = GPT(GPTConfig(64, 64, 2, 2, 2, 2 * 64, 3, 3), torch.bfloat16).cuda().eval()
+    model.init_weights()
+    assert isinstance(decoder_for(model, 2), GraphDecoder)
+    monkeypatch.setattr(slc2, "gate", doubled_gate)
+    with pytest.raises(ValueError, match="decoder=plain"):
+        decoder_for(model, 2)
+
+
+def test_bounds_leave_room_for_rounding_alone():
+    assert max(BOUNDS.values()) <= 0.05 < BOUND_8_BITS <= 0.25
