@@ -20,6 +20,7 @@ What goes when there are more than max_tokens, so that the sequence stays well f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -46,6 +47,17 @@ def part_after(tokenizer: Tokenizer) -> dict[int, str]:
         if start is not None:
             kinds |= {tokenizer.encode_special(start): kind, tokenizer.encode_special(end): "text"}
     return kinds
+
+
+def limit_reply(max_tokens: int, context: int, warn: Callable[[str], object] | None = None) -> int:
+    """Return how many tokens a reply may have: max_tokens, but half of the context at most.
+
+    The prompt keeps the other half. If that is less than max_tokens, `warn` is called with a message.
+    """
+    half = context // 2
+    if max_tokens > half and warn is not None:
+        warn(f"replies have at most {half} tokens, half of the context, not {max_tokens}")
+    return min(max_tokens, half)
 
 
 @dataclass

@@ -17,11 +17,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from nanochat.chat_format import part_after, render_for_completion
+from nanochat.chat_format import limit_reply, part_after, render_for_completion
 from nanochat.common import parse, run, setup_runtime
 from nanochat.decode.stream_decoder import StreamDecoder
 
@@ -111,7 +112,7 @@ class Chat:
     def __init__(self, engine: Engine, max_tokens: int, sampling: SamplingParams):
         context = engine.model.config.sequence_len
         self.engine, self.sampling = engine, sampling
-        self.max_tokens = min(max_tokens, context // 2)
+        self.max_tokens = limit_reply(max_tokens, context, warn=partial(print, file=sys.stderr))
         self.room = context - self.max_tokens
         self.history: list[dict[str, Any]] = []
 
@@ -171,8 +172,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
     chat = Chat(Engine(model, tokenizer), config.max_tokens, sampling)
-    if chat.max_tokens < config.max_tokens:
-        print(f"answers have {chat.max_tokens} tokens at most, half of the context", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
     if config.prompt is not None:
         chat.answer(config.prompt)

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ChatEvalConfig, argv)
 
     from nanochat.chat_eval import evaluate_task
+    from nanochat.chat_format import limit_reply
     from nanochat.checkpoint_manager import load_for
     from tasks.mixtures import eval_tasks
 
@@ -64,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"unknown tasks {', '.join(unknown)}; there are {'|'.join(known)}")
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
-    max_new_tokens = min(config.max_new_tokens, model.config.sequence_len // 2)
-    if max_new_tokens < config.max_new_tokens and runtime.is_main:
-        print(f"max_new_tokens: {max_new_tokens}, half of the context, not {config.max_new_tokens}")
+    warn = print if runtime.is_main else None
+    max_new_tokens = limit_reply(config.max_new_tokens, model.config.sequence_len, warn)
     answer = partial(
         evaluate_task,
         model=model,

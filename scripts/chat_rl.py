@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ChatRLConfig, argv)
 
     from nanochat.chat_eval import evaluate_task
+    from nanochat.chat_format import limit_reply
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.engine import Engine
     from nanochat.train.rl import report_rl, train
@@ -127,9 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if progress.step:
         check_resumed(progress.loader_state["next_question"], progress.step, config.examples_per_step)
 
-    max_new_tokens = min(config.max_new_tokens, model.config.sequence_len // 2)
-    if max_new_tokens < config.max_new_tokens and runtime.is_main:
-        print(f"max_new_tokens: {max_new_tokens}, half of the context, not {config.max_new_tokens}")
+    warn = print if runtime.is_main else None
+    max_new_tokens = limit_reply(config.max_new_tokens, model.config.sequence_len, warn)
     rollouts = Rollouts(
         task=train_task,
         engine=Engine(model, tokenizer),

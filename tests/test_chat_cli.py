@@ -301,7 +301,7 @@ def test_answers_differ_unless_seeded(checkpoint, capsys):
 def test_half_of_the_context_stays_for_the_prompt(checkpoint, capsys, monkeypatch):
     pipe(monkeypatch, b"the river\nthe bridge\n")
     assert chat_cli.main(["--device-type=cpu", "-t", "0"]) == 0
-    assert capsys.readouterr().err == "answers have 32 tokens at most, half of the context\n"
+    assert capsys.readouterr().err == "replies have at most 32 tokens, half of the context, not 512\n"
 
 
 def test_only_the_answer_is_on_stdout(checkpoint, base_dir):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from nanochat.chat_format import limit_reply
 from nanochat.tokenizer import SPECIAL_TOKENS
 from tests.helpers.vocabulary import VOCAB_SIZE, WORDS, train_tokenizer
 
@@ -246,3 +247,11 @@ def test_too_few_tokens_for_any_conversation(tokenizer, max_tokens):
     for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
         with pytest.raises(ValueError, match=f"max_tokens={max_tokens} must be 6 at least"):
             render(chat("Hi", "Hello"), max_tokens=max_tokens)
+
+
+def test_half_of_the_context_is_the_prompt_s():
+    warnings = []
+    assert limit_reply(20, 41, warnings.append) == limit_reply(20, 40, warnings.append) == 20
+    assert warnings == []
+    assert limit_reply(21, 41, warnings.append) == limit_reply(21, 41) == 20
+    assert warnings == ["replies have at most 20 tokens, half of the context, not 21"]

@@ -159,7 +159,7 @@ def test_settings_that_cannot_work(flags, message):
 
 def test_too_many_new_tokens_are_said(capsys):
     chat_rl.main([*SMALL, "--max-new-tokens=256", "--num-steps=1"])
-    assert "max_new_tokens: 16, half of the context, not 256" in capsys.readouterr().out
+    assert "replies have at most 16 tokens, half of the context, not 256" in capsys.readouterr().out
 
 
 def test_checkpoints_are_not_overwritten_unasked():

@@ -91,7 +91,7 @@ def test_a_part_of_the_tasks_makes_no_chatcore(base_dir, capsys, monkeypatch):
     assert {"chatcore", "chatcore_without_spellingbee"} < set(json.loads(whole))
     assert not part.exists()
     out = capsys.readouterr().out.splitlines()
-    assert "max_new_tokens: 24, half of the context, not 512" in out
+    assert "replies have at most 24 tokens, half of the context, not 512" in out
     assert chat_eval.main(["--device-type=cpu", "-x", "10", "-m", "24", "-a", "Hue"]) == 0
     assert path.read_bytes() == whole
     assert not [key for key in json.loads(part.read_text()) if "chatcore" in key]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nanochat.chat_format import render_for_completion
+from nanochat.chat_format import limit_reply, render_for_completion
 from nanochat.sampling import SamplingParams
 from nanochat.serve.api_errors import ApiError
 from nanochat.serve.protocol import Request
@@ -52,8 +52,8 @@ class Settings:
                 raise ValueError(f"allowed_origins: {origin!r} must be like https://example.org, or *")
 
     def chat_tokens(self, asked: int | None, context: int) -> int:
-        """Return how many tokens a reply may have: half of the context is the prompt's."""
-        return min(asked or self.max_tokens, context // 2)
+        """Return how many tokens a reply may have, asked for or by default."""
+        return limit_reply(asked or self.max_tokens, context)
 
 
 def _whole(value: Any) -> Any:

@@ -60,7 +60,7 @@ def openai_routes(generations: Generations, settings: Settings) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(body: ChatCompleting) -> Response:
         _check_model(backend, body.model)
-        max_tokens = _chat_limit(body, settings, backend.context // 2)
+        max_tokens = _chat_limit(body, settings, backend.context)
         messages = [message.plain() for message in body.messages]
         tokens = chat_prompt(tokenizer, settings, messages, backend.context - max_tokens)
         request = body.to_request(settings, tokens, max_tokens, n=body.n, logprobs=body.num_alternatives)
@@ -145,13 +145,14 @@ def _check_model(backend: Backend, name: str | None) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _chat_limit(body: ChatCompleting, settings: Settings, half: int) -> int:
+def _chat_limit(body: ChatCompleting, settings: Settings, context: int) -> int:
     asked = body.max_tokens or body.max_completion_tokens
-    if asked and asked > half:
+    limit = settings.chat_tokens(asked, context)
+    if asked and asked > limit:
         name = "max_tokens" if body.max_tokens else "max_completion_tokens"
-        message = f"{name}={asked} is more than {half}, half of the context"
+        message = f"{name}={asked} is more than {limit}, half of the context"
         raise ApiError(400, message, param=name, code="context_length_exceeded")
-    return asked or min(settings.max_tokens, half)
+    return limit
 
 
 def _text_limit(body: TextCompleting, settings: Settings, context: int, num_prompt_tokens: int) -> int:

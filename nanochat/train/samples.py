@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from nanochat.chat_format import render_for_completion
+from nanochat.chat_format import limit_reply, render_for_completion
 from nanochat.common import Runtime
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -57,7 +57,7 @@ def print_replies(
     """
     if not runtime.is_main:
         return
-    max_tokens = min(max_tokens, model.config.sequence_len // 2)
+    max_tokens = limit_reply(max_tokens, model.config.sequence_len)
     room = model.config.sequence_len - max_tokens
     prompts = [render_for_completion(tokenizer, task[i], room) for i in range(min(N_REPLIES, len(task)))]
     completions = Engine(model, tokenizer).complete(prompts, max_tokens=max_tokens, sampling=GREEDY)
