@@ -1,4 +1,4 @@
-"""Draw dev/slc2.svg: an SLC2 layer as a graph, and which layers of a d20 are attention.
+"""Draw dev/slc2.svg: the data flow of an SLC2 layer, and the layer plan of a d20.
 
 python dev/draw_slc2.py
 """
@@ -21,7 +21,7 @@ INK, LINEAR, POINTWISE, CONV, ATTENTION = "#333333", "#dbe7f3", "#f1f1ee", "#bfe
 
 
 def box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 1.5) -> None:
-    """A rounded box around a text, with its centre at x, y."""
+    """Draw a rounded box with its centre at x, y, and the text in it."""
     axes.add_patch(
         FancyBboxPatch(
             (x - width / 2, y - 0.25),
@@ -36,13 +36,13 @@ def box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 1
 
 
 def operator(axes: Axes, x: float, y: float, text: str) -> None:
-    """A small circle around a symbol."""
+    """Draw a symbol in a small circle."""
     axes.add_patch(Circle((x, y), 0.22, facecolor="white", edgecolor=INK))
     axes.text(x, y, text, ha="center", va="center", fontsize=10)
 
 
 def wire(axes: Axes, *points: tuple[float, float], label: str = "") -> None:
-    """Straight lines from point to point, with an arrow at the end and a label beside its middle."""
+    """Draw straight lines from point to point, the last with an arrow, and a label at its middle."""
     *start, last = points
     axes.plot(*zip(*points[:-1], strict=True), color=INK, linewidth=1)
     axes.annotate(
@@ -54,7 +54,7 @@ def wire(axes: Axes, *points: tuple[float, float], label: str = "") -> None:
 
 
 def draw_layer(axes: Axes) -> None:
-    """The data flow of nanochat/slc2.py, from below to above."""
+    """Draw the data flow of nanochat/slc2.py, from bottom to top."""
     columns = {"al": 0.9, "a": 2.7, "x": 4.5, "b": 6.7}
     wire(axes, (3.7, 0.15), (3.7, 0.65))
     axes.text(3.85, 0.2, "h = rms_norm(r)    (T, E)", fontsize=9, va="center")
@@ -97,7 +97,7 @@ def draw_layer(axes: Axes) -> None:
 
 
 def draw_plan(axes: Axes, depth: int) -> None:
-    """The layers of a model, the first at the bottom."""
+    """Draw the kinds of the layers, the first at the bottom."""
     config = GPTConfig.from_depth(depth)
     for i, kind in enumerate(config.layer_kinds):
         colour = ATTENTION if kind == "attention" else CONV
@@ -111,8 +111,8 @@ def draw_plan(axes: Axes, depth: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw."""
-    mpl.rcParams["svg.hashsalt"] = "slc2"  # the same names of paths each time
+    """Write the figure to argv[0], or to dev/slc2.svg."""
+    mpl.rcParams["svg.hashsalt"] = "slc2"  # path names that do not change from run to run
     figure = Figure(figsize=(9.6, 6.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(4.6, 1))
     draw_layer(left)

@@ -8,13 +8,13 @@ A persona is YAML or JSON:
     name: Iberis
     maker: the people of the Garden
     style: friendly          # or plain, or formal
-    facts:                   # what it can be asked about ("tell me about your size"), and what it then says
+    facts:                   # topics ("tell me about your size") and the answers to them
       your size: I have 542 million parameters.
       the garden: The Garden is a small workshop in Sapporo.
 
-Without --out they go where midtraining and finetuning look for them. No model writes them: questions and
-answers are put together from the phrases below, so the same persona and seed give the same file. No two
-conversations ask the same; a third of them have two to four turns.
+Without --out the file is $NANOCHAT_BASE_DIR/identity_conversations.jsonl, which midtraining and finetuning
+read. No model takes part: questions and answers are combined from the phrases below, so the same persona and
+seed give the same file. No two conversations ask the same questions; a third of them have two to four turns.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OPENINGS = (
 )
 MULTI_TURN_SHARE = 1 / 3
 
-# What is asked, and what is said; {name}, {maker}, {other}, {topic} and {fact} are filled in.
+# subject -> (questions, answers); {name}, {maker}, {other}, {topic} and {fact} are filled in
 SUBJECTS = {
     "name": (
         (
@@ -114,7 +114,7 @@ SUBJECTS = {
         ("Hello! I am {name}.", "Hello, this is {name}.", "Hello. My name is {name}."),
     ),
 }
-STYLES = {  # what may follow an answer
+STYLES = {  # sentences that may follow an answer
     "plain": ("",),
     "friendly": ("", " What can I do for you?", " I am glad you ask.", " Ask me anything!"),
     "formal": ("", " How may I be of service?", " I am at your disposal."),
@@ -123,7 +123,7 @@ STYLES = {  # what may follow an answer
 
 @dataclass(frozen=True)
 class Persona:
-    """Whom a model is to be; ValueError for what cannot be."""
+    """Name, maker, style and facts of a model; ValueError for values of other types or an unknown style."""
 
     name: str
     maker: str
@@ -133,27 +133,29 @@ class Persona:
     def __post_init__(self) -> None:
         texts = {"name": self.name, "maker": self.maker}
         if not isinstance(self.facts, dict):
-            raise ValueError(f"facts must say of each topic what is to be said of it, not {self.facts!r}")
+            raise ValueError(
+                f"facts={self.facts!r} must map topics to answers, as in `your size: I have ...`"
+            )
         for key, text in (*texts.items(), *self.facts.items(), *((topic, topic) for topic in self.facts)):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{key}: {text!r} must be a text")
+                raise ValueError(f"{key}: {text!r} must be text, and not empty")
         if self.style not in STYLES:
             raise ValueError(f"style={self.style!r} must be one of {', '.join(STYLES)}")
 
 
 def read_persona(path: Path) -> Persona:
-    """Read a persona file; ValueError naming it if it is none."""
+    """Return the persona of a YAML or JSON file; ValueError naming the file if it holds none."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8-sig"))  # JSON is YAML
         if not isinstance(fields, dict):
-            raise ValueError("it must have the keys name and maker, and may have style and facts")
+            raise ValueError("it needs the keys name and maker, and may have style and facts")
         return Persona(**{"style": "plain", "facts": {}, **fields})
     except (yaml.YAMLError, UnicodeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no persona: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not a persona: {' '.join(str(error).split())}") from error
 
 
 def exchange(persona: Persona, subject: str, opening: str, rng: random.Random) -> tuple[str, str]:
-    """Return a question and its answer."""
+    """Return a random question on a subject, after its opening, and an answer to it."""
     questions, answers = SUBJECTS[subject]
     topic = rng.choice(sorted(persona.facts)) if persona.facts else ""
     words = {
@@ -165,13 +167,13 @@ def exchange(persona: Persona, subject: str, opening: str, rng: random.Random) -
     }
     question = opening + rng.choice(questions).format(**words)
     answer = rng.choice(answers).format(**words)
-    # people do not always type with care
+    # people leave out capitals and question marks
     question = rng.choice([question, question, question.lower(), question.rstrip("?.!")])
     return question, answer[0].upper() + answer[1:] + rng.choice(STYLES[persona.style])
 
 
 def conversations(persona: Persona, num: int, seed: int) -> Iterator[list[dict[str, str]]]:
-    """Yield num conversations, all different in what is asked; ValueError if there are not so many."""
+    """Yield num conversations, no two with the same questions; ValueError if there are fewer."""
     rng = random.Random(seed)
     subjects = [subject for subject in SUBJECTS if subject != "fact" or persona.facts]
     asked: set[Sequence[str]] = set()
@@ -187,7 +189,10 @@ def conversations(persona: Persona, num: int, seed: int) -> Iterator[list[dict[s
         if questions in asked:
             failures += 1
             if failures > 100 * num:
-                raise ValueError(f"num={num}: there are only about {len(asked)} different ones; add facts")
+                raise ValueError(
+                    f"num={num}: the phrases make only about {len(asked)} different conversations; "
+                    "lower num or add facts"
+                )
             continue
         asked.add(questions)
         yield [
@@ -199,18 +204,18 @@ def conversations(persona: Persona, num: int, seed: int) -> Iterator[list[dict[s
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityConfig:
-    """Whose conversations to write, and how many."""
+    """Settings of the conversations to write."""
 
     persona: Positional[Path]
     """persona file, YAML or JSON"""
     num: int = 1000
-    """conversations"""
+    """number of conversations"""
     seed: int = 42
-    """of the choice of phrases"""
+    """seed of the choice of phrases"""
     out: Path | None = None
     """file to write; by default $NANOCHAT_BASE_DIR/identity_conversations.jsonl"""
     overwrite: bool = False
-    """replace the file if it is there"""
+    """replace the file if it exists"""
 
     def __post_init__(self) -> None:
         if self.num < 1:
@@ -218,11 +223,11 @@ class IdentityConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the file."""
+    """Write the conversations, one JSON object per line."""
     config = parse(IdentityConfig, argv)
     out = config.out or base_dir() / "identity_conversations.jsonl"
     if out.exists() and not config.overwrite:
-        raise ValueError(f"{out} is there already: choose another --out, or --overwrite it")
+        raise ValueError(f"{out} already exists: choose another --out, or replace it with --overwrite")
     persona = read_persona(config.persona)
     with atomic_write(out, "w") as file:
         for messages in conversations(persona, config.num, config.seed):

@@ -2,9 +2,9 @@
 
     python dev/gen_units.py > units.jsonl
 
-An example to change: a reply is a list of parts, of which "python" is a call of the calculator and
-"python_output" its result. When the model talks, the call is its own and the result is the calculator's.
-Numbers that seven divides are kept back, to see whether it has learned to convert or learned by heart.
+An example to adapt: a reply is a list of parts, where "python" is a call of the calculator and
+"python_output" its result. In a chat the model writes the call, and the calculator the result. Multiples of
+seven are held out, to tell a model that has learned to convert from one that has memorised its examples.
 """
 
 import argparse
@@ -28,11 +28,11 @@ QUESTIONS = (
 )
 
 
-def conversations(kept_back: bool) -> Iterator[list[dict]]:
-    """Yield the conversations to learn from, or those with the numbers that are kept back."""
+def conversations(held_out: bool) -> Iterator[list[dict]]:
+    """Yield the conversations to train on, or those with the held-out numbers."""
     for (small, large), factor in FACTORS.items():
         for n in range(2, 100):
-            if (n % 7 == 0) is kept_back:
+            if (n % 7 == 0) is held_out:
                 reply = [
                     {"type": "python", "text": f"{n}*{factor}"},
                     {"type": "python_output", "text": f"{n * factor}"},
@@ -44,7 +44,7 @@ def conversations(kept_back: bool) -> Iterator[list[dict]]:
 
 
 if __name__ == "__main__":
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is).parse_args()  # there are none
-    for messages in conversations(kept_back=False):
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the docstring
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()  # only --help
+    for messages in conversations(held_out=False):
         sys.stdout.write(json.dumps({"messages": messages}) + "\n")

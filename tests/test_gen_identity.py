@@ -68,7 +68,9 @@ def test_by_default_they_go_where_the_recipes_look(tmp_path):
     path = write_persona(tmp_path)
     gen_identity.main([str(path), "--num=7"])
     assert [len(task) for task in recipes._identity()] == [7]
-    with pytest.raises(ValueError, match="is there already: choose another --out, or --overwrite"):
+    with pytest.raises(
+        ValueError, match="already exists: choose another --out, or replace it with --overwrite"
+    ):
         gen_identity.main([str(path)])
     assert len((base_dir() / "identity_conversations.jsonl").read_text().splitlines()) == 7
 
@@ -76,13 +78,16 @@ def test_by_default_they_go_where_the_recipes_look(tmp_path):
 @pytest.mark.parametrize(
     ("persona", "message"),
     [
-        ({"name": "Iberis"}, r"persona\.yaml is no persona: .*'maker'"),
-        ({"name": "Iberis", "maker": "me", "age": 3}, r"persona\.yaml is no persona: .*'age'"),
-        ({"name": "", "maker": "me"}, "name: '' must be a text"),
-        ({"name": "Iberis", "maker": "me", "facts": {"your size": 4}}, "your size: 4 must be a text"),
-        ({"name": "Iberis", "maker": "me", "facts": ["a fact"]}, "facts must say of each topic"),
+        ({"name": "Iberis"}, r"persona\.yaml is not a persona: .*'maker'"),
+        ({"name": "Iberis", "maker": "me", "age": 3}, r"persona\.yaml is not a persona: .*'age'"),
+        ({"name": "", "maker": "me"}, "name: '' must be text, and not empty"),
+        ({"name": "Iberis", "maker": "me", "facts": {"your size": 4}}, "your size: 4 must be text"),
+        (
+            {"name": "Iberis", "maker": "me", "facts": ["a fact"]},
+            r"facts=\['a fact'\] must map topics to answers",
+        ),
         ({"name": "Iberis", "maker": "me", "style": "rude"}, "'rude' must be one of plain, friendly, formal"),
-        (["Iberis"], "must have the keys name and maker"),
+        (["Iberis"], "needs the keys name and maker"),
     ],
 )
 def test_bad_personas(tmp_path, persona, message):
@@ -93,9 +98,9 @@ def test_bad_personas(tmp_path, persona, message):
 def test_more_than_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr(gen_identity, "SUBJECTS", {"name": (("Who?", "You?"), ("{name}.",))})
     monkeypatch.setattr(gen_identity, "MULTI_TURN_SHARE", 0)
-    with pytest.raises(ValueError, match=r"num=500: there are only about .* different ones"):
+    with pytest.raises(ValueError, match=r"num=500: the phrases make only about .* different conversations"):
         generate(tmp_path, "--num=500")
     path = tmp_path / "broken.yaml"
     path.write_text("name: [")
-    with pytest.raises(ValueError, match=r"broken\.yaml is no persona"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not a persona"):
         gen_identity.main([str(path)])
