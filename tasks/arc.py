@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import ascii_uppercase
+from typing import TYPE_CHECKING
 
-from tasks.common import Conversation, Task, render_mc
+from tasks.common import Bounds, Conversation, Task, render_mc
 from tasks.hub import check_choice, load_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ARC(Task):
@@ -20,7 +24,7 @@ class ARC(Task):
 
     eval_type = "categorical"
 
-    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: int | None):
+    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         check_choice("subset", subset, ("ARC-Easy", "ARC-Challenge"))
         check_choice("split", split, ("train", "validation", "test"))

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nanochat.calculator import calculate
-from tasks.common import Conversation, Task, item_random
+from tasks.common import Bounds, Conversation, Task, item_random
 from tasks.gsm8k import is_right_number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # question and expression; c is a small number
 FORMS = (
@@ -49,7 +53,9 @@ THINGS = ("files", "lines", "strings", "names", "pages", "bytes")
 class Arithmetic(Task):
     """Size items of some forms, pairs of question and expression, with numbers from 2 to 99."""
 
-    def __init__(self, size: int, split: str, forms: Sequence[tuple[str, str]] = FORMS, **bounds: int | None):
+    def __init__(
+        self, size: int, split: str, forms: Sequence[tuple[str, str]] = FORMS, **bounds: Unpack[Bounds]
+    ):
         super().__init__(**bounds)
         self.size, self.split, self.forms = size, split, forms
 

@@ -17,12 +17,21 @@ import copy
 import random
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TypedDict
 
 import numpy as np
 
 from nanochat.task import Conversation
 
 HELD_OUT_SEED = 10_000_000  # random.Random(-n) is random.Random(n): splits never differ by a sign
+
+
+class Bounds(TypedDict, total=False):
+    """Keyword arguments of every task: which conversations of its data set it takes."""
+
+    start: int
+    stop: int | None
+    step: int
 
 
 class Task:

@@ -9,17 +9,20 @@ chat format cannot render is told with its line then, not hours into training.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanochat.chat_format import PART_TYPES
-from tasks.common import Conversation, Task
+from tasks.common import Bounds, Conversation, Task
 from tasks.hub import json_lines
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CustomJSON(Task):
     """The lines of a .jsonl or .jsonl.xz file."""
 
-    def __init__(self, filepath: Path | str, **bounds: int | None):
+    def __init__(self, filepath: Path | str, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         path = Path(filepath).expanduser()
         self.conversations = []

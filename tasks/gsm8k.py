@@ -13,10 +13,14 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat.chat_format import PART_TYPES
-from tasks.common import Conversation, Task
+from tasks.common import Bounds, Conversation, Task
 from tasks.hub import check_choice, load_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SUM = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 _ANSWER = re.compile(r"[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![\d.,]|-\d|[ \t]*/[ \t]*\d)")
@@ -25,7 +29,7 @@ _ANSWER = re.compile(r"[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![\d.,]|-\d|[ \t]*/[ \t]
 class GSM8K(Task):
     """7473 train, 1319 test. Subset "socratic" asks itself a question before each step."""
 
-    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: int | None):
+    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         check_choice("subset", subset, ("main", "socratic"))
         check_choice("split", split, ("train", "test"))

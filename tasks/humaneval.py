@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.common import Conversation, Task
+from tasks.common import Bounds, Conversation, Task
 from tasks.hub import load_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
 _FENCED = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)  # it may be cut before its fence ends
@@ -23,7 +26,7 @@ _FENCED = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)  # it may be cut
 class HumanEval(Task):
     """164 test."""
 
-    def __init__(self, *, path: Path | str | None = None, **bounds: int | None):
+    def __init__(self, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         self.rows = load_rows("openai/openai_humaneval", "openai_humaneval", "test", _COLUMNS, path)
 

@@ -11,9 +11,13 @@ cais/mmlu on the hub.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.common import Conversation, Task, render_mc
+from tasks.common import Bounds, Conversation, Task, render_mc
 from tasks.hub import check_choice, load_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -23,7 +27,7 @@ class MMLU(Task):
 
     eval_type = "categorical"
 
-    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: int | None):
+    def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         if subset == "auxiliary_train":
             raise ValueError(f'subset={subset!r} is a split here: subset="all", split="auxiliary_train"')

@@ -8,6 +8,9 @@ Source: Allal et al. 2025, "SmolLM2: When Smol Goes Big" (arXiv:2502.02737);
 HuggingFaceTB/smol-smoltalk on the hub, the variant that was made for models below a billion parameters.
 """
 
+# pyarrow makes most functions of pyarrow.compute when it is imported, where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import logging
@@ -16,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.common import Conversation, Task
+from tasks.common import Bounds, Conversation, Task
 from tasks.hub import check_choice, load_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,7 @@ logger = logging.getLogger(__name__)
 class SmolTalk(Task):
     """460 K train, 24 K test."""
 
-    def __init__(self, split: str, *, path: Path | str | None = None, **bounds: int | None):
+    def __init__(self, split: str, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         check_choice("split", split, ("train", "test"))
         rows = load_rows("HuggingFaceTB/smol-smoltalk", "data", split, ("messages",), path)

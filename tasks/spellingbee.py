@@ -15,10 +15,14 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from nanochat.dataset import parquets_iter_batched
-from tasks.common import Conversation, Task, item_random
+from tasks.common import Bounds, Conversation, Task, item_random
 from tasks.gsm8k import is_right_number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SPELL = ('Spell the word "{word}".', 'How do you spell "{word}"?', 'What are the letters of "{word}"?')
 COUNT = (
@@ -43,7 +47,7 @@ def word_list(data: str, max_length: int = 20) -> list[str]:
 class _WordTask(Task):
     """Size items about the words of a split."""
 
-    def __init__(self, words: Sequence[str], size: int, split: str, **bounds: int | None):
+    def __init__(self, words: Sequence[str], size: int, split: str, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         self.words = [word for word in words if (zlib.crc32(word.encode()) % 8 == 0) is (split == "test")]
         if not self.words:

@@ -16,10 +16,13 @@ import inspect
 import re
 import zlib
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanochat.data.embedded import library_entries
-from tasks.common import Conversation, Task, item_random, render_mc
+from tasks.common import Bounds, Conversation, Task, item_random, render_mc
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LETTERS = ("A", "B", "C", "D")
 KINDS = ("class", "exception", "function", "module")
@@ -65,7 +68,7 @@ def _split(split: str) -> list[Entry]:
 class DocQuestion(Task):
     """What does a name do? One conversation a name."""
 
-    def __init__(self, split: str, **bounds: int | None):
+    def __init__(self, split: str, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         self.items = _split(split)
 
@@ -88,7 +91,7 @@ class DocChoice(Task):
 
     eval_type = "categorical"
 
-    def __init__(self, size: int, split: str, *, alphabetical: float = 0.0, **bounds: int | None):
+    def __init__(self, size: int, split: str, *, alphabetical: float = 0.0, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         if not 0 <= alphabetical <= 1:
             raise ValueError(f"alphabetical={alphabetical} is a share, from 0 to 1")
