@@ -44,7 +44,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        groups: list[dict],
+        groups: list[dict[str, Any]],
         forward_order: Sequence[Tensor] = (),
         *,
         dtype: torch.dtype = torch.float32,
@@ -170,15 +170,9 @@ def _update_adamw(stack: Stack, group: dict) -> None:
     step = compiled(adamw_step) if stack.weights.is_cuda else adamw_step
     bias, bias_sq = (1 - beta ** (stack.n_steps + 1) for beta in group["betas"])
     rate, bias_sq = torch.tensor(group["lr"] / bias), torch.tensor(bias_sq)
-    step(
-        stack.own_weights,
-        stack.own_grads,
-        *stack.state.values(),
-        rate,
-        bias_sq,
-        group["betas"],
-        group["eps"],
-    )
+    exp_avg, exp_avg_sq = stack.state.values()
+    betas, eps = group["betas"], group["eps"]
+    step(stack.own_weights, stack.own_grads, exp_avg, exp_avg_sq, rate, bias_sq, betas, eps)
 
 
 def build_optimizer(model: GPT, rates: LearningRates, runtime: Runtime | None = None) -> MuonAdamW:

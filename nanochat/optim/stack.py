@@ -52,7 +52,7 @@ class Stack:
         size = world_size * m
         self.buckets = [params[i : i + size] for i in range(0, len(params), size)]
         self.grads: Tensor | None = None  # this rank's gradients of all shares, in the layout of weights
-        self.own_grads: Tensor | None = None  # gradients of this rank's share, summed over ranks
+        self._own_grads: Tensor | None = None
         self.reducing: list[dist.Work] = []
         self.n_steps = 0
         self.state = {name: torch.zeros_like(self.own_weights) for name in state_names}  # (buckets, m, *slot)
@@ -62,6 +62,12 @@ class Stack:
         """This rank's share of the weights, a view (buckets, m, *slot)."""
         return self.weights[:, self.rank]
 
+    @property
+    def own_grads(self) -> Tensor:
+        """The gradients of this rank's share, summed over ranks once finish_reduction has returned."""
+        assert self._own_grads is not None, "no gradient has been taken in this step"
+        return self._own_grads
+
     # -----------------------------------------------------------------------------------------------------
     # From gradients to weights
 
@@ -70,9 +76,9 @@ class Stack:
         if self.grads is None:  # allocated per step: activations use the memory in between
             self.grads = torch.empty_like(self.weights, dtype=self.dtype)
             self.grads.flatten(0, 2)[self.n_slots :].zero_()
-            self.own_grads = self.grads[:, 0]
+            self._own_grads = self.grads[:, 0]
             if self.world_size > 1:
-                self.own_grads = torch.empty_like(self.own_weights, dtype=self.dtype)
+                self._own_grads = torch.empty_like(self.own_weights, dtype=self.dtype)
         target = self.grads.flatten(0, 2)[self.slots_of[p]]
         if p.grad is None:
             target.zero_()
@@ -83,8 +89,11 @@ class Stack:
     def reduce(self, b: int) -> None:
         """Start the reduce-scatter of a bucket's gradients: each rank receives the sum of its share."""
         if self.world_size > 1:
+            assert self.grads is not None, "no gradient has been taken in this step"
             whole = self.grads[b].flatten(0, 1)
-            self.reducing.append(dist.reduce_scatter_tensor(self.own_grads[b], whole, async_op=True))
+            work = dist.reduce_scatter_tensor(self.own_grads[b], whole, async_op=True)
+            assert work is not None, "async_op returns the work"
+            self.reducing.append(work)
 
     def finish_reduction(self) -> Tensor:
         """Wait for all reductions; return the sum of squares of this rank's gradients, 0-D float32."""
@@ -95,14 +104,16 @@ class Stack:
 
     def gather(self) -> list[dist.Work]:
         """Start the all-gather of the updated weights, those that the forward needs first at the front."""
-        self.own_grads = None
+        self._own_grads = None
         self.n_steps += 1
+        gathering: list[dist.Work] = []
         if self.world_size == 1:
-            return []
-        return [
-            dist.all_gather_into_tensor(whole.flatten(0, 1), whole[self.rank], async_op=True)
-            for whole in reversed(self.weights.unbind())
-        ]
+            return gathering
+        for whole in reversed(self.weights.unbind()):
+            work = dist.all_gather_into_tensor(whole.flatten(0, 1), whole[self.rank], async_op=True)
+            assert work is not None, "async_op returns the work"
+            gathering.append(work)
+        return gathering
 
     # -----------------------------------------------------------------------------------------------------
     # State
