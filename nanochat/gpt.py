@@ -33,8 +33,8 @@ from nanochat.slc2 import SLC2, Linear, slc2_mix
 
 SOFTCAP = 15.0
 NORM_EPS = 2.0**-23  # float32's epsilon, for activations of every dtype
-# Attention kernels that serve all lengths alike: cuDNN's, the fastest in training, are planned anew for each,
-# for 0.09 s on an H100 (dev/LOG.md), which all but training on full rows would pay with nearly every call.
+# Attention kernels for any length. cuDNN's is the fastest in training, but plans a kernel for each new length
+# (0.09 s on an H100, dev/LOG.md); all but training on full rows would pay that at nearly every call.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # the last 9 ids are the special tokens; these two end a document and an answer (nanochat/tokenizer.py)
 BOS_FROM_END, ASSISTANT_END_FROM_END = 9, 5
@@ -127,26 +127,26 @@ class MLP(nn.Module):
 
 
 def embed(idx: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The residual stream (B,T,E) in dtype that token ids idx (B,T) start with; weight (V,E)."""
+    """Return the initial residual stream (B,T,E), in dtype, of token ids idx (B,T); weight (V,E)."""
     return norm(F.embedding(idx, weight).to(dtype))
 
 
 def final_norm(x: Tensor, delta: Tensor) -> Tensor:
-    """What the head reads of the residual stream x + delta (B,T,E)."""
+    """Return the input of the head for the residual stream x + delta (B,T,E)."""
     return norm(x + delta)
 
 
 def head_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Soft-capped logits (..., V) of the final hidden state x (..., E), float32 at least."""
+    """Return soft-capped logits (..., V), float32 or wider, of the final hidden state x (..., E)."""
     logits = F.linear(x, weight.to(x.dtype))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy of the logits of x (B,T,E) against targets (B,T), in nats; target -1 does not count.
+    """Return the cross-entropy in nats of the logits of x (B,T,E) and targets (B,T), ignoring target -1.
 
-    reduction "none" gives (B*T,) with 0 at ignored targets; "sum"; "mean" over counted targets, 0 if none.
+    reduction: "none" gives (B*T,) with 0 at ignored targets; "sum"; "mean" over counted targets, 0 if none.
     """
     logits = head_logits(x, weight)
     count_all = "none" if reduction == "none" else "sum"
@@ -158,8 +158,8 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Ten
 class Ops:
     """The functions that a forward without decode state is computed with.
 
-    The defaults are the equations of this file and of slc2.py; nanochat/train/accelerate.py puts kernels of
-    the same signatures, or compiled functions, in their place. Decoding always uses the defaults.
+    The defaults are the equations of this file and of slc2.py. nanochat/train/accelerate.py replaces them by
+    kernels of the same signatures, or by compiled functions. Decoding always uses the defaults.
     """
 
     embed: Callable[..., Tensor] = embed
@@ -226,13 +226,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Give every parameter its value to train from; lm_head and each c_proj start at zero."""
+        """Initialise every parameter; lm_head and each c_proj start at zero."""
         for name, parameter in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(parameter)
             elif name == "lm_head.weight" or name.endswith("c_proj.weight"):
                 nn.init.zeros_(parameter)
-            elif parameter.ndim == 3:  # conv1d.weight (E,1,K): never leave it at what the memory held
+            elif parameter.ndim == 3:  # conv1d.weight (E,1,K)
                 bound = self.config.n_kernel**-0.5
                 nn.init.uniform_(parameter, -bound, bound)
             else:
@@ -240,7 +240,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
 
     def use(self, ops: Ops) -> None:
-        """Compute with these functions from now on, wherever there is no decode state."""
+        """Compute every forward without decode state with these functions."""
         self.ops = ops
         for block in self.transformer.h:
             block.ops = ops
@@ -255,7 +255,7 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Return the device of the parameters."""
         return self.lm_head.weight.device
 
     def forward(
@@ -265,10 +265,10 @@ class GPT(nn.Module):
         cache: HybridCache | None = None,
         loss_reduction: str = "mean",
     ) -> Tensor:
-        """Logits (B,T,V) float32 of token ids idx (B,T) int64, or the loss against targets (B,T): head_loss.
+        """Return logits (B,T,V) float32 of token ids idx (B,T) int64, or the loss against targets: head_loss.
 
-        With a cache, idx continues the sequences that it holds: prefill, a chunk of it, or one token.
-        Raises ValueError when the cache is too small or of another batch size.
+        With a cache, idx continues the cached sequences: a prefill, a chunk of one, or one token.
+        Raise ValueError if the cache is too small or has another batch size.
         """
         x = self.hidden(idx, cache)
         if targets is None:
@@ -276,7 +276,7 @@ class GPT(nn.Module):
         return self.ops.loss(x, self.lm_head.weight, targets, loss_reduction)
 
     def next_logits(self, idx: Tensor, cache: HybridCache) -> Tensor:
-        """Logits (B,V) float32 of the token after idx (B,T), which continues the sequences of the cache."""
+        """Return logits (B,V) float32 of the token after idx (B,T), which continues the cached sequences."""
         return head_logits(self.hidden(idx, cache)[:, -1], self.lm_head.weight)
 
     def hidden(self, idx: Tensor, cache: HybridCache | None = None) -> Tensor:
@@ -327,7 +327,7 @@ class GPT(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What activations and decode state are computed in."""
+        """Return the dtype of activations and decode state."""
         if self.compute_dtype is not None:
             return self.compute_dtype
         return torch.bfloat16 if self.device.type == "cuda" else self.lm_head.weight.dtype
@@ -343,10 +343,10 @@ class GPT(nn.Module):
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[int]:
-        """Continue one sequence input_ids (1,T): a stream of token ids, one forward of one token each.
+        """Continue one sequence input_ids (1,T): yield token ids, each from a forward of one token.
 
-        Ends after max_new_tokens, or before a token that ends a document (<|bos|>) or an answer
-        (<|assistant_end|>). The same seed gives the same stream; None draws a fresh one.
+        Stop after max_new_tokens, or before a token that ends a document (<|bos|>) or an answer
+        (<|assistant_end|>). The same seed gives the same tokens; None draws a fresh one.
         """
         if input_ids.ndim != 2 or input_ids.size(0) != 1 or input_ids.size(1) < 1:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (1, T) with T >= 1")
@@ -375,7 +375,7 @@ class GPT(nn.Module):
     # Accounting, by layer kind
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by part: wte, lm_head, attention, slc2, mlp and their total."""
+        """Return the number of parameters of wte, lm_head, attention, slc2, mlp and in total."""
         counts = dict.fromkeys(("wte", "lm_head", "attention", "slc2", "mlp"), 0)
         counts["wte"] = self.transformer.wte.weight.numel()
         counts["lm_head"] = self.lm_head.weight.numel()
@@ -385,7 +385,7 @@ class GPT(nn.Module):
         return {**counts, "total": sum(counts.values())}
 
     def flops_per_token(self) -> int:
-        """Training FLOPs a token: 6 a weight of each matrix and tap, and 12*E*T in attention layers only.
+        """Return training FLOPs a token: 6 a weight of matrices and taps, and 12*E*T an attention layer.
 
         The attention term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
         """
@@ -394,7 +394,7 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_embd * c.sequence_len * c.layer_kinds.count("attention")
 
     def state_bytes(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-        """Decode state: bytes a token (keys and values) and bytes a sequence (convolution windows)."""
+        """Return the decode state's bytes a token (keys, values) and bytes a sequence (conv windows)."""
         c = self.config
         kv = 2 * c.n_kv_head * c.head_dim * c.layer_kinds.count("attention") * dtype.itemsize
         conv = (c.n_kernel - 1) * c.n_embd * c.layer_kinds.count("slc2") * dtype.itemsize

@@ -1,4 +1,4 @@
-"""SLC2, the gated short causal convolution that stands where two thirds of the attention layers were.
+"""SLC2, the gated short causal convolution that replaces two thirds of the attention layers.
 
 With h the normalised residual stream, E channels c = n*D + d in H heads of size D, and K taps:
 
@@ -9,8 +9,11 @@ With h the normalised residual stream, E channels c = n*D + d in H heads of size
     y = (b * silu(z)) Wc^T
 
 (Rikka Botan, "Saint Iberis", 2025; the order of the nonlinearities is that of the published weights.)
-All that decoding must remember is the last K-1 values of u, so one code path serves training, prefill,
-chunked prefill and single tokens: it takes a window of K-1 past values and leaves the next window behind.
+The decode state is the last K-1 values of u. So one code path serves training, prefill, chunked prefill and
+single tokens: it reads a window of K-1 past values and overwrites it with the next window.
+
+`Linear` is the one linear layer of the model: explicit casts in place of autocast, so that a float64 input
+gives a float64 reference and a bfloat16 input runs on the tensor cores.
 """
 
 from collections.abc import Callable
@@ -41,7 +44,7 @@ def short_conv(u: Tensor, weight: Tensor, window: Tensor | None = None) -> Tenso
     """Depthwise causal convolution as K shifted multiply-adds, summed in float32 (float64 stays float64).
 
     u (B,T,E); weight (E,1,K); window (B,K-1,E) holds the values before u, oldest first (None: zeros), and is
-    overwritten with the last K-1 values of [window, u]. Returns z (B,T,E) in u's dtype.
+    overwritten with the last K-1 values of [window, u]. Return z (B,T,E) in u's dtype.
     """
     T, K = u.size(1), weight.size(-1)
     past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)  # (B, K-1+T, E)
@@ -63,7 +66,7 @@ def slc2_mix(layer: "SLC2", h: Tensor, window: Tensor | None = None) -> Tensor:
 
 
 class SLC2(nn.Module):
-    """The SLC2 mixer of one layer. Holds parameters only; decode state is passed in."""
+    """The SLC2 mixer of one layer. It holds parameters only; decode state is an argument."""
 
     def __init__(self, config):
         super().__init__()
@@ -72,7 +75,7 @@ class SLC2(nn.Module):
         self.alpha_proj = Linear(E, H)
         self.A_proj = Linear(E, E // H)
         self.B_proj = Linear(E, E)
-        # holds the (E,1,K) weight under its published key; short_conv computes with it
+        # holds the (E,1,K) weight under its published key; short_conv reads it
         self.conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
         self.c_proj = Linear(E, E)
         self.n_head = H

@@ -1,16 +1,16 @@
-"""Loss of the output head in training, for some tokens at a time: no whole tensor of logits.
+"""Loss of the output head in training, in chunks of tokens: the logits of all tokens never exist at once.
 
 For a chunk of tokens, one matrix product gives the logits l, and cross_entropy_ turns each row of them into
 
     s = CAP * tanh(l / CAP);  loss = log(sum_v exp(s_v)) - s_target
     dl = (softmax(s) - onehot) * (1 - (s / CAP)^2)       in place of l
 
-so that two more products give what the chunk adds to the gradients of x and of the weight. All this is done
-while the logits are there, in the forward; the backward only scales (Liger Kernel, Hsu et al. 2024). Since
-|s| <= CAP the sum needs no running maximum: it is at most V e^CAP.
+so that two more products give the chunk's part of the gradients of x and of the weight. The forward does all
+of this while it holds the logits; the backward only scales (Liger Kernel, Hsu et al. 2024). Since |s| <= CAP
+the sum needs no running maximum: it is at most V e^CAP.
 
 On GPUs cross_entropy_ is a kernel (kernels/train/cross_entropy.py) and chunks are large. On CPUs it is the
-one here, and a chunk stays in the cache from one operation to the next.
+function below, and a chunk stays in the cache from one operation to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**22}  # of logits
-MIN_ROWS = 128  # of a chunk: each reads the weight and adds to its gradient
+MIN_ROWS = 128  # of a chunk: every chunk reads the weight and updates its gradient
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, has_grad: bool) -> None:
@@ -50,11 +50,11 @@ def head_loss(
     cross_entropy_: Callable[..., None] = cross_entropy_,
     narrow_head: Callable | None = None,
 ) -> Tensor:
-    """Cross-entropy in nats of x (B,T,E) under weight (V,E) float32 against targets (B,T); -1 does not count.
+    """Return the cross-entropy in nats of x (B,T,E), weight (V,E) float32 and targets (B,T); -1 is ignored.
 
-    reduction "sum", "mean" over counted targets (0 if none), or, where no gradient is wanted, "none": (B*T,).
-    With narrow_head, kernels.fp8.Head, where a gradient is wanted, logits and dx are products in 8 bits; x is
-    then an rms_norm.
+    reduction: "sum", "mean" over counted targets (0 if none), or, without gradient, "none": (B*T,).
+    With narrow_head (kernels.train.fp8.Head), logits and dx of a training forward are products in 8 bits; x
+    must then be an rms_norm. Raise ValueError for "none" with a gradient.
     """
     x, targets = x.flatten(0, 1), targets.flatten()
     if not torch.is_grad_enabled():
@@ -90,7 +90,7 @@ class _SummedHeadLoss(torch.autograd.Function):
                 dweight.addmm_(logits.T, x[rows])
             else:  # summed over the chunks in float32
                 torch.addmm(dweight, logits.T, x[rows], out_dtype=dweight.dtype, out=dweight)
-            del logits  # before there are those of the next chunk
+            del logits  # free them before the next chunk's
         ctx.save_for_backward(dx, dweight)
         return losses.sum()
 

@@ -34,12 +34,12 @@ def joint_linear(h: Tensor, layers: Sequence[Linear], product: Product, multiple
 def fused_attention_inputs(
     attn: CausalSelfAttention, h: Tensor, cos: Tensor, sin: Tensor, *, product: Product
 ) -> tuple[Tensor, ...]:
-    """Do what gpt.attention_inputs does: one product, and one kernel that rotates and normalises in place."""
+    """Compute gpt.attention_inputs by one product and one kernel that rotates and normalises in place."""
     return rope(joint_linear(h, [attn.c_q, attn.c_k, attn.c_v], product), cos, sin, attn.n_head, NORM_EPS)
 
 
 def fused_slc2_mix(layer: SLC2, h: Tensor, window: None = None, *, product: Product) -> Tensor:
-    """Do what slc2.slc2_mix does, without decode state: one product, and one kernel for the rest."""
+    """Compute slc2.slc2_mix, without decode state, by one product and one kernel."""
     assert window is None, "decoding uses the plain layer"
     parts = [layer.x_proj, layer.B_proj, layer.A_proj, layer.alpha_proj]
     packed = joint_linear(h, parts, product, PACKED_ALIGN).flatten(0, 1)

@@ -1,8 +1,7 @@
-"""How much memory training takes, and so how many sequences a card can hold at a time.
+"""Estimate the memory of training from shapes, and derive the number of sequences of a forward.
 
-An estimate from shapes. Without the kernels of training it says 29.3 GiB at d12 and 67.6 at d20 where 29.3
-and 67.3 were measured (32 x 2,048 tokens, vocabulary 32,768), with them 16.5 and 41.4 where 16.1 and 40.2
-were (vocabulary 65,536).
+Estimated and measured GiB for 32 x 2,048 tokens: without the training kernels 29.3 and 29.3 at d12, 67.6 and
+67.3 at d20 (vocabulary 32,768); with them 16.5 and 16.1, 41.4 and 40.2 (vocabulary 65,536).
 """
 
 from __future__ import annotations
@@ -18,37 +17,37 @@ from nanochat.hardware import has_large_tiles
 from nanochat.train.accelerate import uses_kernels
 from nanochat.train.chunked_loss import CHUNK_BYTES
 
-MAX_ROWS = 32  # of a forward: more fill no GPU better
-SPARE = 0.92  # of the free memory: the allocator, libraries and their workspaces need the rest
+MAX_ROWS = 32  # of a forward: more rows do not raise the utilisation of any GPU
+SPARE = 0.92  # share of the free memory; allocator, libraries and workspaces need the rest
 
 
 def training_bytes(
     config: GPTConfig, rows: int, *, checkpointing: bool, fused: bool = True, fused_mlp: bool = True
 ) -> int:
-    """Return the bytes that training takes at its peak with `rows` sequences a forward, bfloat16 on CUDA.
+    """Return the peak bytes of training with `rows` sequences a forward, bfloat16 on CUDA.
 
-    fused and fused_mlp say whether the kernels are used, and whether those of the MLP are among them.
+    fused: the training kernels are used; fused_mlp: also those of the MLP.
     """
     E, V, tokens = config.n_embd, config.vocab_size, rows * config.sequence_len
     # by layer: weights in float32, gradients, one running mean, bfloat16 copies of weights and gradients
     matrices = {"attention": 12 * E * E, "slc2": 11 * E * E + E * (config.head_dim + config.n_head)}
     weights = sum(matrices[kind] for kind in config.layer_kinds) * 16 + 2 * V * E * 20
-    # what a layer keeps of a token, in bytes: residual stream, norms, projections, mixer, hidden layer
+    # bytes a layer keeps for each token: residual stream, norms, projections, mixer, hidden layer
     kept = {"attention": 20 * E, "slc2": 18 * E + 2 * config.head_dim}
     if not fused_mlp:
         kept = {kind: size + 8 * E for kind, size in kept.items()}  # the hidden layer before relu^2
     layers = [(kept[kind] if fused else 33 * E) * tokens for kind in config.layer_kinds]
     activations = max(layers) + len(layers) * 4 * E * tokens if checkpointing else sum(layers)
-    # logits: of a chunk; without the kernels there is one chunk, twice
+    # logits: one chunk of them; without the kernels all tokens, twice
     head = min(CHUNK_BYTES["cuda"], 2 * V * tokens) if fused else 4 * V * tokens
     return weights + activations + head + 8 * V * E + 8 * E * tokens
 
 
 def fit(config: GPTConfig, free_bytes: int, **kernels: bool) -> tuple[int, bool]:
-    """Return rows of a forward, a power of two up to 32, and whether activations must be computed again.
+    """Return the rows of a forward, a power of two up to 32, and whether to recompute activations.
 
-    They are only if not even one row fits else. ValueError if that does not do either. kernels: those of
-    training_bytes.
+    Activations are recomputed only if not even one row fits otherwise. Raise ValueError if one row does not
+    fit even so. kernels: the keyword arguments of training_bytes.
     """
     for checkpointing in (False, True):
         rows = MAX_ROWS
@@ -60,15 +59,15 @@ def fit(config: GPTConfig, free_bytes: int, **kernels: bool) -> tuple[int, bool]
     raise ValueError(
         f"training {config.n_layer} layers on sequences of {config.sequence_len} takes about "
         f"{needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} GiB are free: "
-        "lower depth or max_seq_len, or say device_batch_size to try all the same"
+        "lower depth or max_seq_len, or set device_batch_size to try anyway"
     )
 
 
 def choose_rows(asked: int, model: GPT, rows_per_step: int, runtime: Runtime, *, fused: bool | None) -> int:
-    """Return how many rows a forward takes: as asked, or, if that is 0, what fits and divides a step evenly.
+    """Return the rows of a forward: `asked`, or, if that is 0, as many as fit and divide a step evenly.
 
-    The model computes activations again if it must (checkpoints_activations). Without CUDA at most 32 rows.
-    fused says whether the kernels will be used, None: where they run.
+    Make the model recompute activations (checkpoints_activations) if it must. Without CUDA at most 32 rows.
+    fused: whether the kernels will be used; None: where they run.
     """
     if asked:
         return asked

@@ -1,4 +1,4 @@
-"""cross_entropy_ of train/chunked_loss.py as one kernel: a row of logits is read twice, written once."""
+"""cross_entropy_ of train/chunked_loss.py as one kernel: it reads a row of logits twice, writes it once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _cross_entropy(
     loss = log_total - CAP * tanh(at_target / CAP, APPROX)
     tl.store(losses_ptr + row, tl.where(is_counted, loss, 0.0))
     if HAS_GRAD:
-        tl.debug_barrier()  # all have read the target's logit before one writes there
+        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
         for start in range(0, V, BLOCK):
             inside = start + v < V
             logits = tl.load(at + start + v, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -57,10 +57,10 @@ def _cross_entropy(
 def cross_entropy_(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float, has_grad: bool, narrow: Tensor | None = None
 ) -> None:
-    """Do what chunked_loss.cross_entropy_ does; losses (N,) float32.
+    """Compute chunked_loss.cross_entropy_; losses (N,) float32.
 
-    narrow (N,V) in 8 bits, if given, gets the gradient too, times fp8.LOGIT_GRADIENT_SCALE. So many threads
-    work on a row that no more rows are under way than the L2 cache holds: each is read twice.
+    narrow (N,V) in 8 bits, if given, receives the gradient as well, times fp8.LOGIT_GRADIENT_SCALE. Each row
+    is read twice, so enough threads work on a row that the L2 cache holds all rows in progress.
     """
     N, V = logits.shape
     block, is_approx = min(BLOCK_V, triton.next_power_of_2(V)), has_grad and has_instructions(logits)

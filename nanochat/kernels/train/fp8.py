@@ -2,17 +2,17 @@
 
 A tensor is multiplied by a scale, rounded to float8 and divided by the scale after the product: e4m3 (3 bits
 of mantissa, at most 448) for values, e5m2 (2 bits, at most 57,344) for gradients, whose range is wider
-(Micikevicius et al. 2022). A float is as precise at any scale, as long as it is in range, so only weights and
-the gradient that comes in need their largest element found. The other scales are constants:
+(Micikevicius et al. 2022). A float has the same precision at any scale within its range, so only weights and
+the incoming gradient need their largest element. The other scales are constants:
 
     h      an rms_norm, so no element is over sqrt(E), 36 for E = 1,280
     post   relu^2 of sums of many terms: up to 1,792 it is not clipped
     dpre   2 (dy W2) sqrt(post): with dy's own scale, 56 times its largest element is not clipped
     dl     the gradient of a logit is a probability, less 1 at the target; up to 56 is not clipped
 
-The tensor cores want both operands in 8 bits with what is summed over in rows, so what takes part in two
-products is also transposed. Of the head's weight the gradient stays in bfloat16; so do products that leave
-a mixer and all gradients of those that enter it.
+The tensor cores need both 8-bit operands with the summed dimension contiguous, so operands of two products
+are also transposed. The gradient of the head's weight stays in bfloat16; so do the output products of mixers
+and all gradients of their input products.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from nanochat.kernels.train.mlp import Tile, launch
 FORWARD = BACKWARD = Tile(128, 256, 128, 8, 3, halves=True)
 H_SCALE, POST_SCALE = 8.0, 0.25
 LOGIT_GRADIENT_SCALE = 1024.0
-WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # where the largest element is brought to
-BLOCK = 128  # rows and columns that a program transposes
+WEIGHT_PEAK, GRADIENT_PEAK = 448.0, 1024.0  # scaled value of the largest element
+BLOCK = 128  # rows and columns of a program that transposes
 
 
 def narrow(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -39,7 +39,7 @@ def narrow(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float8_e
 
 
 def peak_scale(x: Tensor, peak: float) -> Tensor:
-    """Return the scale, 0-D float32, that brings the largest element of x to peak."""
+    """Return the scale, 0-D float32, that maps the largest element of x to peak."""
     largest = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
     return peak / largest.clamp(min=1e-12)
 
@@ -59,7 +59,7 @@ def transpose(x: Tensor) -> Tensor:
     M, N = x.shape
     out = x.new_empty(N, M)
     grid = triton.cdiv(M, BLOCK), triton.cdiv(N, BLOCK)
-    # a pass of its own: rounded in this kernel, too, some elements were garbled by ptxas 12.8
+    # a separate pass: with the rounding in this kernel, ptxas 12.8 miscompiled some elements
     _transpose[grid](x.contiguous().view(torch.uint8), out.view(torch.uint8), M, N, BLOCK, num_warps=8)
     return out
 
@@ -80,7 +80,7 @@ def product(
 ) -> Tensor:
     """Return a b^T / (a_scale b_scale) in dtype; a (M,K) and b (N,K) are float8, rows contiguous.
 
-    The tensor cores sum with 14 bits; unless is_fast, these sums are added up in float32 every few terms.
+    The tensor cores sum with 14 bits; unless is_fast, every few terms go into a float32 sum.
     """
     return torch._scaled_mm(
         a, b.T, scale_a=1 / a_scale, scale_b=1 / b_scale, out_dtype=dtype, use_fast_accum=is_fast
@@ -148,7 +148,7 @@ class _MLP(torch.autograd.Function):
 def linear(h: Tensor, weight: Tensor) -> Tensor:
     """Return h weight^T (...,N) of h (...,K), an rms_norm, and weight (N,K), both bfloat16.
 
-    Its gradients are products in bfloat16: to bring them to 8 bits would cost more than it spares.
+    Its gradients are products in bfloat16: converting them to 8 bits would cost more than it saves.
     """
     return _Linear.apply(h.flatten(0, -2), weight).view(*h.shape[:-1], len(weight))
 
@@ -177,7 +177,7 @@ class Head:
         self.x = compiled(narrow)(x, self.x_scale)
 
     def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return logits (n,V) in bfloat16, and memory (n,V) for their gradient in e5m2."""
+        """Return logits (n,V) in bfloat16, and an uninitialised e5m2 tensor (n,V) for their gradient."""
         logits = product(self.x[rows], self.weight, self.x_scale, self.scale)
         return logits, torch.empty_like(logits, dtype=torch.float8_e5m2)
 

@@ -1,11 +1,11 @@
-"""The MLP in training: relu^2 in the epilogue of a matrix product, and only its result kept.
+"""The MLP in training: relu^2 in the epilogue of a matrix product, of which only the result is saved.
 
     post = relu(h W1^T)^2;  y = post W2^T
     dpre = 2 (dy W2) sqrt(post);  dW2 = dy^T post;  dW1 = dpre^T h;  dh = dpre W1
 
-relu(pre) is the root of post, so neither pre nor its sign need be kept: the largest of a layer's activations
-(modded-nanogpt, Jordan et al. 2024). Where the epilogue of the product that makes it does the rest, the
-hidden layer goes to memory once each way. The other products are cuBLAS's.
+relu(pre) is the root of post, so pre, the largest activation of a layer, is not saved (modded-nanogpt, Jordan
+et al. 2024). With the rest in the epilogue of the product, the hidden layer goes to memory once forward and
+once backward. cuBLAS computes the other products.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tile(NamedTuple):
-    """Size of what a program computes at a time, and how."""
+    """Tile sizes and launch settings of a matrix product."""
 
     m: int
     n: int
     k: int
     num_warps: int
     num_stages: int
-    halves: bool = False  # written one after the other: leaves memory for more to be loaded ahead, takes time
+    halves: bool = False  # store halves in turn: slower, but leaves shared memory for deeper prefetching
 
 
 FORWARD, BACKWARD = Tile(128, 256, 64, 8, 3), Tile(128, 256, 32, 8, 4)
-GROUP = 8  # row tiles that take turns with a column of tiles, so that both stay in the cache
+GROUP = 8  # row tiles computed together for each column of tiles, so that both stay in the cache
 
 
 @triton.jit
 def _finish(acc, m, n, post_desc, out_desc, scale_ptr, IS_BACKWARD: tl.constexpr, LIMIT: tl.constexpr):
-    """What is left to do with a part of the product, at row m and column n."""
+    """Apply the epilogue to the part of the product at row m and column n, and store it."""
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr)
     if IS_BACKWARD:

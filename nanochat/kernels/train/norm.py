@@ -1,11 +1,11 @@
-"""RMSNorm in training: its backward is made from what it gave, not from what it was given.
+"""RMSNorm in training, with a backward computed from its output instead of its input.
 
 With r = 1 / rms(x) and h = r x (Zhang & Sennrich 2019, without weights),
 
     dx = r (dh - h mean(dh h))
 
-and the products after a norm keep h anyway: so nothing but r is kept for the norm itself, and of the residual
-stream nothing at all. torch.compile makes one kernel each way of it, with the sums around it.
+and the products after a norm save h anyway. So the norm itself saves only r, and nothing of the residual
+stream. torch.compile fuses it, with the sums around it, into one kernel forward and one backward.
 """
 
 from __future__ import annotations

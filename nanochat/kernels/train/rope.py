@@ -1,14 +1,14 @@
-"""Queries and keys of attention in training: rotated and normalised where they stand, one kernel each way.
+"""Rotate and normalise queries and keys in place in training: one kernel forward, one backward.
 
-`packed` (B,T,W) holds for each token the H queries, the H_kv keys and the H_kv values of D channels that one
-matrix product made of it. With R_t the rotation of position t, R_t^T its transpose and x a query or key:
+`packed` (B,T,W) holds, for each token, H queries, H_kv keys and H_kv values of D channels: the result of one
+matrix product. With R_t the rotation of position t, R_t^T its transpose and x a query or key:
 
-    y = R_t x;  s = rsqrt(mean(y^2) + eps);  h = s y    h takes the place of x, values stay
+    y = R_t x;  s = rsqrt(mean(y^2) + eps);  h = s y    h replaces x, values stay
     dx = R_t^T s (dh - h mean(dh h))                    dv beside it: the product's gradient in one piece
 
-The backward needs h, which attention keeps as well, and s, one number a head. So of what the product made, a
-layer keeps packed written over and nothing else, instead of packed for its values and queries and keys apart.
-Only the result is rounded to packed's dtype.
+The backward needs h, which attention saves as well, and s, one number a head. So a layer keeps packed,
+overwritten, instead of packed for its values and separate queries and keys. Only the result is rounded to
+packed's dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHANNELS = 2048  # of a program, in whole heads of one token or of several: 2 x 
 
 @triton.jit
 def _place(T, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sequence, token in it and head of each of the program's rows, as (BLOCK,1) but for the first."""
+    """Return the sequence of the program's rows and, as (BLOCK,1), the token in it and head of each."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     return tl.program_id(1).to(tl.int64), (row // HEADS).to(tl.int64), row % HEADS
 
@@ -91,7 +91,7 @@ def _rope_backward(
     dh_row = tl.where(head < H, dq_ptr + b * dq_b + head * dq_h + t * dq_t, dh_row)
     dh1 = tl.load(dh_row + d, mask=is_in, other=0.0).to(tl.float32)
     dh2 = tl.load(dh_row + HALF + d, mask=is_in, other=0.0).to(tl.float32)
-    # where values are, h = 0, scale = 1 and no turn leave dv as it is
+    # for values, h = 0, scale = 1 and no rotation leave dv unchanged
     is_turned = is_in & (head < H + H_KV)
     at = (b * T + t) * (2 * HALF * HEADS) + head * 2 * HALF + d
     h1 = tl.load(packed_ptr + at, mask=is_turned, other=0.0).to(tl.float32)
@@ -107,7 +107,7 @@ def _rope_backward(
 
 @torch.library.custom_op("nanochat::rope_", mutates_args=("packed",))
 def rope_(packed: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, eps: float) -> Tensor:
-    """Turn and normalise the queries and keys of packed (B,T,W) in place; return s (B,T,H+H_kv) float32.
+    """Rotate and normalise the queries and keys of packed (B,T,W) in place; return s (B,T,H+H_kv) float32.
 
     packed is contiguous and W = (H + 2 H_kv) D, D a power of two, 16 or more; cos and sin (T,D/2) contiguous.
     """
@@ -129,7 +129,7 @@ def _(packed, cos, sin, n_head, n_kv_head, eps):
 def rope_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, packed: Tensor, scales: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """Return the gradient (B,T,W) of what packed was before rope_; packed and scales are what it left.
+    """Return the gradient (B,T,W) of rope_'s input; packed and scales are its results.
 
     dq (B,H,T,D), dk and dv (B,H_kv,T,D) of packed's dtype may have any strides.
     """
@@ -152,7 +152,8 @@ def _(dq, dk, dv, packed, scales, cos, sin):
 def rope(packed: Tensor, cos: Tensor, sin: Tensor, n_head: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return q (B,H,T,D), rotated and normalised, k likewise and v (B,H_kv,T,D): views of packed (B,T,W).
 
-    packed is overwritten, and what made it must not need it for its backward (a matrix product does not).
+    packed is overwritten, so the operation that computed it must not need it in its backward (a matrix
+    product does not).
     """
     return _Rope.apply(packed, cos, sin, n_head, eps)
 
@@ -160,7 +161,7 @@ def rope(packed: Tensor, cos: Tensor, sin: Tensor, n_head: int, eps: float) -> t
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed: Tensor, cos: Tensor, sin: Tensor, n_head: int, eps: float):
-        packed = packed.detach()  # autograd sees a new tensor come out, not a change of the old one
+        packed = packed.detach()  # to autograd the result is a new tensor, not a change of the old one
         heads = packed.unflatten(2, (-1, 2 * cos.size(1))).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         n_kv_head = (heads.size(1) - n_head) // 2
         scales = rope_(packed, cos, sin, n_head, n_kv_head, eps)

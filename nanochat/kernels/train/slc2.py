@@ -1,8 +1,8 @@
-"""SLC2 in training: all between the projections and c_proj (nanochat/slc2.py), a kernel forwards, two back.
+"""SLC2 in training, from the projections to c_proj (nanochat/slc2.py): one kernel forward, two backward.
 
 `packed` (N, W) holds for each token x (E), B (E), A (D) and alpha (H), in this order, and zeros up to W: the
-result of one matrix product. With j counting back from the current token, w_j its tap, and only tokens of the
-same document in sight:
+result of one matrix product. With j counting back from the current token, w_j its tap, and zeros before the
+start of a sequence:
 
     g = A * silu(alpha);  u = round(silu(g) * x);  c[t] = sum_j w_j u[t-j];  y = B * silu(c)
 
@@ -11,10 +11,10 @@ same document in sight:
     dx = du * silu(g);  dg = du * x * silu'(g)       dA = sum_heads dg * silu(alpha)
     dalpha = silu'(alpha) * sum_channels dg * A
 
-u is rounded to the dtype of the activations, as in decoding, whose state it is. Nothing but packed is saved
-for the backward, which computes u and c again: arithmetic is cheaper than memory here. It is cut in two where
-the taps turn from the past to the future: one kernel leaves dc, the other reads it. Every sum is taken in one
-order, so two runs agree bit for bit.
+u is rounded to the dtype of the activations, as in decoding, where it is the state. The backward saves only
+packed and recomputes u and c: arithmetic is cheaper than memory here. It is two kernels, because dc is read
+with taps into the future: the first writes dc, the second reads it. Every sum has a fixed order, so two runs
+agree bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nanochat.slc2 import gate, short_conv
 
 PACKED_ALIGN = 64  # columns of packed are a multiple of it: rows of whole 128-byte lines
 BLOCK_T = 16  # tokens of a program at a time
-CONV_BLOCK_T, CONV_BLOCKS = 8, 32  # the same of _slc2_backward_conv, and how often: few partial sums of dw
+CONV_BLOCK_T, CONV_BLOCKS = 8, 32  # _slc2_backward_conv: tokens, and repetitions, for few partial sums of dw
 
 
 def slc2_reference(packed: Tensor, conv: Tensor, seq_len: int, n_head: int, dtype: torch.dtype) -> Tensor:
@@ -51,7 +51,7 @@ def _silu(v, APPROX: tl.constexpr):
 
 @triton.jit
 def _silu_and_slope(v, APPROX: tl.constexpr):
-    """silu(v) and its derivative."""
+    """Return silu(v) and its derivative."""
     s = sigmoid(v, APPROX)
     silu = v * s
     return silu, s + silu * (1.0 - s)
@@ -65,7 +65,7 @@ def _linked(t, k, N, T):
 
 @triton.jit
 def _gate(row, head, D: tl.constexpr, E: tl.constexpr, mask, dtype: tl.constexpr, APPROX: tl.constexpr):
-    """u of the tokens whose rows of packed begin at row, 0 where mask is false."""
+    """Return u of the tokens whose rows of packed begin at row, 0 where mask is false."""
     d = tl.arange(0, D)[None, :]
     alpha = tl.load(row + 2 * E + D + head, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(row + 2 * E + d, mask=mask, other=0.0).to(tl.float32)
@@ -119,7 +119,7 @@ def _slc2_backward_conv(
     BLOCKS: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """From dy back to dB and dc, and the program's share of dw."""
+    """Compute dB, dc and the program's part of dw from dy."""
     head = tl.program_id(0)
     c = head * D + tl.arange(0, D)[None, :]
     taps, dtaps = (), ()
@@ -166,7 +166,7 @@ def _slc2_backward_gate(
     BLOCK_T: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """From dc back to dx, dA and dalpha; zeros in the columns that nobody reads."""
+    """Compute dx, dA and dalpha from dc; write zeros to the padding columns."""
     E: tl.constexpr = H * D
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     d = tl.arange(0, D)[None, :]
