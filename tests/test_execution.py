@@ -1,4 +1,4 @@
-"""Programs in the sandbox, and their limits of time, memory and output."""
+"""Programs in the sandbox, and their limits on time, memory and output."""
 
 import math
 import os
@@ -18,11 +18,11 @@ from tests.helpers.sandboxes import (
 )
 
 pytest_plugins = "tests.helpers.sandboxes"
-pytestmark = pytest.mark.usefixtures("leaves_nothing")
+pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Programs that mean well
+# Benign programs
 
 
 def test_success():
@@ -31,7 +31,7 @@ def test_success():
     )
 
 
-def test_an_exception():
+def test_exception():
     result = execute_code("print('before')\ndef f():\n    raise ValueError('first\\nsecond')\nf()")
     assert (result.success, result.stdout, result.error) == (False, "before\n", "ValueError: first\nsecond")
     assert 'File "program.py", line 3, in f\n    raise ValueError' in result.stderr
@@ -57,7 +57,10 @@ def test_an_exception():
         ("import atexit, os; atexit.register(os._exit, 3)", "ended early by exit status 3"),
         ("import os; os.abort()", "ended early by signal SIGABRT"),
         ("import os; os.kill(os.getpid(), 9)", "ended early by signal SIGKILL"),
-        ("import os; os.kill(os.getpid(), 40)", "ended early by signal"),  # has no name; was a ValueError
+        (
+            "import os; os.kill(os.getpid(), 40)",
+            "ended early by signal",
+        ),  # a signal without a name; regression: a ValueError
         ("import sys; sys.stdout.close(); sys.stderr.close(); 1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
@@ -84,28 +87,28 @@ def test_failure(code, error):
         ("try: [0] * 10**12\nexcept MemoryError: print('caught')", "caught\n"),
     ],
 )
-def test_what_programs_may_do(code, stdout):
+def test_allowed_features(code, stdout):
     result = execute_code(code)
     assert result == ExecutionResult(True, stdout, "")
 
 
-def test_a_long_program():
+def test_long_program():
     assert execute_code("x = 1\n" * 50_000 + "print(x)").stdout == "1\n"
 
 
-def test_threads_may_run_programs_at_the_same_time():
-    n_threads = threading.active_count()  # other tests' included
+def test_threads_run_programs_concurrently():
+    n_threads = threading.active_count()  # includes threads of other tests
     with ThreadPoolExecutor(4) as pool:
         program = "import time; print({}, time.monotonic()); time.sleep(1); print(time.monotonic())"
         results = list(pool.map(execute_code, map(program.format, range(4))))
-    numbers, begins, ends = zip(*(map(float, result.stdout.split()) for result in results), strict=True)
+    numbers, starts, ends = zip(*(map(float, result.stdout.split()) for result in results), strict=True)
     assert numbers == (0, 1, 2, 3)
-    assert sorted(begins)[1] < min(ends)
+    assert sorted(starts)[1] < min(ends)
     assert threading.active_count() <= n_threads
 
 
-def test_an_exception_that_cannot_be_written_out():
-    """Frames of the sandbox were shown, and the error was an exit status."""
+def test_exception_with_a_failing_str():
+    """Regression: frames of the sandbox were shown, and the error was an exit status."""
     result = execute_code("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E")
     assert result.error == "E: <exception str() failed>"
     assert "child.py" not in result.stderr
@@ -116,26 +119,26 @@ def test_packages_can_be_imported():
 
 
 @pytest.mark.parametrize("number", [0, -1, math.nan, math.inf, 1e300])
-def test_a_time_that_cannot_be_given(number):
+def test_invalid_timeout(number):
     with pytest.raises(ValueError, match=f"timeout={re.escape(str(number))} must be above 0"):
         execute_code("", timeout=number)
 
 
 @pytest.mark.parametrize("number", [2**20, math.nan, math.inf, 2**80, 1e8 + 0.5])
-def test_memory_that_cannot_be_given(number):
+def test_invalid_memory(number):
     with pytest.raises(ValueError, match=f"={re.escape(str(number))} must be a whole number from"):
         execute_code("", maximum_memory_bytes=number)
 
 
 def test_memory_as_a_float():
-    """256e6 ended as a sandbox that does not start."""
+    """Regression: with 256e6 the sandbox did not start."""
     assert execute_code("", timeout=5, maximum_memory_bytes=256e6).success
 
 
-def test_a_program_that_ends_between_two_looks(monkeypatch):
-    """On a busy machine: it wrote and ended after select had found nothing, and was not read any more."""
+def test_a_program_that_ends_between_select_and_poll(monkeypatch):
+    """Regression: on a busy machine, output written after an empty select was lost if the program ended."""
 
-    class Slow(selectors.DefaultSelector):
+    class SlowSelector(selectors.DefaultSelector):
         is_first = True
 
         def select(self, timeout=None):
@@ -145,7 +148,7 @@ def test_a_program_that_ends_between_two_looks(monkeypatch):
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
             return []
 
-    monkeypatch.setattr(selectors, "DefaultSelector", Slow)
+    monkeypatch.setattr(selectors, "DefaultSelector", SlowSelector)
     assert execute_code("print(1)", timeout=PATIENCE_S) == ExecutionResult(True, "1\n", "")
 
 
@@ -174,15 +177,15 @@ def test_a_sandbox_that_does_not_start_is_not_the_programs_fault(tmp_path, monke
     ],
 )
 def test_timeout(code):
-    began = time.monotonic()
+    start = time.monotonic()
     result = execute_code(code, timeout=0.7)
     assert (result.success, result.timeout, result.error) == (False, True, "TimeoutError: over 0.7 seconds")
-    assert time.monotonic() - began < PATIENCE_S
+    assert time.monotonic() - start < PATIENCE_S
     assert len(result.stdout) <= OUTPUT_BYTES
     assert len(result.stderr) <= OUTPUT_BYTES
 
 
-def test_the_start_of_stdout_and_the_end_of_stderr_are_kept():
+def test_start_of_stdout_and_end_of_stderr_are_kept():
     code = "import sys\nfor i in range(50_000): print(i); print(i, file=sys.stderr)\nraise ValueError('end')"
     result = execute_code(code)
     assert len(result.stdout) == len(result.stderr) == OUTPUT_BYTES
@@ -197,7 +200,7 @@ def test_the_start_of_stdout_and_the_end_of_stderr_are_kept():
         "x = bytearray(10 * 2**30)",
         "x = [0] * 10**10",
         "x = []\nwhile True: x.append(bytearray(100_000))",
-        "x = 0\nwhile True: x = [x]",  # the last free byte goes too
+        "x = 0\nwhile True: x = [x]",  # uses the last free byte, too
     ],
 )
 def test_memory_exceeded(code):
@@ -207,7 +210,7 @@ def test_memory_exceeded(code):
 
 
 @needs_linux
-def test_the_limit_on_memory_is_the_callers():
+def test_memory_limit_is_an_argument():
     code = "x = bytearray(150 * 2**20)"
     assert execute_code(code).success
     assert execute_code(code, maximum_memory_bytes=128 * 2**20).memory_exceeded
@@ -221,7 +224,7 @@ def test_the_limit_on_memory_is_the_callers():
         ("import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, 65))", "ValueError: not allowed to raise"),
     ],
 )
-def test_files_are_bounded(code, error):
+def test_files_are_limited(code, error):
     assert execute_code(code).error.startswith(error)
 
 

@@ -1,6 +1,6 @@
-"""What the tests of the sandbox share: a place that must be empty afterwards, and systems that lack walls.
+"""Fixtures for tests of the sandbox: a check for leftovers, and systems that lack protections.
 
-A test module takes the fixtures with `pytest_plugins = "tests.helpers.sandboxes"`.
+Test modules take the fixtures with `pytest_plugins = "tests.helpers.sandboxes"`.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import pytest
 
 from nanochat import execution
 
-PATIENCE_S = 20  # less than any program here would go on by itself, more than a busy machine needs
+PATIENCE_S = 20  # less than the sleeps of the test programs, more than a busy machine needs
 IS_LINUX = sys.platform == "linux"
 LIBC = ctypes.CDLL(None)
 LANDLOCK_VERSION = LIBC.syscall(*map(ctypes.c_long, (444, 0, 0, 1))) if IS_LINUX else -1
@@ -27,8 +27,8 @@ HAS_SECCOMP = (
 )
 needs_linux = pytest.mark.skipif(not IS_LINUX, reason="memory is limited on Linux only")
 needs_landlock = pytest.mark.skipif(LANDLOCK_VERSION < 1, reason="this kernel has no Landlock")
-needs_seccomp = pytest.mark.skipif(not HAS_SECCOMP, reason="no seccomp here, or no table for this machine")
-needs_scopes = pytest.mark.skipif(LANDLOCK_VERSION < 6, reason="this Landlock does not know signals")
+needs_seccomp = pytest.mark.skipif(not HAS_SECCOMP, reason="no seccomp, or no table for this machine")
+needs_scopes = pytest.mark.skipif(LANDLOCK_VERSION < 6, reason="this Landlock does not restrict signals")
 PRELUDE = """
 import ctypes, fcntl, multiprocessing, os, resource, socket, struct, subprocess
 is_x86 = os.uname().machine == 'x86_64'
@@ -39,25 +39,25 @@ def system_call(*words):
 
 
 @pytest.fixture
-def leaves_nothing(tmp_path, monkeypatch):
-    """Temporary directories go to a place of the test's own. No file, zombie or process may be left."""
-    place = tmp_path / "temporary"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    began = time.monotonic()
+def no_leftovers(tmp_path, monkeypatch):
+    """Give the test its own directory for temporary files; check that no file, zombie or process is left."""
+    directory = tmp_path / "temporary"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    start = time.monotonic()
     yield
-    assert list(place.iterdir()) == []
-    assert time.monotonic() - began < PATIENCE_S
-    with pytest.raises(ChildProcessError):  # no zombie is left either
+    assert list(directory.iterdir()) == []
+    assert time.monotonic() - start < PATIENCE_S
+    with pytest.raises(ChildProcessError):  # raised if there are no zombies
         os.waitpid(-1, os.WNOHANG)
-    deadline = time.monotonic() + PATIENCE_S  # what was killed needs a moment to die
+    deadline = time.monotonic() + PATIENCE_S  # killed processes need a moment to end
     while processes_in_sandboxes() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert processes_in_sandboxes() == []
 
 
 def processes_in_sandboxes() -> list[str]:
-    """Command lines of the processes that this test's sandboxes hold."""
+    """Return the command lines of the processes in this test's sandboxes."""
     lines = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -68,12 +68,12 @@ def processes_in_sandboxes() -> list[str]:
     return lines
 
 
-def take_walls_away(walls, tmp_path, monkeypatch):
-    """Let the far side find a system without these walls."""
+def disable_protections(functions, tmp_path, monkeypatch):
+    """Make these functions of child.py report that the system lacks their protection."""
     weakened = tmp_path / "weakened_child.py"
     weakened.write_text(
         f"import sys; sys.path.insert(0, {str(execution.CHILD.parent)!r}); import child\n"
-        f"for wall in {walls}: setattr(child, wall, lambda libc: False)\n"
+        f"for function in {functions}: setattr(child, function, lambda libc: False)\n"
         "child.main(*map(int, sys.argv[1:]))\n"
     )
     monkeypatch.setattr(execution, "CHILD", weakened)
@@ -83,14 +83,14 @@ def take_walls_away(walls, tmp_path, monkeypatch):
 @pytest.fixture
 def unprotected(tmp_path, monkeypatch):
     """A system without Landlock and seccomp."""
-    take_walls_away(["confine_files", "confine_calls"], tmp_path, monkeypatch)
+    disable_protections(["confine_files", "confine_calls"], tmp_path, monkeypatch)
     yield
     execution._warn_once.cache_clear()
 
 
 @pytest.fixture
-def neighbour():
-    """A process of the same user, in a group of its own."""
+def neighbor():
+    """A process of the same user, in its own process group."""
     process = subprocess.Popen(["sleep", "60"], start_new_session=True)
     yield process
     process.kill()
