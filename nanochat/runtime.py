@@ -1,0 +1,132 @@
+"""Where and how one process computes: device, compute dtype, and its rank in the process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and how one process computes. Built once in main and passed down; no module reads a global."""
+
+    device: torch.device
+    compute_dtype: torch.dtype  # of activations; parameters and optimizer state stay float32
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among those of this machine
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process does the writing and the talking."""
+        return self.rank == 0
+
+    @property
+    def is_first_of_node(self) -> bool:
+        """Whether this process does what is done once on each machine, such as downloading."""
+        return self.local_rank == 0
+
+    def compiles(self, setting: bool | None) -> bool:
+        """Whether to use torch.compile, given a setting that leaves it to the device if it is None."""
+        return self.device.type == "cuda" if setting is None else setting
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a small picklable value of every rank, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do something on every rank: none goes on before all are done, and what fails on one fails on all.
+
+        Otherwise the others would wait in their next collective for a rank that has ended.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as found:
+            error = found
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+
+    @classmethod
+    def cpu(cls) -> Runtime:
+        """One float32 process on the CPU."""
+        import torch
+
+        return cls(device=torch.device("cpu"), compute_dtype=torch.float32)
+
+
+def setup_runtime(device_type: str = "") -> Runtime:
+    """Find the device ("" picks cuda, then mps, then cpu), the compute dtype and the rank of this process.
+
+    bfloat16 on CUDA cards that have it (compute capability 8.0 and up), float32 everywhere else. Under
+    torchrun the ranks are joined in a process group: NCCL on CUDA, gloo on the CPU. A rank that waits for
+    another for more than $NANOCHAT_TIMEOUT_S seconds (default 600) ends with an error, and torchrun ends the
+    rest.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device_type = device_type or next(name for name, found in available.items() if found)
+    if not available.get(device_type):
+        found = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ValueError(f"device_type={device_type!r} is not available here; choose from: {found}")
+
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    )
+    torch.set_float32_matmul_precision("high")
+    device, compute_dtype = torch.device(device_type), torch.float32
+    if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            compute_dtype = torch.bfloat16
+    if world_size > 1:
+        _join_group(device)
+    return Runtime(
+        device=device,
+        compute_dtype=compute_dtype,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+    )
+
+
+def _join_group(device: torch.device) -> None:
+    import torch.distributed as dist
+
+    setting = os.environ.get("NANOCHAT_TIMEOUT_S") or "600"
+    try:
+        timeout = timedelta(seconds=float(setting))
+    except ValueError:
+        timeout = timedelta(0)
+    if timeout <= timedelta(0):
+        raise ValueError(f"NANOCHAT_TIMEOUT_S={setting!r} must be a number of seconds above 0")
+    if not dist.is_initialized():
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
