@@ -36,7 +36,10 @@ _STARTED = time.monotonic()
 
 
 def base_dir() -> Path:
-    """Return $NANOCHAT_BASE_DIR (default ~/.cache/nanochat), the home of all data, weights and reports."""
+    """Return $NANOCHAT_BASE_DIR (default ~/.cache/nanochat), the directory of all data, weights and reports.
+
+    Create it if necessary; raise ValueError if that fails.
+    """
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -49,7 +52,7 @@ def base_dir() -> Path:
 
 @contextmanager
 def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under its name only when whole and on disk; a failure leaves the old one."""
+    """Open a file that replaces `path` only once it is complete and on disk; an error keeps the old file."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -64,9 +67,10 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock of the name of path, which need not exist: one process at a time, on this machine at least.
+    """Hold an exclusive lock named after `path`, which need not exist, against other processes.
 
-    For what is made once: whoever gets the lock later finds it there.
+    The lock is guaranteed on one machine only. For resources that are created once: a process that gets the
+    lock later finds the resource complete.
     """
     import fcntl
 
@@ -76,7 +80,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON atomically, indented for people, into a folder that is made if need be."""
+    """Write indented JSON atomically; create the directory if necessary."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
@@ -84,14 +88,14 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def process_seconds() -> float:
-    """Return for how long this process has run."""
+    """Return the seconds since this process started."""
     return time.monotonic() - _STARTED
 
 
 def write_report(stage: str, result: dict[str, Any], earlier_seconds: float = 0.0) -> Path:
-    """Write what a stage found to report/<stage>.json, with the time and the seconds that it took.
+    """Write the results of a stage to report/<stage>.json, with its end time and duration; return the path.
 
-    earlier_seconds were those of processes that it was begun in. Returns the path.
+    earlier_seconds is the duration of the earlier processes of a resumed run.
     """
     stamps = {"finished_at": time.time(), "wall_seconds": earlier_seconds + process_seconds()}
     path = base_dir() / "report" / f"{stage}.json"

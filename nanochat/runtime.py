@@ -1,4 +1,7 @@
-"""Where and how one process computes: device, compute dtype, and its rank in the process group."""
+"""The Runtime of a process: device, compute dtype, and rank in the process group.
+
+torch is imported when a Runtime is requested, not when this module is.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how one process computes. Built once in main and passed down; no module reads a global."""
+    """Device, dtype and rank of one process: created once in main and passed down, never a global."""
 
     device: torch.device
     compute_dtype: torch.dtype  # of activations; parameters and optimizer state stay float32
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # among those of this machine
+    local_rank: int = 0  # rank within this machine
 
     @property
     def is_main(self) -> bool:
-        """Whether this process does the writing and the talking."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def is_first_of_node(self) -> bool:
-        """Whether this process does what is done once on each machine, such as downloading."""
+        """True for the process that does the work needed once per machine, such as downloading."""
         return self.local_rank == 0
 
     def compiles(self, setting: bool | None) -> bool:
-        """Whether to use torch.compile, given a setting that leaves it to the device if it is None."""
+        """Return whether to use torch.compile: the setting, or if that is None, True on CUDA."""
         return self.device.type == "cuda" if setting is None else setting
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ class Runtime:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect a small picklable value of every rank, in order of rank."""
+        """Return a small picklable value of every rank, in order of rank."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -58,9 +61,10 @@ class Runtime:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Do something on every rank: none goes on before all are done, and what fails on one fails on all.
+        """Run a block on every rank, wait for all ranks, and raise on all of them an error of any of them.
 
-        Otherwise the others would wait in their next collective for a rank that has ended.
+        Covers ValueError and OSError. Without this, the other ranks would wait in their next collective for a
+        rank that has ended.
         """
         error: Exception | None = None
         try:
@@ -73,27 +77,29 @@ class Runtime:
 
     @classmethod
     def cpu(cls) -> Runtime:
-        """One float32 process on the CPU."""
+        """Return the Runtime of a single float32 process on the CPU."""
         import torch
 
         return cls(device=torch.device("cpu"), compute_dtype=torch.float32)
 
 
 def setup_runtime(device_type: str = "") -> Runtime:
-    """Find the device ("" picks cuda, then mps, then cpu), the compute dtype and the rank of this process.
+    """Return the Runtime of this process; device_type "" selects cuda, then mps, then cpu.
 
-    bfloat16 on CUDA cards that have it (compute capability 8.0 and up), float32 everywhere else. Under
-    torchrun the ranks are joined in a process group: NCCL on CUDA, gloo on the CPU. A rank that waits for
-    another for more than $NANOCHAT_TIMEOUT_S seconds (default 600) ends with an error, and torchrun ends the
-    rest.
+    The compute dtype is bfloat16 on CUDA GPUs of compute capability 8.0 or higher, float32 elsewhere. Under
+    torchrun the ranks join a process group: NCCL on CUDA, gloo on the CPU. A rank that waits for another for
+    more than $NANOCHAT_TIMEOUT_S seconds (default 600) ends with an error, and torchrun ends the others.
+    Raise ValueError if the device is not available or the timeout is invalid.
     """
     import torch
 
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device_type = device_type or next(name for name, found in available.items() if found)
-    if not available.get(device_type):
-        found = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ValueError(f"device_type={device_type!r} is not available here; choose from: {found}")
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name in is_available if is_available[name]]
+    device_type = device_type or available[0]
+    if device_type not in available:
+        raise ValueError(
+            f"device_type={device_type!r} is not available here; choose from: {', '.join(available)}"
+        )
 
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))

@@ -32,19 +32,19 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
     assert path.read_text(encoding="utf-8") == "new \u00e9"
 
 
-def test_write_json_makes_the_folder(tmp_path):
+def test_write_json_creates_the_directory(tmp_path):
     write_json(tmp_path / "a" / "b.json", {"x": 1})
     assert (tmp_path / "a" / "b.json").read_text() == '{\n  "x": 1\n}\n'
 
 
-def test_base_dir_that_cannot_be_made(tmp_path, monkeypatch):
+def test_base_dir_that_cannot_be_created(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(ValueError, match="set NANOCHAT_BASE_DIR"):
         base_dir()
 
 
-def test_run_turns_errors_of_the_user_into_one_line():
+def test_run_prints_user_errors_as_one_line():
     def main():
         raise ValueError("depth=0 must be at least 1")
 
@@ -66,7 +66,7 @@ other = dist.ProcessGroupGloo(dist.PrefixStore("other", store), 0, 1)
 atexit.register(print, "at exit")
 def main():
     work = other.allreduce([torch.ones(3)])
-    late = work.get_future().then(lambda future: time.sleep(1))  # its thread will want Python's lock again
+    late = work.get_future().then(lambda future: time.sleep(1))  # its thread will request the GIL again
     time.sleep(0.2)
     print("done", end="")
     {end}
@@ -88,7 +88,7 @@ run(main)
     ],
 )
 def test_a_rank_does_not_finalise_the_interpreter(end, status, error):
-    """A thread of gloo's that came for Python's lock after that aborted ranks whose work was all done."""
+    """A gloo thread that requested the GIL during finalisation aborted ranks whose work was done."""
     command = [sys.executable, "-c", RANK_WITH_A_LATE_THREAD.replace("{end}", end)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (status, "doneat exit\n")
@@ -104,13 +104,13 @@ def main():
     for step in range(10**6):
         runtime.sum_(torch.ones(1))
         if step == 9:
-            print("at work", flush=True)
+            print("running", flush=True)
 run(main)
 """
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_gone_or_hangs_ends_the_other_with_a_message(fault, unused_port):
+def test_a_dead_or_stopped_rank_ends_the_other_with_a_message(fault, unused_port):
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     ranks = [
@@ -122,7 +122,7 @@ def test_a_rank_that_is_gone_or_hangs_ends_the_other_with_a_message(fault, unuse
         for rank in range(2)
     ]
     try:
-        assert [rank.stdout.readline() for rank in ranks] == ["at work\n"] * 2
+        assert [rank.stdout.readline() for rank in ranks] == ["running\n"] * 2
         ranks[1].send_signal(fault)
         _, error = ranks[0].communicate(timeout=60)
         assert ranks[0].returncode == 1
@@ -134,20 +134,20 @@ def test_a_rank_that_is_gone_or_hangs_ends_the_other_with_a_message(fault, unuse
             rank.communicate()
 
 
-def test_what_fails_on_one_rank_fails_on_all():
+def test_an_error_on_one_rank_is_raised_on_all():
     class FirstOfTwo(Runtime):
         def gather(self, value):
-            return [value, OSError("disk of the other full")]
+            return [value, OSError("disk of the other rank is full")]
 
     cpu = Runtime.cpu()
     runtime = FirstOfTwo(device=cpu.device, compute_dtype=cpu.compute_dtype, world_size=2)
-    with pytest.raises(OSError, match="disk of the other full"), runtime.together():
+    with pytest.raises(OSError, match="disk of the other rank is full"), runtime.together():
         pass
     with pytest.raises(ValueError, match="mine"), runtime.together():
         raise ValueError("mine")
 
 
-def test_a_timeout_that_is_none(monkeypatch):
+def test_invalid_timeout(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for setting in ("0", "-1", "soon"):
         monkeypatch.setenv("NANOCHAT_TIMEOUT_S", setting)
@@ -173,8 +173,8 @@ finally:
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "nanochat.dataset", "nanochat.report"])
-def test_help_is_quick(script, monkeypatch):
-    """Nothing slow is imported for it, and a key in the environment is not shown as a default."""
+def test_help_is_fast(script, monkeypatch):
+    """--help imports no slow library, and does not show a key in the environment as a default."""
     monkeypatch.setenv("NANOCHAT_API_KEY", "sesame")
     command = [sys.executable, "-c", HELP, script, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
