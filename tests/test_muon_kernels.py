@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from nanochat import optim
 from nanochat.kernels.train import muon, newton_schulz
 from nanochat.kernels.train.mlp import Tile
 from nanochat.kernels.train.newton_schulz import fits, iterate, symmetric_product
-from nanochat.optim import updates
+from nanochat.optim import muon_adamw, updates
 from tests.helpers.kernels import error, poison
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # one rounding of the result
@@ -134,7 +133,7 @@ def test_muon_step_is_one_graph():
 @pytest.mark.parametrize("rows_cols", [(128, 128), (128, 384), (384, 128), (10, 1280)])
 def test_muon_step_of_the_optimizer(rows_cols):
     """Compiled; with the kernels for matrices of whole tiles."""
-    step = optim.fastest_muon_step(torch.empty(1, *rows_cols, device="cuda", dtype=torch.bfloat16))
+    step = muon_adamw.fastest_muon_step(torch.empty(1, *rows_cols, device="cuda", dtype=torch.bfloat16))
     check_muon_step("cuda", step, *rows_cols, torch.bfloat16, 0.03)
 
 
