@@ -40,13 +40,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str, /, prepend: str | None = None, append: str | None = None) -> list[int]: ...
 
 
-def part_after(tokenizer: Tokenizer) -> dict[int, str]:
-    """Return the kind of the part of a reply that follows each token that begins or ends one."""
-    kinds: dict[int, str] = {}
-    for kind, (start, end) in _PART_TOKENS.items():
-        if start is not None:
-            kinds |= {tokenizer.encode_special(start): kind, tokenizer.encode_special(end): "text"}
-    return kinds
+def part_boundaries(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the tokens that begin or end a part of a reply, each with the type of the part after it."""
+    type_after: dict[int, str] = {}
+    for part_type, (start, end) in _PART_TOKENS.items():
+        if start is not None and end is not None:
+            type_after[tokenizer.encode_special(start)] = part_type
+            type_after[tokenizer.encode_special(end)] = "text"
+    return type_after
 
 
 def limit_reply(max_tokens: int, context: int, warn: Callable[[str], object] | None = None) -> int:

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from nanochat.chat_format import limit_reply, part_after, render_for_completion
+from nanochat.chat_format import limit_reply, render_for_completion
 from nanochat.common import parse, run, setup_runtime
-from nanochat.decode.stream_decoder import StreamDecoder
+from nanochat.decode.parts import Part, PartDelta, ReplyParser
 
 if TYPE_CHECKING:
     from nanochat.engine import Engine
     from nanochat.sampling import SamplingParams
-    from nanochat.tokenizer import RustBPETokenizer
 
 FORGET = ("/clear", "/new")
 LEAVE = ("/quit", "/exit", "exit", "quit")
@@ -67,43 +66,29 @@ class ChatConfig:
             raise ValueError("the prompt is empty; leave --prompt out to be asked for one")
 
 
-class Reply:
-    """A reply in the making: `parts` to remember it by, as chat_format takes them, and text to show of it."""
+class Display:
+    """Makes terminal text of a reply: the calculator in brackets, and nothing that controls the terminal."""
 
-    def __init__(self, tokenizer: RustBPETokenizer, is_dim: bool):
-        self.parts = [{"type": "text", "text": ""}]  # stays so if nothing is said, which is a reply too
-        self._shown = self.parts[0]  # the part that the screen is in
+    def __init__(self, is_dim: bool):
+        self._part: Part = {"type": "text", "text": ""}  # the part that was shown last
         self._brackets = ("\033[2m[", "]\033[0m") if is_dim else ("[", "]")
-        self._decoder = StreamDecoder(tokenizer)
-        self._part_after = part_after(tokenizer)
-        specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
-        self.ends = set(specials) - set(self._part_after)  # its end, or what can only come after it
 
-    def add(self, token: int) -> str:
-        """Take one more token and return what to show for it."""
-        if token not in self._part_after:
-            return self._show(self._decoder.feed(token))
-        rest = self._show(self._decoder.flush())
-        self.parts.append({"type": self._part_after[token], "text": ""})
-        return rest
-
-    def close(self) -> str:
-        """Return what remains to be shown."""
-        rest = self._show(self._decoder.flush())
-        return rest if self._shown["type"] == "text" else rest + self._brackets[1]
-
-    def _show(self, text: str) -> str:
-        part, before = self.parts[-1], self._shown
-        part["text"] += text
+    def show(self, delta: PartDelta) -> str:
+        """Return what to print for an addition to a part."""
+        part, before = delta.part, self._part
         marks = ""
-        if text and part is not before:  # only now is it known whether the call before had a result
+        if delta.text and part is not before:  # only now is it known whether the call before had a result
             opening, closing = self._brackets
             if before["type"] == "python" and part["type"] == "python_output":
                 marks = " = "
             else:
                 marks = closing * (before["type"] != "text") + opening * (part["type"] != "text")
-            self._shown = part
-        return marks + text.translate(CONTROLS)
+            self._part = part
+        return marks + delta.text.translate(CONTROLS)
+
+    def close(self) -> str:
+        """Return what to print at the end: the bracket that is still open, if there is one."""
+        return "" if self._part["type"] == "text" else self._brackets[1]
 
 
 class Chat:
@@ -117,19 +102,19 @@ class Chat:
         self.history: list[dict[str, Any]] = []
 
     def answer(self, text: str) -> None:
-        """Print the reply to a message as it comes. However it ends, what was said of it is remembered."""
+        """Print the reply to a message as it comes; even if that is interrupted, remember what came."""
         self.history.append({"role": "user", "content": text})
-        reply = Reply(self.engine.tokenizer, is_dim=sys.stdout.isatty())
+        reply, display = ReplyParser(self.engine.tokenizer), Display(is_dim=sys.stdout.isatty())
         try:
             prompt = render_for_completion(self.engine.tokenizer, {"messages": self.history}, self.room)
             columns = self.engine.stream(prompt, max_tokens=self.max_tokens, sampling=self.sampling)
             for (token,), _ in columns:
                 if token in reply.ends:
                     break
-                print(reply.add(token), end="", flush=True)
+                print(display.show(reply.feed(token)), end="", flush=True)
         finally:
             self.history.append({"role": "assistant", "content": reply.parts})  # Ctrl-C may end the print
-            print(reply.close(), flush=True)
+            print(display.show(reply.flush()) + display.close(), flush=True)
 
 
 def converse(chat: Chat, greeting: str) -> None:

@@ -24,7 +24,7 @@ def test_a_worker_that_goes_on_after_the_loop_is_closed(backend, monkeypatch):
 
     async def leave():
         generation = Generations(backend).start(Request(tokens=[1], max_tokens=9))
-        async for _ in generation.pieces():
+        async for _ in generation.deltas():
             return
 
     asyncio.run(leave())
@@ -41,7 +41,7 @@ def test_what_waits_is_taken_at_once(backend):
     async def count():
         generation = Generations(backend).start(Request(tokens=[1], max_tokens=99))
         backend.threads[-1].join()
-        return [len(pieces) async for pieces in generation.pieces()]
+        return [len(pieces) async for pieces in generation.deltas()]
 
     num_tokens = len(backend.ids("the river of light"))
     assert num_tokens > 3
@@ -62,7 +62,7 @@ def test_the_loop_is_woken_once_a_tick(backend):
         started = [generations.start(Request(tokens=[1], max_tokens=5000)) for _ in range(3)]
         texts = ["", "", ""]
         for i, generation in enumerate(started):
-            async for pieces in generation.pieces():
+            async for pieces in generation.deltas():
                 texts[i] += "".join(piece.text for piece in pieces)
                 if len(texts[i]) == len("river" * 500):
                     break
@@ -98,7 +98,7 @@ def test_many_clients_are_sent_to_less_often(backend):
         for number in range(2):
             for emit in emitters.emits[: None if number == 0 else 1]:
                 emit(Token(0, backend.ids("the")[0]))
-            async for pieces in started[0].pieces():
+            async for pieces in started[0].deltas():
                 assert len(pieces) == 1
                 times.append(asyncio.get_running_loop().time())
                 break
@@ -127,4 +127,4 @@ def test_much_that_waits_lets_others_have_a_turn(backend):
 
 
 async def _all(generation):
-    return [pieces async for pieces in generation.pieces()]
+    return [pieces async for pieces in generation.deltas()]

@@ -29,7 +29,7 @@ def byte_ids(tokenizer, text):
 def play(sample, backend, *script):
     """Let a sample take what a script says, and return its pieces."""
     tokens = [Token(0, id) for piece in script for id in backend.ids(piece)]
-    return [sample.take(event) for event in (*tokens, End(0, "length"))]
+    return [sample.feed(event) for event in (*tokens, End(0, "length"))]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -150,8 +150,8 @@ def test_tokens_have_the_places_where_they_begin(tokenizer):
     sample = Sample(tokenizer)
     ids = [*tokenizer.encode("the"), *byte_ids(tokenizer, ROCKET), *tokenizer.encode(" of")]
     for place, id in enumerate(ids):
-        sample.take(Token(0, id, logprob=-float(place)))
-    sample.take(End(0, "stop"))
+        sample.feed(Token(0, id, logprob=-float(place)))
+    sample.feed(End(0, "stop"))
     starts = [start for start, _ in sample.scored]
     lengths = [0] + [len(tokenizer.decode(ids[: i + 1]).rstrip("\ufffd")) for i in range(len(ids) - 1)]
     assert starts == lengths
@@ -161,7 +161,7 @@ def test_tokens_have_the_places_where_they_begin(tokenizer):
 def test_tokens_come_with_their_text(tokenizer):
     """Tokens that are held back wait with their text, and those of a stop string are never told."""
     sample = Sample(tokenizer, ["END"])
-    pieces = [sample.take(Token(0, id, logprob=-1.0)) for id in byte_ids(tokenizer, "aENbEND")]
+    pieces = [sample.feed(Token(0, id, logprob=-1.0)) for id in byte_ids(tokenizer, "aENbEND")]
     assert [len(piece.scored) for piece in pieces] == [1, 0, 0, 3, 0, 0, 0]
     assert [start for start, _ in sample.scored] == [0, 1, 2, 3]
 
@@ -170,5 +170,5 @@ def test_what_the_calculator_says_has_no_place_in_the_text(tokenizer, backend):
     sample = Sample(tokenizer)
     for piece in ("a", *CALL, *RESULT, "b"):
         for id in backend.ids(piece):
-            sample.take(Token(0, id, logprob=-1.0))
+            sample.feed(Token(0, id, logprob=-1.0))
     assert [token.token for _, token in sample.scored] == [*backend.ids("a"), *backend.ids("b")]

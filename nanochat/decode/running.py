@@ -105,7 +105,7 @@ class Running:
         ):
             seat.launches -= 1
             if not seat.is_free:  # since the launch
-                seat.row.take(token)
+                seat.row.append(token)
                 seat.last = seat.row.last[0]
                 taken.append((place, seat))
         return taken

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanochat.serve.api_errors import ApiError
 from nanochat.serve.protocol import Backend, Closed, End, Handle, QueueFull, Request, Token
-from nanochat.serve.reply import Piece, Sample
+from nanochat.serve.reply import Delta, Sample
 
 logger = logging.getLogger(__name__)
 to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time
@@ -112,27 +112,27 @@ class Generation:
         self.events: deque[tuple[int, Token | End]] = deque()  # and the number of the request
         self.has_events = asyncio.Event()
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
         """Yield what is said, as much as has come at a time, until every sample has finished.
 
         ApiError 500 if the worker fails, 503 if it was stopped.
         """
         while any(sample.finish is None for sample in self.samples):
             await self.has_events.wait()
-            pieces: list[Piece] = []
+            deltas: list[Delta] = []
             try:
-                while self.events and len(pieces) < _BATCH:
-                    pieces.append(self._take(*self.events.popleft()))
+                while self.events and len(deltas) < _BATCH:
+                    deltas.append(self._feed(*self.events.popleft()))
             except ApiError:
-                yield pieces  # what was said before the failure
+                yield deltas  # what was said before the failure
                 raise
             if self.events:
                 await asyncio.sleep(0)  # so that others get a turn
             else:
                 self.has_events.clear()
-            yield pieces
+            yield deltas
 
-    def _take(self, number: int, event: Token | End) -> Piece:
+    def _feed(self, number: int, event: Token | End) -> Delta:
         first, handle = self.handles[number]
         sample = self.samples[first + event.sample]
         if sample.finish is None and isinstance(event, End):
@@ -141,13 +141,13 @@ class Generation:
                 raise ApiError(500, "the model failed; the server's log says why")
             if event.reason == "cancelled":
                 raise ApiError(503, CLOSING)
-        piece = sample.take(event)
-        piece.sample += first
-        if piece.finish and isinstance(event, Token):  # a stop string: the model would go on
+        delta = sample.feed(event)
+        delta.sample += first
+        if delta.finish and isinstance(event, Token):  # a stop string: the model would go on
             handle.stop(event.sample)
-        if self._log and piece.finish:
+        if self._log and delta.finish:
             logger.info("reply: %r", sample.text)
-        return piece
+        return delta
 
     def cancel(self) -> None:
         """Free its rows, if it still has any."""

@@ -30,10 +30,10 @@ from nanochat.serve.chat_request import Settings, chat_prompt, check_length
 from nanochat.serve.delivery import Generation, Generations, WhileConnected, event, event_stream
 from nanochat.serve.openai_schema import ChatCompleting, Completing, TextCompleting
 from nanochat.serve.protocol import Backend, Request
-from nanochat.serve.reply import Piece, Said
+from nanochat.serve.reply import Delta, Output
 from nanochat.tokenizer import RustBPETokenizer
 
-Choice = Callable[[int, Said], dict[str, Any]]  # from the number of a sample and what it said
+Choice = Callable[[int, Output], dict[str, Any]]  # makes JSON of a sample's number and output
 
 
 def openai_routes(generations: Generations, settings: Settings) -> APIRouter:
@@ -106,7 +106,7 @@ class _Answer:
         return WhileConnected(self.generation, answer)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async for _ in self.generation.pieces():
+        async for _ in self.generation.deltas():
             pass
         choices = [self.choice(i, sample) for i, sample in enumerate(self.generation.samples)]
         full = {**self.head, "choices": choices, "usage": self._usage()}
@@ -118,13 +118,13 @@ class _Answer:
         head = {**self.head, "object": "chat.completion.chunk" if is_chat else self.kind}
         usage = {"usage": None} if has_usage else {}
         for index in range(self.body.n if is_chat else 0):
-            start = {**self.choice(index, Piece()), "delta": {"role": "assistant", "content": ""}}
+            start = {**self.choice(index, Delta()), "delta": {"role": "assistant", "content": ""}}
             yield event({**head, "choices": [start], **usage})
-        async for pieces in self.generation.pieces():
+        async for deltas in self.generation.deltas():
             yield "".join(
-                event({**head, "choices": [self.choice(piece.sample, piece)], **usage})
-                for piece in pieces
-                if piece.text or piece.finish
+                event({**head, "choices": [self.choice(delta.sample, delta)], **usage})
+                for delta in deltas
+                if delta.text or delta.finish
             )
         if has_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
@@ -176,28 +176,32 @@ def _text_prompt(tokenizer: RustBPETokenizer, settings: Settings, prompt: str | 
     return tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
 
 
-def _chat_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, said: Said) -> dict[str, Any]:
+def _chat_choice(
+    tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, output: Output
+) -> dict[str, Any]:
     def scored(token: int, logprob: float | None) -> dict[str, Any]:
         raw = tokenizer.enc.decode_single_token_bytes(token)
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
     content = [
         {**scored(token.token, token.logprob), "top_logprobs": [scored(*pair) for pair in token.alternatives]}
-        for _, token in said.scored
+        for _, token in output.scored
     ]
-    if isinstance(said, Piece):
-        message = {"delta": {"content": said.text} if said.text else {}}
+    if isinstance(output, Delta):
+        message = {"delta": {"content": output.text} if output.text else {}}
     else:
-        message = {"message": {"role": "assistant", "content": said.text, "refusal": None}}
+        message = {"message": {"role": "assistant", "content": output.text, "refusal": None}}
     return {
         "index": index,
         **message,
         "logprobs": {"content": content, "refusal": None} if has_logprobs else None,
-        "finish_reason": said.finish,
+        "finish_reason": output.finish,
     }
 
 
-def _text_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, said: Said) -> dict[str, Any]:
+def _text_choice(
+    tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, output: Output
+) -> dict[str, Any]:
     def name(token: int) -> str:
         raw = tokenizer.enc.decode_single_token_bytes(token)
         try:
@@ -206,17 +210,17 @@ def _text_choice(tokenizer: RustBPETokenizer, has_logprobs: bool, index: int, sa
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     scores = {
-        "tokens": [name(token.token) for _, token in said.scored],
-        "token_logprobs": [token.logprob for _, token in said.scored],
+        "tokens": [name(token.token) for _, token in output.scored],
+        "token_logprobs": [token.logprob for _, token in output.scored],
         "top_logprobs": [
             {name(t): p for t, p in (*token.alternatives, (token.token, token.logprob))}
-            for _, token in said.scored
+            for _, token in output.scored
         ],
-        "text_offset": [start for start, _ in said.scored],
+        "text_offset": [start for start, _ in output.scored],
     }
     return {
         "index": index,
-        "text": said.text,
+        "text": output.text,
         "logprobs": scores if has_logprobs else None,
-        "finish_reason": said.finish,
+        "finish_reason": output.finish,
     }

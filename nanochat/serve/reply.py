@@ -1,9 +1,9 @@
-"""What a sample says, token by token: text, use of the calculator, the end.
+"""The text of a sample, token by token: its characters, uses of the calculator, and why it ended.
 
-Characters come whole. Text that may be the start of a stop string is held back until that is decided, so that
-no part of a stop string is ever said, over however many tokens it comes; of several, the one that is complete
-first counts. What the assistant types into the calculator and reads off it is no text but the `tool` of a
-piece. Tokens that are scored come with the text that they begin.
+Characters come whole. Text that may be the start of a stop string is held back until more text decides it, so
+that no part of a stop string is ever sent, over however many tokens it comes. Of several stop strings, the
+one that is complete first counts. A call of the calculator and its result are not text but the `tool` of a
+delta. Scored tokens come with the text that they begin.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanochat.chat_format import part_after
-from nanochat.decode.stream_decoder import StreamDecoder
+from nanochat.decode.parts import Part, PartDelta, ReplyParser
 from nanochat.serve.protocol import End, Token
 from nanochat.tokenizer import RustBPETokenizer
 
 
 @dataclass
-class Said:
-    """What was said, in all or of late."""
+class Output:
+    """Text of a sample: all of it, or the latest part."""
 
     text: str = ""
     scored: list[tuple[int, Token]] = field(default_factory=list)  # tokens of text, and where each begins
@@ -29,86 +28,78 @@ class Said:
 
 
 @dataclass
-class Piece(Said):
-    """What an event adds to a sample. The tool, if there is one, comes before the text."""
+class Delta(Output):
+    """What one event adds to a sample. If there is a tool, it comes before the text."""
 
     sample: int = 0
-    tool: dict[str, str | None] | None = None  # expression and result, None if it has none
+    tool: dict[str, str | None] | None = None  # expression and result; None as result: it has none
 
 
-class Sample(Said):
-    """A sample in the making."""
+class Sample(Output):
+    """A sample in progress."""
 
     def __init__(self, tokenizer: RustBPETokenizer, stops: Sequence[str] = ()):
         super().__init__()
-        self.num_tokens = 0  # with those of the calculator and of a stop string
+        self.num_tokens = 0  # including those of the calculator and of a stop string
         self._stops = stops
-        self._decoder = StreamDecoder(tokenizer)
-        self._part_after = part_after(tokenizer)
-        specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
-        self._ends = set(specials) - set(self._part_after)  # what can only come after a reply
-        self._part = "text"
-        self._call: dict[str, str | None] | None = None  # to the calculator, not yet told of
+        self._parser = ReplyParser(tokenizer)
+        self._call: list[Part] = []  # a call and its result, if not yet emitted
         self._held = ""  # text that may be the start of a stop string
-        self._waiting: deque[tuple[int, Token]] = deque()  # tokens of text that is not said yet
+        self._waiting: deque[tuple[int, Token]] = deque()  # scored tokens whose text is not yet emitted
 
-    def take(self, event: Token | End) -> Piece:
-        """Return what an event adds, which is nothing once the sample has finished."""
-        piece = Piece(sample=event.sample)
+    def feed(self, event: Token | End) -> Delta:
+        """Return what an event adds: nothing once the sample has finished."""
+        delta = Delta(sample=event.sample)
         if self.finish is not None:  # by a stop string, while other samples of the request still run
-            return piece
-        if isinstance(event, Token) and event.token not in self._ends:
+            return delta
+        if isinstance(event, Token) and event.token not in self._parser.ends:
             self.num_tokens += 1
-            self._go_on(event, piece)
+            self._feed_token(event, delta)
         else:
-            self._add(self._decoder.flush(), piece)
-            self._tell_call(piece)
-            if piece.finish is None:
-                self._say(len(self._held), piece)
-                piece.finish = "stop" if isinstance(event, Token) else event.reason
-        self.text += piece.text
-        self.scored += piece.scored
-        self.finish = piece.finish
-        return piece
+            self._append(self._parser.flush(), delta)
+            self._emit_call(delta)
+            if delta.finish is None:
+                self._emit_text(len(self._held), delta)
+                delta.finish = "stop" if isinstance(event, Token) else event.reason
+        self.text += delta.text
+        self.scored += delta.scored
+        self.finish = delta.finish
+        return delta
 
-    def _go_on(self, event: Token, piece: Piece) -> None:
-        part = self._part_after.get(event.token)
-        if part is None:
-            if self._part == "text" and event.logprob is not None:
-                self._waiting.append((len(self.text) + len(self._held), event))
-            self._add(self._decoder.feed(event.token), piece)
-            return
-        self._add(self._decoder.flush(), piece)
-        if part == "python" or self._part == "python_output":
-            self._tell_call(piece)
-        if part == "python":
-            self._call = {"expression": "", "result": None}
-        elif part == "python_output":
-            self._call = {**(self._call or {"expression": ""}), "result": ""}
-        self._part = part
+    def _feed_token(self, event: Token, delta: Delta) -> None:
+        addition = self._parser.feed(event.token)
+        is_text = addition.part["type"] == "text"
+        if is_text and not addition.ends and event.logprob is not None:
+            self._waiting.append((len(self.text) + len(self._held), event))
+        self._append(addition, delta)
+        if addition.ends:
+            begun = self._parser.parts[-1]
+            if begun["type"] == "python" or addition.part["type"] == "python_output":
+                self._emit_call(delta)
+            if begun["type"] != "text":
+                self._call.append(begun)
 
-    def _add(self, text: str, piece: Piece) -> None:
-        if not text:
+    def _append(self, addition: PartDelta, delta: Delta) -> None:
+        if not addition.text or addition.part["type"] != "text":
             return
-        if self._part != "text":
-            self._call["expression" if self._part == "python" else "result"] += text
-            return
-        self._tell_call(piece)  # one that had no result
-        self._held += text
+        self._emit_call(delta)  # one without a result
+        self._held += addition.text
         stop = find_stop(self._held, self._stops)
         if stop is not None:
-            piece.finish = "stop"
-        self._say(safe_length(self._held, self._stops) if stop is None else stop, piece)
+            delta.finish = "stop"
+        self._emit_text(safe_length(self._held, self._stops) if stop is None else stop, delta)
 
-    def _tell_call(self, piece: Piece) -> None:
-        if self._call is not None:
-            piece.tool, self._call = self._call, None
+    def _emit_call(self, delta: Delta) -> None:
+        if self._call:
+            texts = {part["type"]: part["text"] for part in self._call}
+            delta.tool = {"expression": texts.get("python", ""), "result": texts.get("python_output")}
+            self._call = []
 
-    def _say(self, num_chars: int, piece: Piece) -> None:
-        piece.text += self._held[:num_chars]
+    def _emit_text(self, num_chars: int, delta: Delta) -> None:
+        delta.text += self._held[:num_chars]
         self._held = self._held[num_chars:]
-        while self._waiting and self._waiting[0][0] < len(self.text) + len(piece.text):
-            piece.scored.append(self._waiting.popleft())
+        while self._waiting and self._waiting[0][0] < len(self.text) + len(delta.text):
+            delta.scored.append(self._waiting.popleft())
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:

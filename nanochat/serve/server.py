@@ -115,14 +115,14 @@ def _add_chat(app: FastAPI, generations: Generations, settings: Settings) -> Non
 
 async def _chat_events(generation: Generation) -> AsyncIterator[str]:
     ((_, handle),) = generation.handles
-    async for pieces in generation.pieces():
+    async for deltas in generation.deltas():
         events = []
-        for piece in pieces:
-            if piece.tool:
-                events.append(event({"tool": piece.tool}))
-            if piece.text:
+        for delta in deltas:
+            if delta.tool:
+                events.append(event({"tool": delta.tool}))
+            if delta.text:
                 # event({"token": ..., "gpu": ...}), which takes four times as long
-                events.append(f'data: {{"token": {to_json(piece.text)}, "gpu": {handle.gpu}}}\n\n')
+                events.append(f'data: {{"token": {to_json(delta.text)}, "gpu": {handle.gpu}}}\n\n')
         if events:
             yield "".join(events)
     yield event({"done": True})
