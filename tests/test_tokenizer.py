@@ -1,4 +1,4 @@
-"""The tokenizer: vocabulary, text to ids and back, and files that can be trusted."""
+"""The tokenizer: vocabulary, encoding and decoding, and safe loading of files."""
 
 import contextlib
 import json
@@ -83,12 +83,12 @@ def test_smallest_vocabulary_is_the_bytes():
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["a", "b"]])
-def test_nothing_to_learn_from(texts):
+def test_text_without_pairs(texts):
     with pytest.raises(ValueError, match="empty"):
         RustBPETokenizer.train_from_iterator(texts, VOCAB_SIZE)
 
 
-def test_short_text_gives_the_honest_smaller_vocabulary(caplog):
+def test_short_text_gives_a_smaller_vocabulary_and_a_warning(caplog):
     tokenizer = RustBPETokenizer.train_from_iterator(["abc"], VOCAB_SIZE)
     assert tokenizer.get_vocab_size() == 265 + 2
     assert tokenizer.decode(tokenizer.encode("abc cab")) == "abc cab"
@@ -107,7 +107,7 @@ def trainer():
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS + training_texts()[:3])
-def test_same_ids_as_the_trainer_and_back(tokenizer, trainer, text):
+def test_round_trip_with_the_ids_of_the_trainer(tokenizer, trainer, text):
     ids = tokenizer.encode(text)
     assert ids == trainer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -125,9 +125,9 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
 
 
 @pytest.mark.parametrize("id", [-1, VOCAB_SIZE, 2**40])
-def test_ids_of_no_token(tokenizer, id):
-    """They were a KeyError or an OverflowError, which said nothing of the vocabulary."""
-    with pytest.raises(ValueError, match=rf"ids are not all those of tokens, 0 to {VOCAB_SIZE - 1} \("):
+def test_unknown_ids(tokenizer, id):
+    """They raised KeyError or OverflowError, without a word about the vocabulary."""
+    with pytest.raises(ValueError, match=rf"id must be that of a token, from 0 to {VOCAB_SIZE - 1} \("):
         tokenizer.decode([97, id])
 
 
@@ -141,13 +141,13 @@ def test_encode_list_prepend_append(tokenizer, num_threads):
     assert encode() == [row[1:-1] for row in expected]
     assert tokenizer("a", prepend=0) == [0, ord("a")]
     assert tokenizer.encode([]) == []
-    with pytest.raises(ValueError, match=r"'<\|nobody\|>' is not a special token"):
-        encode(prepend="<|nobody|>")
+    with pytest.raises(ValueError, match=r"'<\|unknown\|>' is not a special token"):
+        encode(prepend="<|unknown|>")
 
 
 @pytest.mark.parametrize("space", [" ", "\t", "\u3000"])
 def test_a_million_spaces(tokenizer, space):
-    """tiktoken's regex engine panics on them, with an exception that is no Exception."""
+    """tiktoken's regex engine panics on them, with an error that does not derive from Exception."""
     text = "x" + space * 1_200_000 + "y " + space * 3 + "\n"
     ids, alone = tokenizer.encode([text, "y"])
     assert tokenizer.decode(ids) == text
@@ -187,7 +187,7 @@ def test_nanochat_can_read_our_pickle(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
-def test_nanochats_pickle_alone_serves_the_published_program(tokenizer, tmp_path, protocol):
+def test_nanochats_pickle_is_enough_for_the_published_program(tokenizer, tmp_path, protocol):
     (tmp_path / PICKLE_FILE).write_bytes(pickle.dumps(tokenizer.enc, protocol))
     loaded = RustBPETokenizer.from_directory(str(tmp_path))
     assert_same(loaded, tokenizer)
@@ -197,7 +197,7 @@ def test_nanochats_pickle_alone_serves_the_published_program(tokenizer, tmp_path
 
 
 def test_other_encodings_can_be_saved(tmp_path, monkeypatch):
-    """tiktoken pickles what is in its registry as a mere name, which would have to be downloaded again."""
+    """tiktoken pickles encodings of its registry by name only, which would need another download."""
     enc = tiktoken.Encoding(
         "other",
         pat_str=r"\w+|\W+",
@@ -227,7 +227,7 @@ def test_two_different_tokenizers_in_one_folder(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("writer", "survivor"), [("json.dump", "old"), ("pickle.dump", "new")])
-def test_save_that_is_cut_short_leaves_one_tokenizer(tokenizer, tmp_path, monkeypatch, writer, survivor):
+def test_interrupted_save_leaves_one_tokenizer(tokenizer, tmp_path, monkeypatch, writer, survivor):
     RustBPETokenizer.train_from_iterator(training_texts(), VOCAB_SIZE - 1).save(tmp_path)
 
     def full_disk(*args, **kwargs):
@@ -241,7 +241,7 @@ def test_save_that_is_cut_short_leaves_one_tokenizer(tokenizer, tmp_path, monkey
 
 
 class Calls:
-    """Pickles as a call of `function(*args)`, which is made when the pickle is read."""
+    """An object whose pickle calls `function(*args)` when it is loaded."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -251,7 +251,7 @@ class Calls:
 
 
 def pickled_encoding(fields):
-    """A pickle of a tiktoken.Encoding with anything at all for its fields."""
+    """Return a pickle of a tiktoken.Encoding with arbitrary fields."""
     return b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + pickle.dumps(fields, 3)[2:-1] + b"b."
 
 
@@ -289,11 +289,11 @@ EVIL_PICKLES = {
 
 @pytest.mark.parametrize("kind", EVIL_PICKLES)
 def test_evil_pickles_run_nothing(tmp_path, kind):
-    """nanochat unpickles the tokenizer of a downloaded checkpoint, and so runs whatever its author likes."""
+    """nanochat unpickles the tokenizer of a downloaded checkpoint, which runs any code its author wants."""
     marker = tmp_path / "marker"
     evil = EVIL_PICKLES[kind](marker)
     with contextlib.suppress(Exception):
-        pickle.loads(evil)  # noqa: S301 to see that it works
+        pickle.loads(evil)  # noqa: S301 to prove that the attack works
     assert marker.exists()
     marker.rmdir() if marker.is_dir() else marker.unlink()
 

@@ -1,4 +1,4 @@
-"""A small tokenizer for tests, and the words that it is learned from."""
+"""A small tokenizer for tests, and its training texts."""
 
 import random
 
