@@ -1,4 +1,4 @@
-"""What the benchmarks share: weights that are not zero, and times that mean something."""
+"""Helpers of the benchmarks: nonzero weights, and timing that waits for the device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nanochat.gpt import GPT
 
 @torch.no_grad()
 def fill_zero_weights(model: GPT) -> None:
-    """Give random values to the weights that training starts from zero: products with zeros run faster."""
+    """Fill the weights that are initialized to zero with random values: products with zeros run faster."""
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=parameter.size(-1) ** -0.5)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -28,12 +28,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of an action that has run before."""
-    taken = []
+    """Return the median time of an action in seconds; run it once before, to warm up."""
+    times = []
     for _ in range(repeats):
         synchronize(device)
         start = time.perf_counter()
         action()
         synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return median(taken)
+        times.append(time.perf_counter() - start)
+    return median(times)

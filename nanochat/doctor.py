@@ -1,4 +1,4 @@
-"""What would fail hours into a run, found out in a minute before it: the checks of scripts/doctor.py.
+"""The checks of scripts/doctor.py: detect within a minute problems that would fail a run after hours.
 
 Each check yields findings; one that is not ok says what to change.
 """
@@ -24,16 +24,16 @@ from nanochat.train.accelerate import accelerate
 from nanochat.train.memory import MAX_ROWS, choose_rows
 
 GIB = 2**30
-SHARD_BYTES, SHARD_TOKENS = 100e6, 50e6  # of the hub's shards, about
-TOKENS_A_PARAMETER = 20
-N_CHECKPOINTS = 4 * 2 + 1  # two of each stage, and one that is being written
+SHARD_BYTES, SHARD_TOKENS = 100e6, 50e6  # approximate size of the hub's shards
+TOKENS_PER_PARAMETER = 20
+N_CHECKPOINTS = 4 * 2 + 1  # two of each stage, and one being written
 COLLECTIVE_TIMEOUT_S = 120
-N_FLOATS, REPEATS = 2**24, 10  # 64 MiB, that the ranks add up
+N_FLOATS, REPEATS = 2**24, 10  # the all-reduce: 64 MiB, ten times
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's."""
+    """The result of a check, printed as one line."""
 
     is_ok: bool
     what: str
@@ -44,15 +44,13 @@ class Finding:
 
 
 def check_devices(device_type: str, n_ranks: int) -> Iterator[Finding]:
-    """GPUs: a driver that this torch can use, one for each rank, and nobody else's memory on them."""
+    """Check that the driver fits torch, that each rank has a GPU, and that their memory is free."""
     if device_type != "cuda":
         yield Finding(True, "device", f"{device_type}, torch {torch.__version__}, {os.cpu_count()} cores")
         driver = _driver_version()
         if driver and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            text = (
-                f"{driver} is there, but torch for CUDA {torch.version.cuda} cannot use it; update it, or set"
-            )
-            yield Finding(False, "driver", f"{text} CUDA_VISIBLE_DEVICES= to do without")
+            text = f"torch for CUDA {torch.version.cuda} cannot use driver {driver}; update the driver"
+            yield Finding(False, "driver", f"{text}, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
         return
     n_gpus = torch.cuda.device_count()
     if n_gpus < n_ranks:
@@ -60,16 +58,16 @@ def check_devices(device_type: str, n_ranks: int) -> Iterator[Finding]:
     for index in range(min(n_ranks, n_gpus)):
         try:
             free, total = torch.cuda.mem_get_info(index)
-        except RuntimeError as error:  # a driver that is too old, a card that has fallen off the bus
-            yield Finding(False, f"GPU {index}", f"cannot be used: {error}")
+        except RuntimeError as error:  # the driver is too old, or the card does not respond
+            yield Finding(False, f"GPU {index}", f"unusable: {error}")
             continue
         major, minor = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)}, {total / GIB:.0f} GiB, capability {major}.{minor}"
-        precision = "" if major >= 8 else "; no bfloat16, so all is float32 and slow"
+        precision = "" if major >= 8 else "; no bfloat16, so training is in float32 and slow"
         yield Finding(True, f"GPU {index}", name + precision)
         if free < 0.9 * total:
-            used = f"{(total - free) / GIB:.0f} GiB are in use by others; end them (nvidia-smi shows them)"
-            yield Finding(False, f"GPU {index}", used)
+            used = f"{(total - free) / GIB:.0f} GiB are in use by other processes"
+            yield Finding(False, f"GPU {index}", f"{used}; end them (nvidia-smi lists them)")
     yield Finding(
         True,
         "driver",
@@ -78,51 +76,50 @@ def check_devices(device_type: str, n_ranks: int) -> Iterator[Finding]:
 
 
 def _driver_version() -> str:
-    """The version of NVIDIA's driver, empty if there is none."""
+    """Return the version of NVIDIA's driver, or "" without one."""
     if shutil.which("nvidia-smi") is None:
         return ""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    process = subprocess.run(command, capture_output=True, text=True)
+    return process.stdout.strip() if process.returncode == 0 else ""
 
 
 def check_collectives(device_type: str, n_ranks: int) -> Iterator[Finding]:
-    """NCCL or gloo: start as many ranks as the run will have and let them add something up."""
+    """Check NCCL or gloo: start the ranks of the run and let them perform an all-reduce."""
     if n_ranks == 1:
         return
-    what = "gloo"
+    library = "gloo"
     if device_type == "cuda":
-        what = "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
+        library = "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
     command += ["-m", "nanochat.doctor", device_type]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COLLECTIVE_TIMEOUT_S)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=COLLECTIVE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        yield Finding(False, what, f"{n_ranks} ranks cannot reach each other in {COLLECTIVE_TIMEOUT_S} s")
+        yield Finding(False, library, f"{n_ranks} ranks cannot connect within {COLLECTIVE_TIMEOUT_S} s")
         return
-    if done.returncode == 0:
-        yield Finding(True, what, done.stdout.strip())
+    if process.returncode == 0:
+        yield Finding(True, library, process.stdout.strip())
     else:
-        reasons = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [
-            "no reason given"
-        ]
-        yield Finding(False, what, f"{n_ranks} ranks cannot add up: {reasons[0].strip()}")
+        errors = [line for line in process.stderr.splitlines() if "error" in line.lower()]
+        reason = errors[0].strip() if errors else "no reason given"
+        yield Finding(False, library, f"{n_ranks} ranks cannot perform an all-reduce: {reason}")
 
 
 def model_sizes(config: GPTConfig) -> tuple[int, int]:
-    """Bytes of a model's float32 weights and of its optimizer's state."""
+    """Return the bytes of a model's float32 weights and of its optimizer state."""
     with torch.device("meta"):
         counts = GPT(config).num_parameters()
-    by_adamw = counts["wte"] + counts["lm_head"]  # two means each, Muon's matrices have one
+    by_adamw = counts["wte"] + counts["lm_head"]  # AdamW keeps two moments, Muon one
     return 4 * counts["total"], 4 * (counts["total"] + by_adamw)
 
 
 def check_disk(config: GPTConfig, data: str) -> Iterator[Finding]:
-    """The base directory: that it can be written, and has room for checkpoints and downloads."""
+    """Check that the base directory is writable and has space for checkpoints and downloads."""
     try:
         folder = base_dir()
         with atomic_write(folder / "doctor", "w") as file:
-            file.write("can be written")
+            file.write("writable")
         (folder / "doctor").unlink()
     except (ValueError, OSError) as error:
         yield Finding(False, "disk", str(error))
@@ -131,30 +128,30 @@ def check_disk(config: GPTConfig, data: str) -> Iterator[Finding]:
     checkpoints = N_CHECKPOINTS * (weights + state)
     download = SHARD_BYTES * missing_shards(config, data)
     free = shutil.disk_usage(folder).free
-    wanted = f"{checkpoints / GIB:.1f} GiB for checkpoints and {download / GIB:.1f} for text"
-    text = f"{free / GIB:.1f} GiB free in {folder}, {wanted}"
+    needed = f"needed: {checkpoints / GIB:.1f} GiB for checkpoints and {download / GIB:.1f} for text"
+    text = f"{free / GIB:.1f} GiB free in {folder}, {needed}"
     if checkpoints + download > free:
-        yield Finding(False, "disk", f"{text}; free some, set NANOCHAT_BASE_DIR or lower --depth")
+        yield Finding(False, "disk", f"{text}; free some space, set NANOCHAT_BASE_DIR or lower --depth")
     else:
         yield Finding(True, "disk", text)
 
 
-def wanted_shards(config: GPTConfig) -> int:
-    """Shards of the hub that a whole training of the base model reads."""
-    tokens = TOKENS_A_PARAMETER * model_sizes(config)[0] / 4
+def required_shards(config: GPTConfig) -> int:
+    """Return the number of the hub's shards that pretraining reads."""
+    tokens = TOKENS_PER_PARAMETER * model_sizes(config)[0] / 4
     return min(N_TRAIN_SHARDS, -int(-tokens // SHARD_TOKENS))
 
 
 def missing_shards(config: GPTConfig, data: str) -> int:
-    """Shards that are still to be downloaded, the validation shard among them."""
+    """Return the number of shards still to be downloaded, including the validation shard."""
     if source(data) != "hub":
         return 0
-    there = [path.name for path in (base_dir() / "base_data").glob("*.parquet")]
-    return max(0, wanted_shards(config) - len(there)) + (VAL_SHARD not in there)
+    present = [path.name for path in (base_dir() / "base_data").glob("*.parquet")]
+    return max(0, required_shards(config) - len(present)) + (VAL_SHARD not in present)
 
 
 def check_data(config: GPTConfig, data: str) -> Iterator[Finding]:
-    """Text: that it is there and can be read, or can be had from the hub."""
+    """Check that the training text is readable, or that the hub responds."""
     n_missing = missing_shards(config, data)
     if n_missing:
         yield from _check_hub(n_missing)
@@ -174,42 +171,44 @@ def _check_hub(n_missing: int) -> Iterator[Finding]:
     url = hf_hub_url(REPO_ID, VAL_SHARD, repo_type="dataset", endpoint=endpoint)
     try:
         get_hf_file_metadata(url, timeout=10)
-        yield Finding(True, "data", f"{n_missing} shards to be downloaded; the hub answers")
+        yield Finding(True, "data", f"{n_missing} shards to download; the hub responds")
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         yield Finding(
             False,
             "data",
-            f"{n_missing} shards are missing and the hub does not answer ({reason}); set HF_ENDPOINT or a "
-            "proxy, or choose --data=embedded or texts of your own",
+            f"{n_missing} shards are missing and the hub does not respond ({reason}); set HF_ENDPOINT or a "
+            "proxy, or use --data=embedded or your own text",
         )
 
 
 def check_memory(config: GPTConfig, device_type: str, batch_size: int, n_ranks: int) -> Iterator[Finding]:
-    """Memory: on a GPU by a forward and backward of the real size, on a CPU by weights and state alone."""
+    """Check memory: on a GPU with a full-size forward and backward pass, on a CPU by the sizes alone."""
     weights, state = model_sizes(config)
     if device_type != "cuda":
-        needed = n_ranks * 2 * weights + state  # weights and gradients on each, the state shared out
-        there = _available_bytes()
-        text = f"{needed / GIB:.1f} GiB for weights, gradients and state; {there / GIB:.1f} available"
-        yield Finding(needed < there, "memory", text)
+        needed = n_ranks * 2 * weights + state  # weights and gradients on each rank, sharded state
+        available = _available_bytes()
+        text = f"{needed / GIB:.1f} GiB for weights, gradients and state; {available / GIB:.1f} available"
+        yield Finding(needed < available, "memory", text)
         return
     device = torch.device("cuda", 0)
     total = torch.cuda.get_device_properties(device).total_memory
-    alone = Runtime(device=device, compute_dtype=torch.bfloat16)
+    single_rank = Runtime(device=device, compute_dtype=torch.bfloat16)
     try:
         with device:
             model = GPT(config)
         model.init_weights()
-        batch_size = choose_rows(batch_size, model, MAX_ROWS, alone, fused=None)
-        build_optimizer(model, LearningRates(), replace(alone, world_size=n_ranks))
+        batch_size = choose_rows(batch_size, model, MAX_ROWS, single_rank, fused=None)
+        build_optimizer(model, LearningRates(), replace(single_rank, world_size=n_ranks))
         accelerate(model, compile=True, fused=None)
         idx = torch.zeros((batch_size, config.sequence_len), dtype=torch.int64, device=device)
         model(idx, idx, loss_reduction="sum").backward()
-        peak = torch.cuda.max_memory_allocated(device) + weights // 2  # gradients of the last backward
+        peak = (
+            torch.cuda.max_memory_allocated(device) + weights // 2
+        )  # gradients of the previous backward pass
     except torch.cuda.OutOfMemoryError:
         peak = total
-    except ValueError as error:  # not even one row fits
+    except ValueError as error:  # one row does not fit
         yield Finding(False, "memory", str(error))
         return
     text = f"device_batch_size={batch_size} takes {peak / GIB:.0f} of {total / GIB:.0f} GiB"
@@ -222,15 +221,15 @@ def check_memory(config: GPTConfig, device_type: str, batch_size: int, n_ranks: 
 def _available_bytes() -> float:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return float("inf")
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def main() -> int:
-    """Sum over all ranks and print the speed: the process that check_collectives starts for each rank.
+    """Perform an all-reduce and print its speed; check_collectives starts this for each rank.
 
-    Raise ValueError unless the sum is right.
+    Raise ValueError if the sum is wrong.
     """
     runtime = setup_runtime(sys.argv[1])
     value = torch.ones(N_FLOATS, device=runtime.device)
@@ -238,13 +237,13 @@ def main() -> int:
     if not (value == runtime.world_size).all():
         raise ValueError(f"the sum of ones over {runtime.world_size} ranks is {value.min()} to {value.max()}")
     runtime.gather(None)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(REPEATS):
         runtime.sum_(value.fill_(1))
     value[0].item()
-    seconds = (time.perf_counter() - began) / REPEATS
+    seconds = (time.perf_counter() - start) / REPEATS
     if runtime.is_main:
-        n_bytes = 2 * (runtime.world_size - 1) / runtime.world_size * 4 * N_FLOATS  # that each rank sends
+        n_bytes = 2 * (runtime.world_size - 1) / runtime.world_size * 4 * N_FLOATS  # sent by each rank
         sys.stdout.write(f"{runtime.world_size} ranks, all-reduce at {n_bytes / seconds / 1e9:.1f} GB/s\n")
     return 0
 

@@ -1,7 +1,7 @@
 """Bits per byte: a loss that does not depend on the tokenizer's vocabulary.
 
-The nats of all target tokens, over ln 2 and over the bytes that those tokens stand for. Special tokens stand
-for no text: neither their nats nor any bytes of theirs are counted, nor are ignored targets (-1).
+The total loss of the target tokens in nats, divided by ln 2 and by the number of bytes that these tokens
+encode. Special tokens, which encode no text, and ignored targets (-1) do not count.
 """
 
 import math
@@ -17,10 +17,10 @@ from nanochat.gpt import GPT
 
 @torch.no_grad()
 def evaluate_bpb(model: GPT, batches: Iterable[tuple], steps: int | None, token_bytes: Tensor) -> float:
-    """Bits per byte of the first `steps` batches (None: all), summed over all ranks.
+    """Return the bits per byte of the first `steps` batches (None: all), over all ranks.
 
-    A batch starts with inputs and targets, (B,T) int64 each, on any device; token_bytes (V,) holds the bytes
-    of each token, 0 for special ones. Raises ValueError when nothing was counted.
+    batches: tuples that start with inputs and targets, (B,T) int64 each, on any device. token_bytes (V,): the
+    length of each token in bytes, 0 for special tokens. Raise ValueError if no target counts.
     """
     token_bytes = token_bytes.to(model.device)
     dtype = torch.float32 if model.device.type == "mps" else torch.float64  # MPS has no float64
@@ -34,5 +34,7 @@ def evaluate_bpb(model: GPT, batches: Iterable[tuple], steps: int | None, token_
         dist.all_reduce(totals)
     nats, n_bytes = totals.tolist()
     if n_bytes == 0:
-        raise ValueError("no text to evaluate: the batches hold only ignored targets and special tokens")
+        raise ValueError(
+            "no text to evaluate: the batches contain only ignored targets and special tokens; use more text"
+        )
     return nats / math.log(2) / n_bytes

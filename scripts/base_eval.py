@@ -1,6 +1,6 @@
-"""CORE: how well the base model continues the texts of 22 tasks.
+"""Evaluate CORE: how well the base model continues the texts of 22 tasks.
 
-python -m scripts.base_eval --bundle-url=https://HOST/PATH.zip        # once; it stays in the base directory
+python -m scripts.base_eval --bundle-url=https://HOST/PATH.zip        # the bundle is downloaded once
 torchrun --standalone --nproc_per_node=8 -m scripts.base_eval -- --model-tag=d20 --max-per-task=500
 """
 
@@ -15,38 +15,43 @@ from nanochat.common import parse, require_at_least, require_counts, run, setup_
 
 @dataclass(frozen=True, kw_only=True)
 class BaseEvalConfig:
-    """What to evaluate, on what, and how much of it."""
+    """The model, the bundle and the number of examples."""
 
     source: str = "base"
     """stage of the model: base, mid, sft or rl"""
     model_tag: str = ""
-    """name of the checkpoint folder; empty: the deepest there is"""
+    """name of the checkpoint folder; empty: the deepest model"""
     step: int = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
     bundle: str = ""
     """folder of the CORE bundle; empty: eval_bundle in the base directory"""
     bundle_url: str = ""
-    """address of a zip of the bundle, to download if eval_bundle is not there; else it must be from it"""
+    """address of a zip of the bundle to download; an existing eval_bundle must come from it"""
     bundle_sha256: str = ""
     """SHA-256 of that zip, in hex; empty: not checked"""
     max_per_task: int = -1
     """examples of each task, a fixed random subset; -1: all"""
     device_type: str = ""
-    """cuda, mps or cpu; empty finds the best there is"""
+    """cuda, mps or cpu; empty: the best available"""
     device_batch_size: int = 32
-    """one forward takes as many tokens as this many full sequences"""
+    """size of a forward pass in full sequences: it has at most as many tokens as these"""
 
     def __post_init__(self) -> None:
         if self.bundle and self.bundle_url:
-            raise ValueError("bundle and bundle_url exclude each other: a folder is never downloaded into")
+            raise ValueError(
+                f"bundle={self.bundle!r} and bundle_url={self.bundle_url!r} exclude each other: "
+                "give a folder or the address of a zip"
+            )
         if self.bundle_sha256 and not self.bundle_url:
-            raise ValueError("bundle_sha256 is that of the download: it needs bundle_url")
+            raise ValueError(
+                f"bundle_sha256={self.bundle_sha256!r} is the digest of a download: it needs bundle_url"
+            )
         require_counts(self, "max_per_task")
         require_at_least(self, device_batch_size=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; leaves report/base_eval.json, or base_eval_mid.json and so on for the other stages."""
+    """Evaluate and write report/base_eval.json, or for other stages report/base_eval_<stage>.json."""
     config = parse(BaseEvalConfig, argv)
 
     from nanochat.checkpoint_manager import load_for
@@ -56,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = setup_runtime(config.device_type)
     bundle = load_bundle(find_bundle(runtime, config.bundle, config.bundle_url, config.bundle_sha256))
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
-    started = time.monotonic()
+    start = time.monotonic()
     result = evaluate_core(model, tokenizer, bundle, runtime, config.max_per_task, config.device_batch_size)
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - start
     if runtime.is_main:
         n_examples = sum(task["n"] for task in result["tasks"].values())
         settings = {"settings": asdict(config), "source": config.source, "step": meta["step"]}

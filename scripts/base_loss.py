@@ -1,4 +1,4 @@
-"""Bits per byte of the base model on both splits, and samples.
+"""Evaluate the bits per byte of the base model on both splits, and sample from it.
 
 python -m scripts.base_loss
 torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20
@@ -14,27 +14,27 @@ from nanochat.common import parse, require_at_least, run, setup_runtime, write_r
 
 @dataclass(frozen=True, kw_only=True)
 class BaseLossConfig:
-    """What to evaluate, and on how much."""
+    """The model, and the amount of text."""
 
     model_tag: str = ""
-    """name of the checkpoint folder; empty: the deepest there is"""
+    """name of the checkpoint folder; empty: the deepest model"""
     step: int = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
     data: str = "auto"
     """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
     device_type: str = ""
-    """cuda, mps or cpu; empty finds the best there is"""
+    """cuda, mps or cpu; empty: the best available"""
     device_batch_size: int = 4
-    """sequences of one forward on one device"""
+    """sequences per forward pass and device"""
     split_tokens: int = 20 * 524_288
-    """tokens of each split to evaluate, at most all"""
+    """tokens to evaluate of each split, at most all"""
 
     def __post_init__(self) -> None:
         require_at_least(self, device_batch_size=1, split_tokens=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; leaves report/base_loss.json."""
+    """Evaluate, print samples and write report/base_loss.json."""
     config = parse(BaseLossConfig, argv)
 
     import torch

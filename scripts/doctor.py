@@ -1,8 +1,8 @@
-"""Find out before a run whether it would fail: GPUs, driver, NCCL, disk, data, memory.
+"""Check before a run that it will not fail: GPUs, driver, NCCL, disk, data, memory.
 
 python -m scripts.doctor --depth=20 --device-batch-size=32 --data=hub
 
-Exits with a status that is not zero when something would.
+The exit status is nonzero if a check fails.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from nanochat.common import parse, require_at_least, run
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What the run will be."""
+    """The settings of the planned run."""
 
     depth: int = 20
     """number of layers"""
     max_seq_len: int = 2048
-    """tokens of context"""
+    """context length in tokens"""
     vocab_size: int = 65_536
-    """tokens that the tokenizer will know"""
+    """vocabulary size of the tokenizer"""
     device_batch_size: int = 0
-    """sequences of one forward on one device; 0: as many as its memory holds, at most 32"""
+    """sequences per forward pass and device; 0: as many as fit its memory, at most 32"""
     ranks: int = 0
     """processes on this machine; 0: one per GPU, or one"""
     data: str = "auto"
     """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
     device_type: str = ""
-    """cuda, mps or cpu; empty finds the best there is"""
+    """cuda, mps or cpu; empty: the best available"""
 
     def __post_init__(self) -> None:
         require_at_least(self, depth=1, max_seq_len=1, vocab_size=1, device_batch_size=0, ranks=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, print a line for each finding, and return 1 if one of them would end the run."""
+    """Print a line for each finding; return 1 if a check failed."""
     config = parse(DoctorConfig, argv)
 
     from itertools import chain
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for finding in findings:
         print(finding, flush=True)
         n_failed += not finding.is_ok
-    print(f"doctor: {f'{n_failed} of these would end the run' if n_failed else 'nothing would end the run'}")
+    print(f"doctor: {f'{n_failed} checks failed' if n_failed else 'all checks passed'}")
     return 1 if n_failed else 0
 
 

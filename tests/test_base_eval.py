@@ -19,7 +19,7 @@ def bundle(tmp_path):
 
 @pytest.fixture
 def checkpoint(base_dir):
-    """Two base models and an SFT model, of one vocabulary."""
+    """Two base models and an SFT model with the same vocabulary."""
     tokenizer = train_tokenizer()
     tokenizer.save(base_dir / "tokenizer")
     config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=128)
@@ -46,14 +46,14 @@ def test_evaluate_and_report(checkpoint, bundle, base_dir, capsys):
     assert last.startswith(f"base_eval: step 7, CORE {result['core']:.4f} over 3 of 22 tasks (missing: lost)")
 
 
-def test_other_models_and_part_of_the_rows(checkpoint, bundle, base_dir):
+def test_other_models_and_fewer_examples(checkpoint, bundle, base_dir):
     flags = [f"--bundle={bundle}", "--device-type=cpu", "--max-per-task=2"]
     assert base_eval.main([*flags, "--model-tag=d2", "--step=5"]) == 0
     assert report(base_dir)["step"] == 5
     assert [task["n"] for task in report(base_dir)["tasks"].values()] == [2, 2, 2]
     assert base_eval.main([*flags, "--source=sft"]) == 0
     assert report(base_dir, "base_eval_sft")["step"] == 3
-    assert report(base_dir)["source"] == "base"  # not written over
+    assert report(base_dir)["source"] == "base"  # not overwritten
 
 
 def test_bundle_from_an_address(checkpoint, bundle, base_dir, tmp_path):
@@ -64,7 +64,7 @@ def test_bundle_from_an_address(checkpoint, bundle, base_dir, tmp_path):
     flags = ["--device-type=cpu", "--max-per-task=1"]
     assert base_eval.main([*flags, f"--bundle-url={archive.as_uri()}"]) == 0
     archive.unlink()
-    assert base_eval.main(flags) == 0  # it is in the base directory now
+    assert base_eval.main(flags) == 0  # from the base directory
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_bundle_from_an_address(checkpoint, bundle, base_dir, tmp_path):
         ([], "no CORE bundle in"),
     ],
 )
-def test_settings_that_cannot_be(flags, message, bundle, checkpoint):
+def test_invalid_settings(flags, message, bundle, checkpoint):
     flags = [flag.format(bundle=bundle) for flag in flags]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         base_eval.main(["--device-type=cpu", *flags])

@@ -38,7 +38,7 @@ def numbered(n, category=""):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Prompts, worked out by hand
+# Prompts, compared with texts written by hand
 
 
 def test_prompts_without_examples():
@@ -55,7 +55,7 @@ def test_prompts_without_examples():
 
 
 def test_solved_examples_come_first():
-    """With two rows there is one to draw from, and its gold option is what is shown."""
+    """With two rows only one can be drawn, and its gold option is shown."""
     pair = task(numbered(2), num_fewshot=1, continuation_delimiter=" -> ")
     assert prompt_texts(pair, 0) == [("Q1 -> yes1\n\nQ0 -> ", "no0"), ("Q1 -> yes1\n\nQ0 -> ", "yes0")]
     assert prompt_texts(pair, 1)[0] == ("Q0 -> yes0\n\nQ1 -> ", "no1")
@@ -68,21 +68,21 @@ def shots(task, index):
     return before.split("\n\n")[:-1]
 
 
-def test_shots_are_others_each_once_and_the_same_every_time():
+def test_shots_are_distinct_other_examples_and_reproducible():
     ten = task(numbered(20), num_fewshot=5)
     drawn = [shots(ten, i) for i in range(20)]
     for i, own in enumerate(drawn):
         assert len(set(own)) == 5
         assert f"Q{i} yes{i}" not in own
     assert drawn == [shots(task(numbered(20), num_fewshot=5), i) for i in range(20)]
-    assert len({tuple(own) for own in drawn}) == 20  # drawn anew for each row
+    assert len({tuple(own) for own in drawn}) == 20  # each row has its own draw
     assert {shot for own in drawn for shot in own} == {f"Q{i} yes{i}" for i in range(20)}
     assert shots(ten, 3) != shots(replace(ten, label="other"), 3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 6])
-def test_a_small_pool_gives_what_it_has(n):
-    """random.sample raised when a task had fewer rows than shots."""
+def test_a_small_pool_yields_fewer_shots(n):
+    """Regression: random.sample raised if a task had fewer rows than shots."""
     small = task(numbered(n), num_fewshot=5)
     for i in range(n):
         others = {f"Q{j} yes{j}" for j in range(n) if j != i}
@@ -103,7 +103,7 @@ def test_shots_are_of_the_same_category():
 # Tokens
 
 
-def test_the_continuation_begins_where_the_tokens_part(tokenizer):
+def test_the_continuation_starts_at_the_first_different_token(tokenizer):
     texts = [
         ("over the ", "river"),
         ("over the\nAnswer: ", "1887"),
@@ -113,14 +113,14 @@ def test_the_continuation_begins_where_the_tokens_part(tokenizer):
     ]
     prompts = tokenize_prompts(tokenizer, texts)
     rest = [tokenizer.decode(ids[start:].tolist()) for ids, start in prompts]
-    # the space belongs to what follows, whether it is a token of its own or not; "riv" is cut in two
+    # the space belongs to the continuation, as a separate token or not; " river" spans the boundary
     assert rest == [" river", " 1887", " river of", "light", "b"]
     for (ids, start), (before, continuation) in zip(prompts, texts, strict=True):
         assert ids.tolist() == tokenizer.encode(before + continuation, prepend="<|bos|>")
         assert 1 <= start < len(ids)
 
 
-def test_any_border_leaves_a_prefix_and_a_continuation(tokenizer):
+def test_any_boundary_leaves_a_prefix_and_a_continuation(tokenizer):
     rng = random.Random(0)
     for _ in range(200):
         text = " ".join(rng.choices(PLAIN_WORDS, k=6))
@@ -137,8 +137,8 @@ def test_crop():
     for sequence_len, kept, start in [(20, 10, 7), (9, 10, 7), (8, 9, 6), (4, 5, 2), (3, 4, 1)]:
         cropped, new_start = crop((ids, 7), sequence_len)
         assert (cropped.tolist(), new_start) == (list(range(10 - kept, 10)), start)
-        assert cropped[new_start:].tolist() == [7, 8, 9]  # the continuation is whole
-    cropped, start = crop((ids, 7), 2)  # it cannot be: its last two tokens count
+        assert cropped[new_start:].tolist() == [7, 8, 9]  # the whole continuation
+    cropped, start = crop((ids, 7), 2)  # it is too long: its last two tokens are scored
     assert (cropped.tolist(), start) == ([7, 8, 9], 1)
 
 
@@ -147,7 +147,7 @@ def test_crop():
 
 
 def reference(model, ids, start):
-    """One prompt in one float64 forward with all its logits."""
+    """Score one prompt in a float64 forward pass with all logits."""
     ids = torch.from_numpy(ids).long()
     log_probs = model(ids[None, :-1])[0].double().log_softmax(-1)[start - 1 :]
     nats = -log_probs.gather(1, ids[start:, None])
@@ -155,7 +155,7 @@ def reference(model, ids, start):
 
 
 def random_prompts(n=60, longest=40):
-    """Of many lengths, some with an input in common."""
+    """Return prompts of many lengths, some with the same input."""
     rng = np.random.default_rng(0)
     prompts = []
     for _ in range(n):
@@ -169,20 +169,20 @@ def random_prompts(n=60, longest=40):
 
 @pytest.mark.parametrize("changes", [{}, {"slc_rate": 0}, {"n_kv_head": 1, "n_kernel": 5}])
 @pytest.mark.parametrize("batch_tokens", [1, 48, 200, 100_000])
-def test_batched_scores_are_those_of_one_prompt_at_a_time(changes, batch_tokens, monkeypatch):
+def test_batched_scores_equal_scores_of_single_prompts(changes, batch_tokens, monkeypatch):
     monkeypatch.setattr(core_eval, "HEAD_POSITIONS", 7)
     config = small_config(sequence_len=40, **changes)
     prompts = random_prompts()
-    losses, likeliest = score_prompts(random_model(config), prompts, batch_tokens)
+    losses, is_greedy = score_prompts(random_model(config), prompts, batch_tokens)
     double = random_model(config).double()
     expected = [reference(double, *prompt) for prompt in prompts]
     np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-5)
-    assert likeliest.tolist() == [hit for _, hit in expected]
-    assert likeliest.sum() >= 4  # of the fifty last tokens one is the likeliest
+    assert is_greedy.tolist() == [hit for _, hit in expected]
+    assert is_greedy.sum() >= 4  # one of the fifty last tokens is the argmax
 
 
 def test_options_are_compared_in_float32():
-    """On CUDA their logits were rounded to bfloat16 first, and the first of equals was taken."""
+    """Regression: on CUDA logits were rounded to bfloat16, and the first of equal options won."""
     model = random_model(small_config())
     model.compute_dtype = torch.bfloat16
     prompts = random_prompts(40)[:40]
@@ -190,11 +190,11 @@ def test_options_are_compared_in_float32():
         model.lm_head.weight[1] = model.lm_head.weight[0] * (1 + 2**-12)
     pairs = [(np.append(ids, last).astype(np.int32), len(ids)) for ids, _ in prompts for last in (0, 1)]
     losses, _ = score_prompts(model, pairs, 400)
-    assert {bool(one > other) for one, other in zip(losses[::2], losses[1::2], strict=True)} == {True, False}
+    assert {bool(a > b) for a, b in zip(losses[::2], losses[1::2], strict=True)} == {True, False}
     assert (losses[::2] != losses[1::2]).all()
 
 
-def test_a_forward_keeps_to_its_budget_and_reads_equal_inputs_once(monkeypatch):
+def test_forward_passes_have_limited_size_and_no_duplicate_inputs(monkeypatch):
     model, shapes = random_model(small_config()), []
     hidden = model.hidden
     monkeypatch.setattr(
@@ -207,8 +207,8 @@ def test_a_forward_keeps_to_its_budget_and_reads_equal_inputs_once(monkeypatch):
     assert all(rows * width <= 64 for rows, width in shapes)
 
 
-def test_padding_brings_nothing_in():
-    """Tokens that are in no prompt may be broken: neither padding nor another row may read them."""
+def test_padding_uses_no_other_tokens():
+    """Tokens that are in no prompt may have NaN embeddings: padding must not read them."""
     prompts = [(ids % 20 + 5, start) for ids, start in random_prompts()]
     model = random_model(small_config(sequence_len=40))
     clean = score_prompts(model, prompts, 400)[0]
@@ -223,11 +223,11 @@ def test_padding_brings_nothing_in():
 
 
 def slow_core(model, tokenizer, bundle):
-    """Everything again, one example at a time, in float64."""
+    """Compute accuracies one example at a time, in float64."""
     double = model.double()
     tasks = {}
     for t in bundle.tasks:
-        n_right = 0
+        n_correct = 0
         for index, example in enumerate(t.examples):
             prompts = [
                 crop(prompt, model.config.sequence_len)
@@ -235,29 +235,29 @@ def slow_core(model, tokenizer, bundle):
             ]
             scores = [reference(double, *prompt) for prompt in prompts]
             if t.icl_task_type == "language_modeling":
-                n_right += scores[0][1]
+                n_correct += scores[0][1]
             else:
                 losses = [loss for loss, _ in scores]
-                n_right += losses.index(min(losses)) == example.gold
-        tasks[t.label] = n_right / len(t.examples)
+                n_correct += losses.index(min(losses)) == example.gold
+        tasks[t.label] = n_correct / len(t.examples)
     return tasks
 
 
-@pytest.mark.parametrize("sequence_len", [256, 24])  # all fits; nearly everything is cropped
-def test_core_is_what_a_slow_evaluation_finds(tokenizer, bundle, sequence_len, caplog):
+@pytest.mark.parametrize("sequence_len", [256, 24])  # nothing is cropped; nearly unlimited is
+def test_core_equals_a_slow_evaluation(tokenizer, bundle, sequence_len, caplog):
     config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=sequence_len)
-    found = [
+    results = [
         evaluate_core(random_model(config), tokenizer, bundle, Runtime.cpu(), -1, rows) for rows in (1, 9)
     ]
-    assert found[0] == found[1]
-    accuracies = {label: result["accuracy"] for label, result in found[0]["tasks"].items()}
+    assert results[0] == results[1]
+    accuracies = {label: result["accuracy"] for label, result in results[0]["tasks"].items()}
     assert accuracies == slow_core(random_model(config), tokenizer, bundle)
     assert 0 < accuracies["who"] < 1
-    assert ("lost their beginning" in caplog.text) == (sequence_len == 24)
+    assert ("cropped at the start" in caplog.text) == (sequence_len == 24)
 
 
-def test_accuracy_is_centred_on_the_random_baseline(tokenizer):
-    """A model that finds everything equally likely takes the first option."""
+def test_accuracy_is_centered_on_the_random_baseline(tokenizer):
+    """A model with uniform predictions takes the first option."""
     golds = [0, 0, 1, 0]
     rows = [Example(((f"Q{i}", "a"), (f"Q{i}", "b")), gold) for i, gold in enumerate(golds)]
     tasks = [task(rows, label="half", random_baseline=50.0), task(rows, label="none", random_baseline=0.0)]
@@ -275,8 +275,8 @@ def test_accuracy_is_centred_on_the_random_baseline(tokenizer):
     }
 
 
-def test_language_modelling_needs_every_token(tokenizer, monkeypatch):
-    """A model that always says " river"."""
+def test_language_modeling_needs_every_token(tokenizer, monkeypatch):
+    """The model always predicts " river"."""
     (river,) = tokenizer.encode(" river")
     logits = torch.zeros(tokenizer.get_vocab_size())
     logits[river] = 1
@@ -288,23 +288,23 @@ def test_language_modelling_needs_every_token(tokenizer, monkeypatch):
 
 
 def test_a_subset_is_fixed_and_shuffled(tokenizer, bundle, monkeypatch):
-    seen = []
+    calls = []
     real = core_eval.prompt_texts
-    monkeypatch.setattr(core_eval, "prompt_texts", lambda t, i: seen.append((t.label, i)) or real(t, i))
+    monkeypatch.setattr(core_eval, "prompt_texts", lambda t, i: calls.append((t.label, i)) or real(t, i))
     rounds = []
     for max_per_task in (3, 3, 5, 100, -1):
-        seen.clear()
+        calls.clear()
         result = evaluate_core(model_for(tokenizer), tokenizer, bundle, Runtime.cpu(), max_per_task)
-        rounds.append([i for label, i in seen if label == "pick"])
+        rounds.append([i for label, i in calls if label == "pick"])
         assert result["tasks"]["pick"]["n"] == len(rounds[-1])
-    three, again, five, hundred, everything = rounds
-    assert three == again == five[:3]
+    three, three_again, five, hundred, unlimited = rounds
+    assert three == three_again == five[:3]
     assert three != [0, 1, 2]
-    assert sorted(hundred) == everything == list(range(9))
+    assert sorted(hundred) == unlimited == list(range(9))
 
 
 def test_ranks_share_the_work(tokenizer, bundle, monkeypatch):
-    """Each row is evaluated on one rank, and the counts of all ranks are those of one."""
+    """Each row is evaluated on one rank, and the counts add up to those of a single rank."""
     monkeypatch.setattr(core_eval, "CHUNK_EXAMPLES", 2)
     counts = {}
 
@@ -325,16 +325,16 @@ def test_ranks_share_the_work(tokenizer, bundle, monkeypatch):
     assert counts[3, 0][:, 1].tolist() == [3, 3, 3]
 
 
-def test_a_broken_model_is_told(tokenizer, bundle):
+def test_non_finite_losses_are_an_error(tokenizer, bundle):
     model = model_for(tokenizer)
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="of 24 examples is not a finite number"):
+    with pytest.raises(FloatingPointError, match="of 24 examples is not finite"):
         evaluate_core(model, tokenizer, bundle, Runtime.cpu())
 
 
-def test_compiled_blocks_are_not_compiled_again_and_no_random_number_is_drawn(tokenizer, bundle):
-    """In training, blocks are compiled for one shape; here are dozens."""
+def test_blocks_are_not_recompiled_and_no_random_number_is_drawn(tokenizer, bundle):
+    """Training compiles blocks for one shape; CORE has dozens."""
     compiled = []
 
     def backend(graph, inputs):

@@ -8,11 +8,11 @@ from scripts import base_loss
 from tests.helpers.models import random_model, small_config
 
 
-def test_bpb_is_nats_over_bytes_without_specials_and_ignored_targets():
+def test_bpb_is_nats_per_byte_without_special_tokens_and_ignored_targets():
     torch.manual_seed(0)
     model = random_model(small_config())
     token_bytes = torch.arange(50) % 5
-    token_bytes[41:] = 0  # specials
+    token_bytes[41:] = 0  # special tokens
     batches = []
     nats, n_bytes = 0.0, 0
     for _ in range(3):
@@ -34,13 +34,13 @@ def test_bpb_is_nats_over_bytes_without_specials_and_ignored_targets():
     assert first != pytest.approx(expected)
 
 
-def test_nothing_to_evaluate_says_so():
+def test_nothing_to_evaluate_is_an_error():
     model, idx = random_model(small_config()), torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="no text to evaluate"):
         evaluate_bpb(model, [(idx, torch.full_like(idx, -1))], None, torch.ones(50, dtype=torch.long))
 
 
 @pytest.mark.parametrize("flag", ["split_tokens=0", "device_batch_size=0"])
-def test_settings_of_base_loss_that_cannot_be(flag):
+def test_invalid_settings_of_base_loss(flag):
     with pytest.raises(ValueError, match=f"{flag} must be at least 1"):
         base_loss.main([f"--{flag}"])
