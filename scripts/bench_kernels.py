@@ -1,11 +1,11 @@
-"""Time the kernels of training beside plain PyTorch, compiled: one JSON line each, at the shapes of a depth.
+"""Time the training kernels beside compiled plain PyTorch, at the shapes of a depth: one JSON line each.
 
     python -m scripts.bench_kernels                      # slc2, rope, head_loss, mlp and the products of d20
     python -m scripts.bench_kernels --ops mlp --depth=12
 
-Each op must first pass its tests (those of TESTS that have its name) on this machine; if it does not, no
-speed is printed and the exit status is 1. `forward_ms` and `backward_ms` are medians of whole calls.
-`products` are the matrix products of a layer and the head, in TFLOP/s of cuBLAS.
+Run it from the root of the checkout: each op must first pass its tests (those of TESTS with its name) on this
+machine. If it fails, no speed is printed and the exit status is 1. `forward_ms` and `backward_ms` are medians
+of whole calls. `products` are the matrix products of a layer and the head, in TFLOP/s of cuBLAS.
 """
 
 from __future__ import annotations
@@ -26,25 +26,24 @@ if TYPE_CHECKING:
 
     from nanochat.config import GPTConfig
 
-ROOT = Path(__file__).parent.parent
-TESTS = [ROOT / "tests" / name for name in ("test_training_kernels.py", "test_rope_kernel.py")]
+TESTS = [Path("tests") / name for name in ("test_training_kernels.py", "test_rope_kernel.py")]
 Op = Literal["slc2", "rope", "head_loss", "mlp", "products"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchKernelsConfig:
-    """Which kernels, at which shapes."""
+    """Settings of the benchmark."""
 
     ops: tuple[Op, ...] = ("slc2", "rope", "head_loss", "mlp", "products")
     """what to time"""
     depth: int = 20
-    """the model whose shapes are taken"""
+    """depth of the model with these shapes"""
     vocab_size: int = 65_536
-    """number of tokens"""
+    """entries of the vocabulary"""
     tokens: int = 65_536
-    """of a micro-batch"""
+    """tokens of a micro-batch"""
     seq_len: int = 2048
-    """of a sequence"""
+    """tokens of a sequence"""
 
     def __post_init__(self) -> None:
         require_at_least(self, depth=1, vocab_size=1, tokens=1, seq_len=1)
@@ -53,13 +52,15 @@ class BenchKernelsConfig:
 
 
 def passes_tests(op: Op) -> bool:
-    """Run the op's tests on the GPU."""
+    """Run the op's tests on the GPU. Raise FileNotFoundError outside of a checkout."""
+    if missing := [str(path) for path in TESTS if not path.exists()]:
+        raise FileNotFoundError(f"{missing[0]} is missing: run this from the root of the checkout")
     command = [sys.executable, "-m", "pytest", *map(str, TESTS), "-m", "gpu", "-k", op, "--tb=line"]
-    return subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode == 0
+    return subprocess.run(command, stdout=sys.stderr).returncode == 0
 
 
 def both_ways(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> dict[str, float]:
-    """Times of the forward and of the backward, in ms, at random gradients."""
+    """Return the times of forward and backward in ms, with random gradients."""
     import torch
 
     from nanochat.benchmark import seconds
@@ -80,7 +81,7 @@ def both_ways(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Ten
 
 
 def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
-    """The kernels, and the layer's own equations compiled."""
+    """Time the kernels and the layer's compiled equations."""
     import torch
     import torch.nn.functional as F
 
@@ -102,7 +103,7 @@ def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
 
 
 def time_rope(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
-    """What lies between the joint product and attention."""
+    """Time the step from the joint product to attention."""
     import torch
 
     from nanochat.gpt import NORM_EPS, apply_rotary, norm, rotary_tables
@@ -123,7 +124,7 @@ def time_rope(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
 
 
 def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
-    """Head and loss; the plain one at an eighth of the tokens, for the sake of memory."""
+    """Time head and loss; the plain one on an eighth of the tokens, to fit memory."""
     import torch
 
     from nanochat import gpt
@@ -145,7 +146,7 @@ def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dic
 
 
 def time_mlp(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
-    """The whole MLP, by kernels, by those in 8 bits and by cuBLAS with compiled relu^2."""
+    """Time the whole MLP: by kernels, by kernels in 8 bits, by cuBLAS with compiled relu^2."""
     import torch
     import torch.nn.functional as F
 
@@ -167,7 +168,7 @@ def time_mlp(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
 
 
 def time_products(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
-    """Forward, gradient of the input and gradient of the weight of each linear layer."""
+    """Measure forward, input gradient and weight gradient of each linear layer."""
     import torch
 
     from nanochat.benchmark import seconds
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = {"op": op, "depth": config.depth, "tokens": config.tokens, **result}
             print(json.dumps({**line, **describe(runtime.device)}), flush=True)
     if failed:
-        raise ValueError(f"the tests of {', '.join(failed)} fail here: no speed is printed for what is wrong")
+        raise ValueError(f"the tests of {', '.join(failed)} fail here: a wrong kernel has no speed")
     return 0
 
 

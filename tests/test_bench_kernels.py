@@ -7,7 +7,7 @@ from scripts import bench_kernels
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Run without a GPU; returns the ops that were timed."""
+    """Run without a GPU; return the ops that were timed."""
     monkeypatch.setattr(bench_kernels, "setup_runtime", lambda device_type: Runtime.cpu())
     ops = []
     for op in ("slc2", "rope", "head_loss", "mlp", "products"):
@@ -27,7 +27,7 @@ def test_no_speed_for_an_op_whose_tests_fail(timed, monkeypatch, capsys):
 
 
 def test_the_tests_are_run(tmp_path, monkeypatch):
-    """By pytest, those with the op in their name; a failure and an absence both count as failing."""
+    """By pytest, those with the op in their name; an op without tests counts as failing."""
     path = tmp_path / "tests" / "test_ops.py"
     path.parent.mkdir()
     path.write_text(
@@ -35,12 +35,18 @@ def test_the_tests_are_run(tmp_path, monkeypatch):
         "def test_slc2(): pass\ndef test_mlp(): assert False\n"
     )  # fmt: skip
     monkeypatch.setattr(bench_kernels, "TESTS", [path])
-    monkeypatch.setattr(bench_kernels, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # these need none
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     assert bench_kernels.passes_tests("slc2")
     assert not bench_kernels.passes_tests("mlp")
     assert not bench_kernels.passes_tests("head_loss")
+
+
+def test_outside_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="root of the checkout"):
+        bench_kernels.passes_tests("slc2")
 
 
 def test_each_op_has_tests():
