@@ -1,12 +1,12 @@
-"""HybridCache: all that a batch of sequences must remember between two forwards.
+"""HybridCache: the decode state of a batch of sequences between two forwards.
 
-An attention layer remembers keys and values, which grow with the sequence; an SLC2 layer remembers the
-last K-1 inputs of its convolution, which do not. At d20 in bfloat16 that is 7 * 2 * 1280 * 2 = 35,840 bytes
-a token plus 66,560 bytes a sequence, where 20 attention layers would keep 102,400 bytes a token.
+An attention layer stores keys and values, which grow with the sequence; an SLC2 layer stores the last K-1
+inputs of its convolution, which do not. At d20 in bfloat16 this is 7 * 2 * 1280 * 2 = 35,840 bytes per token
+plus 66,560 bytes per sequence; 20 attention layers would store 102,400 bytes per token.
 
 The cache belongs to the batch, never to the model: modules hold parameters only, so two conversations cannot
 mix. `pos` counts the tokens that each row has seen; GPT.forward advances it once, after the last layer. Rows
-may be of different lengths: what lies beyond a short one is masked until its tokens overwrite it.
+may have different lengths: positions beyond a short row are masked until its tokens overwrite them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from nanochat.config import GPTConfig
 
 @dataclass
 class Span:
-    """Where the T new tokens of each row come to stand, for the layers of one forward."""
+    """Positions and attention mask of the T new tokens of each row, for the layers of one forward."""
 
-    start: int | None  # the same in every row; None: see positions
+    start: int | None  # common start of all rows; None: rows differ, see positions
     positions: Tensor  # (B,T) int64
-    end: int  # no row reaches further
-    mask: Tensor | None  # (B,1,T,end) bool, what each new token may attend to; None: see is_causal
-    is_causal: bool  # the new tokens are all there is
+    end: int  # end of the longest row
+    mask: Tensor | None  # (B,1,T,end) bool, True where a new token may attend; None: see is_causal
+    is_causal: bool  # the cache was empty: plain causal attention among the new tokens
 
 
 @dataclass
@@ -39,7 +39,7 @@ class KVState:
     v: Tensor
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H_kv, T, D) and return all that may be valid now, (B, H_kv, span.end, D)."""
+        """Store k, v (B, H_kv, T, D); return views of all keys and values, (B, H_kv, span.end, D) each."""
         for stored, new in ((self.k, k), (self.v, v)):
             if span.start is not None:
                 stored[:, :, span.start : span.end] = new
@@ -75,7 +75,7 @@ class HybridCache:
         self.max_len = max_len
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.lengths = [0] * batch_size  # pos as the host knows it
-        # zeros: what a short row has not written is read when a longer row is, and masked, but 0 * NaN is NaN
+        # zeros, because unwritten positions of short rows are read and masked, and 0 * NaN would be NaN
         self.layers: list[KVState | ConvState] = [
             KVState(*(torch.zeros(kv_shape, device=device, dtype=dtype) for _ in "kv"))
             if kind == "attention"
@@ -89,7 +89,7 @@ class HybridCache:
         return len(self.lengths)
 
     def span(self, B: int, T: int) -> Span:
-        """Return the places of T more tokens of each of B rows; ValueError if they do not fit."""
+        """Return the span of T more tokens of each of B rows; raise ValueError if they do not fit."""
         if self.batch_size != B:
             raise ValueError(f"{B} rows do not fit a cache of {self.batch_size} rows")
         longest = max(self.lengths)
@@ -111,26 +111,26 @@ class HybridCache:
         )
 
     def advance(self, span: Span) -> None:
-        """Count the tokens of a forward over a span as seen."""
+        """Advance every row by the tokens of a span, after a forward."""
         T = span.positions.size(1)
         self.pos += T
         self.lengths = [seen + T for seen in self.lengths]
 
     def reset(self) -> None:
-        """Forget everything: the next forward starts new sequences."""
-        self.pos.zero_()  # keys and values beyond pos are masked or never read
+        """Clear the state: the next forward starts new sequences."""
+        self.pos.zero_()  # keys and values beyond pos are masked or not read
         self.lengths = [0] * self.batch_size
         for layer in self.layers:
             if isinstance(layer, ConvState):
                 layer.window.zero_()
 
     def select(self, rows: Sequence[int]) -> HybridCache:
-        """Copy some rows into a new cache, in this order; a row may come several times."""
+        """Return a new cache with copies of the given rows, in this order; a row may be repeated."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.pos.device)
         return self._of_rows(index, [self.lengths[row] for row in rows])
 
     def first(self, n: int) -> HybridCache:
-        """Return a view of the first n rows: what is written there is written here, but for `lengths`."""
+        """Return a view of the first n rows, which shares all state except `lengths`."""
         return self._of_rows(slice(n), self.lengths[:n])
 
     def _of_rows(self, index: Tensor | slice, lengths: list[int]) -> HybridCache:
@@ -142,7 +142,7 @@ class HybridCache:
         return chosen
 
     def copy_row(self, row: int, source: HybridCache, source_row: int) -> None:
-        """Let a row continue what another row, of this cache or another, has seen."""
+        """Copy the state of a row, of this cache or another, into a row of this one."""
         length = source.lengths[source_row]
         if length > self.max_len:
             raise ValueError(f"a row of {length} tokens does not fit a cache of {self.max_len} tokens a row")
@@ -156,7 +156,7 @@ class HybridCache:
                 ours.v[row, :, :length] = theirs.v[source_row, :, :length]
 
     def fork(self, n: int) -> HybridCache:
-        """Turn the cache of one sequence into a cache of n copies of it (prefill once, sample n times)."""
+        """Return a cache of n copies of this cache's only sequence (prefill once, sample n times)."""
         if self.batch_size != 1:
             raise ValueError(f"fork needs a cache of one sequence, this one holds {self.batch_size}")
         return self.select([0] * n)

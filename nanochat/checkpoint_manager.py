@@ -1,18 +1,19 @@
-"""Checkpoints: written whole or not at all, found again, loaded with their architecture and their tokenizer.
+"""Checkpoints: atomic saving, finding, and loading with their architecture and tokenizer.
 
-A checkpoint of step 700 is three files in <stage>_checkpoints/<model tag>/:
+A checkpoint of step 700 consists of three files in <stage>_checkpoints/<model tag>/:
 
     model_000700.pt          state dict under the published keys
-    optim_000700_rank0.pt    optimizer state, of each rank its share
+    optim_000700_rank0.pt    optimizer state, one file per rank with its share
     meta_000700.json         architecture, settings, loop and loader state
 
-Each is written atomically and the meta file last: it is what makes a checkpoint exist. Tensors are read with
-torch's weights_only loader, which runs no code from the file. Several ranks save and load together, each its
-own share; what fails on one of them fails on all.
+Each file is written atomically, and the meta file last: a checkpoint exists once its meta file does. Tensors
+are read with torch's weights_only loader, which executes no code from the file. Several ranks save and load
+together, each its own share; an error on one of them is raised on all.
 
-Beside them, in tokenizer/, is the tokenizer that the run learned with. So another may be trained, or come
-with a model from elsewhere, and this one still speaks: the size of a vocabulary does not tell two apart.
-Folders without one are older than that; theirs is the tokenizer of the base directory.
+The subdirectory tokenizer/ holds the tokenizer that the run was trained with. So a checkpoint stays usable
+when another tokenizer is trained, or downloaded with another model; the vocabulary size alone cannot
+distinguish two tokenizers. Checkpoint directories from before this rule have none, and use the tokenizer of
+the base directory.
 """
 
 import json
@@ -33,24 +34,24 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 logger = logging.getLogger(__name__)
 STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
-UNSET = (None, -1)  # a step that is left open, by a caller or on a command line
+UNSET = (None, -1)  # values of a step that is not given, by a caller or on a command line
 
 
 class DamagedError(ValueError):
-    """A file of a checkpoint is there but not whole."""
+    """A file of a checkpoint exists but is damaged or incomplete."""
 
 
 def checkpoint_dir(stage: str, model_tag: str) -> Path:
-    """Return base_dir()/<stage>_checkpoints/<model_tag>; with tag "" the folder of all of the stage."""
+    """Return base_dir()/<stage>_checkpoints/<model_tag>; an empty tag gives the directory of the stage."""
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
     if model_tag == ".." or Path(model_tag).name != model_tag:
-        raise ValueError(f"model_tag={model_tag!r} must be the name of a folder, with no path before it")
+        raise ValueError(f"model_tag={model_tag!r} must be the name of a directory, without a path")
     return base_dir() / f"{STAGES[stage]}_checkpoints" / model_tag
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in directory, in order."""
+    """Return the steps of the complete checkpoints in directory, in ascending order."""
     metas = (re.fullmatch(r"meta_(\d+)\.json", path.name) for path in directory.glob("meta_*.json"))
     steps = sorted(int(match[1]) for match in metas if match)
     return [step for step in steps if model_path(directory, step).exists()]
@@ -66,7 +67,7 @@ def _optim_path(directory: Path, step: int, rank: int) -> Path:
 
 
 def meta_path(directory: Path, step: int) -> Path:
-    """Return the path of a checkpoint's architecture, settings and state of the loop."""
+    """Return the path of a checkpoint's meta file: architecture, settings, loop and loader state."""
     return directory / f"meta_{step:06d}.json"
 
 
@@ -79,43 +80,43 @@ def save_checkpoint(
     keep_last: int = 0,
     runtime: Runtime | None = None,
 ) -> None:
-    """Write a checkpoint, then drop all but the keep_last newest ones (0: keep all).
+    """Write a checkpoint, then delete all but the keep_last newest ones (0: keep all).
 
-    Every rank of a run calls this, with its share of the optimizer state. Raises OSError on all of them, with
-    everything older untouched, when it cannot be written whole.
+    Every rank of a run must call this, with its share of the optimizer state. If the checkpoint cannot be
+    written completely, raise OSError on all ranks; older checkpoints stay intact.
     """
     runtime = runtime or Runtime.cpu()
     with runtime.together():
         directory.mkdir(parents=True, exist_ok=True)
-        if runtime.is_main:  # one of this step that is there, damaged say, stops to count before it changes
+        if runtime.is_main:  # an existing checkpoint of this step must not count as complete while it changes
             meta_path(directory, step).unlink(missing_ok=True)
     with runtime.together():
         if optimizer_state is not None:
             _save_tensors(_optim_path(directory, step, runtime.rank), optimizer_state)
     with runtime.together():
         if runtime.is_main:
-            # copied: the optimizer keeps weights of one shape in one storage, which would be saved whole
+            # copied: weights are views into the optimizer's stacks, and torch.save would write whole stacks
             weights = {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
             _save_tensors(model_path(directory, step), weights)
-            described = {"format_version": 1, "step": step, "model_config": asdict(model.config)}
+            header = {"format_version": 1, "step": step, "model_config": asdict(model.config)}
             n_shards = 0 if optimizer_state is None else runtime.world_size
-            write_json(meta_path(directory, step), {**described, "optimizer_shards": n_shards, **meta})
+            write_json(meta_path(directory, step), {**header, "optimizer_shards": n_shards, **meta})
             older = [other for other in complete_steps(directory) if other < step]
             for old in older[: max(0, len(older) + 1 - keep_last)] if keep_last else []:
                 delete_checkpoint(directory, old)
 
 
 def delete_checkpoint(directory: Path, step: int) -> None:
-    """Delete a checkpoint; its meta file first, so that what a crash leaves does not count as one."""
+    """Delete a checkpoint, its meta file first, so that the remains after a crash do not count as one."""
     optim_paths = directory.glob(_optim_path(directory, step, 0).name.replace("rank0", "rank*"))
     for path in (meta_path(directory, step), model_path(directory, step), *optim_paths):
         path.unlink(missing_ok=True)
 
 
 def remove_partial_files(directory: Path) -> None:
-    """Delete what a save that was cut off has left; no process may be saving there now.
+    """Delete the files of interrupted saves; no process may be saving to the directory at the same time.
 
-    Weights without a meta file are left alone: somebody may have put them there.
+    Weights without a meta file are kept: a user may have copied them there.
     """
     for path in [*directory.glob(".*.partial"), *directory.glob("optim_*.pt")]:
         step = re.fullmatch(r"optim_(\d+)_rank\d+\.pt", path.name)
@@ -127,29 +128,29 @@ def _save_tensors(path: Path, value: Any) -> None:
     try:
         with atomic_write(path) as file:
             torch.save(value, file)
-    except RuntimeError as error:  # torch's word for a full disk
+    except RuntimeError as error:  # torch raises this for a full disk
         raise OSError(
             f"cannot write {path}: {error}; free some space, older checkpoints are intact"
         ) from error
 
 
 def load_tensors(path: Path, device: torch.device | str, mmap: bool = False) -> Any:
-    """Read what torch.save wrote; FileNotFoundError or DamagedError if it is not there or not whole.
+    """Read a file that torch.save wrote; with mmap, tensors are read from disk on use.
 
-    mmap leaves the bytes in the file until they are used: for one who needs a part.
+    Raise FileNotFoundError if the file is missing, DamagedError if it is damaged or incomplete.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+    except Exception as error:  # torch raises many types of errors for a damaged file
         raise DamagedError(
             f"{path} is damaged or no checkpoint ({error}); delete it or copy it again"
         ) from error
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
-    """Read a checkpoint's meta file."""
+    """Read a checkpoint's meta file; raise FileNotFoundError or DamagedError."""
     path = meta_path(directory, step)
     try:
         return json.loads(path.read_text())
@@ -161,9 +162,9 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
 
 
 def load_optimizer_shards(directory: Path, step: int) -> list[dict]:
-    """Read the optimizer state that was saved beside a checkpoint: of each rank that there was its share.
+    """Read the optimizer state of a checkpoint: the share of every rank that saved it, in order of rank.
 
-    Raises FileNotFoundError where none is there, DamagedError where a part of it is missing.
+    Raise FileNotFoundError if there is none, DamagedError if a part of it is missing.
     """
     n_shards = read_meta(directory, step).get("optimizer_shards", 1)
     paths = [_optim_path(directory, step, rank) for rank in range(n_shards)]
@@ -171,14 +172,15 @@ def load_optimizer_shards(directory: Path, step: int) -> list[dict]:
     if len(missing) == n_shards:
         raise FileNotFoundError(f"the checkpoint of step {step} in {directory} has no optimizer state")
     if missing:
-        raise DamagedError(f"{missing[0]} is missing, and with it a part of the optimizer's state")
+        raise DamagedError(f"{missing[0]} is missing: the optimizer state is incomplete without it")
     return [load_tensors(path, "cpu", mmap=True) for path in paths]
 
 
 def check_bytes(directory: Path, step: int, runtime: Runtime) -> None:
-    """Compare tensors with the checksums that they were saved with; DamagedError if a bit has changed.
+    """Verify the checksums that torch.save stored with the tensors; raise DamagedError on a mismatch.
 
-    Loading notices only what is missing. The files are shared out over the ranks, so that all must call this.
+    Loading alone detects missing bytes but no changed ones. Each rank checks a part of the files, so all
+    ranks must call this.
     """
     n_shards = read_meta(directory, step).get("optimizer_shards", 1)
     paths = [model_path(directory, step), *(_optim_path(directory, step, rank) for rank in range(n_shards))]
@@ -193,7 +195,7 @@ def check_bytes(directory: Path, step: int, runtime: Runtime) -> None:
 
 
 def model_config(meta: dict[str, Any]) -> GPTConfig:
-    """Read the architecture; keys that old checkpoints lack (n_kernel, slc_rate) take their defaults."""
+    """Return the architecture of a meta file; keys missing in old ones (n_kernel, slc_rate) have defaults."""
     try:
         return GPTConfig(**meta["model_config"])
     except (KeyError, TypeError) as error:
@@ -203,11 +205,11 @@ def model_config(meta: dict[str, Any]) -> GPTConfig:
 
 
 def load_weights(model: GPT, state: dict[str, Tensor], keep_dtypes: bool = False) -> None:
-    """Load a state dict, published ones included: an `_orig_mod.` prefix is stripped, bf16 becomes float32.
+    """Load a state dict, also a published one: strip an `_orig_mod.` prefix, convert bfloat16 to float32.
 
-    With keep_dtypes the model, which may be on the meta device, takes the tensors as they are.
-    Raises ValueError when keys or shapes do not fit; warns when the convolutions are dead, as they are in
-    weights trained before the convolution was ever initialised.
+    With keep_dtypes the tensors are assigned unconverted; the model may then be on the meta device. Raise
+    ValueError if keys or shapes do not match. Warn if all convolution weights are zero, as in published
+    weights, which were trained without initialising the convolution.
     """
     state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
     try:
@@ -220,12 +222,12 @@ def load_weights(model: GPT, state: dict[str, Tensor], keep_dtypes: bool = False
 
 
 def tokenizer_dir(directory: Path) -> Path:
-    """Return where a checkpoint folder keeps its tokenizer."""
+    """Return the tokenizer's subdirectory of a checkpoint directory."""
     return directory / "tokenizer"
 
 
 def load_tokenizer(directory: Path) -> RustBPETokenizer:
-    """Load the tokenizer of a checkpoint folder."""
+    """Load the tokenizer of a checkpoint directory, or if it has none that of the base directory."""
     own = tokenizer_dir(directory)
     return get_tokenizer(own if own.exists() else None)
 
@@ -233,9 +235,10 @@ def load_tokenizer(directory: Path) -> RustBPETokenizer:
 def load_model(
     source: str, device: torch.device, phase: str, model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """Load the model of a stage ("base", "mid", "sft", "rl") for phase "train" or "eval", with its tokenizer.
+    """Return model, tokenizer and meta data of a stage ("base", "mid", "sft", "rl").
 
-    model_tag defaults to the deepest dN there is, step (None or -1) to the newest complete checkpoint.
+    phase is "train" or "eval". model_tag defaults to the deepest dN of the stage, step (None or -1) to the
+    newest complete checkpoint.
     """
     if phase not in ("train", "eval"):
         raise ValueError(f'phase {phase!r} is not "train" or "eval"')
@@ -259,7 +262,7 @@ def load_for(
 
 
 def check_vocabulary(config: GPTConfig, tokenizer: RustBPETokenizer) -> None:
-    """Raise ValueError unless model and tokenizer count the same tokens."""
+    """Raise ValueError unless model and tokenizer have vocabularies of the same size."""
     if config.vocab_size != tokenizer.get_vocab_size():
         raise ValueError(
             f"the model has a vocabulary of {config.vocab_size}, the tokenizer one of "
@@ -268,7 +271,7 @@ def check_vocabulary(config: GPTConfig, tokenizer: RustBPETokenizer) -> None:
 
 
 def newest_step(directory: Path) -> int:
-    """Return the newest complete checkpoint's step; FileNotFoundError if there is none."""
+    """Return the step of the newest complete checkpoint; raise FileNotFoundError if there is none."""
     steps = complete_steps(directory)
     if not steps:
         raise FileNotFoundError(
@@ -278,12 +281,12 @@ def newest_step(directory: Path) -> int:
 
 
 def resolve_step(directory: Path, step: int | None) -> int:
-    """Return step, or if it is None or -1 the newest in directory; FileNotFoundError if there is none."""
+    """Return step, or if it is None or -1 the newest one; raise FileNotFoundError if there is none."""
     return newest_step(directory) if step in UNSET else step
 
 
 def resolve_tag(stage: str, model_tag: str | None) -> str:
-    """Return model_tag, or if that is empty the deepest dN that the stage has; FileNotFoundError if none."""
+    """Return model_tag, or if it is empty the stage's deepest dN; FileNotFoundError if there is none."""
     if model_tag:
         return model_tag
     stage_dir = checkpoint_dir(stage, "")

@@ -7,7 +7,7 @@ HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the model; the names are those of the published meta_*.json files."""
+    """Shape of the model: widths, counts and the plan of its layers."""
 
     sequence_len: int = 1024
     vocab_size: int = 50304
@@ -16,7 +16,7 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     n_kernel: int = 3  # taps of the convolution in SLC2 layers
-    slc_rate: int = 3  # layer i is attention if i % slc_rate == 1 or it is the last; 0: all are
+    slc_rate: int = 3  # layer i is attention if i % slc_rate == 1 or i is last, else SLC2; 0: all attention
 
     def __post_init__(self):
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel"):
@@ -31,14 +31,14 @@ class GPTConfig:
 
     @classmethod
     def from_depth(cls, depth: int, **changes: int) -> "GPTConfig":
-        """The one dial: width 64 * depth, rounded up to whole heads of 128."""
+        """Return the shape of a depth: width 64 * depth, rounded up to whole heads of 128."""
         n_head = -(-64 * depth // HEAD_DIM)
         shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * HEAD_DIM}
         return cls(**{"sequence_len": 2048, **shape, **changes})
 
     @property
     def head_dim(self) -> int:
-        """Size of one head, of queries and of SLC2's shared A alike."""
+        """Size of one head, both of attention queries and of SLC2's shared A."""
         return self.n_embd // self.n_head
 
     @property

@@ -1,4 +1,4 @@
-"""What the machine is: for MFU, and for the records that results are kept with."""
+"""Properties of the hardware: peak performance for MFU, a description for results, limits of kernels."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# bytes that a tile of a product takes; Hopper and data-centre Blackwell have 227 KB
+# bytes of shared memory per block for the kernels' large tiles; Hopper and data-centre Blackwell have 227 KB
 SHARED_MEMORY = 226 * 1024
 
-# dense bf16 peak in FLOP/s by a part of the card's name, the first that fits (vendors' data sheets)
+# dense bf16 peak in FLOP/s by part of the GPU's name; the first match counts (vendors' data sheets)
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -38,12 +38,12 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of a card in FLOP/s; None, with a warning, if it is not known."""
+    """Return the dense bf16 peak of a GPU in FLOP/s, None on a CPU; warn and return None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    if "Laptop" in name:  # a smaller card of the same name
+    if "Laptop" in name:  # a smaller GPU with the same name
         peak = None
     if peak is None:
         logger.warning(f"warning: no bf16 peak known for {name!r}, so no MFU is shown")
@@ -62,7 +62,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 
 def has_large_tiles(device: torch.device) -> bool:
-    """Whether kernels of large matrix products run: on a card with memory for their tiles, or interpreted."""
+    """Return True if kernels with large tiles can run: enough shared memory, or the CPU interpreter."""
     if device.type != "cuda":
         return True
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED_MEMORY
@@ -70,5 +70,5 @@ def has_large_tiles(device: torch.device) -> bool:
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """Return a function compiled for fixed shapes, the same one whenever it is asked for."""
+    """Return the function compiled for fixed shapes, the same object in every call."""
     return torch.compile(function, dynamic=False)

@@ -1,8 +1,8 @@
-"""The two programs of the article that the project was created from, as they stand, on checkpoints of ours.
+"""The two programs of the article that the project was created from, unchanged, on our checkpoints.
 
-The hub is one on 127.0.0.1. A folder of the name that the first program would clone into holds this package.
-The second has its author's home directory in it, which becomes the base directory, as the article tells its
-readers to do.
+The hub is a server on 127.0.0.1. The directory that the first program would clone into already exists and
+holds this package. In the second program the base directory replaces the author's home directory, as the
+article instructs its readers.
 """
 
 import os
@@ -157,7 +157,7 @@ def tokenizer():
 
 @pytest.fixture
 def checkpoint(base_dir, tokenizer):
-    """The folder of a run called d20, with its tokenizer and a report beside it."""
+    """The directory of a run named d20; the base directory also has its tokenizer and a report."""
     tokenizer.save(base_dir / "tokenizer")
     (base_dir / "report").mkdir()
     (base_dir / "report" / "report.md").write_text("# report")
@@ -167,15 +167,15 @@ def checkpoint(base_dir, tokenizer):
     return directory
 
 
-def run_program(text, folder, said=""):
-    """Run a program in a folder; return what it prints."""
+def run_program(text, folder, typed=""):
+    """Run a program in a directory with `typed` as its standard input; return its output."""
     (folder / "program.py").write_text(text, encoding="utf-8")
     settings = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [sys.executable, "program.py"],
         cwd=folder,
         env={**os.environ, **settings},
-        input=said,
+        input=typed,
         capture_output=True,
         encoding="utf-8",
     )
@@ -184,8 +184,8 @@ def run_program(text, folder, said=""):
 
 
 @pytest.mark.parametrize("is_published", [False, True], ids=["ours", "published"])
-def test_the_program_to_talk(model_hub, checkpoint, tokenizer, tmp_path, is_published):
-    """Ours as it is saved, and one with the prefixes that torch.compile left and a bfloat16 embedding."""
+def test_the_chat_program(model_hub, checkpoint, tokenizer, tmp_path, is_published):
+    """Our format, and the published one: prefixes from torch.compile and a bfloat16 embedding."""
     state = torch.load(checkpoint / "model_000700.pt")
     if is_published:
         state = {f"_orig_mod.{key}": value for key, value in state.items()}
@@ -209,8 +209,8 @@ def test_the_program_to_talk(model_hub, checkpoint, tokenizer, tmp_path, is_publ
     )
 
 
-def test_the_program_to_upload(model_hub, checkpoint, tokenizer, base_dir, tmp_path):
-    """What it leaves on the hub comes back by scripts.hub with the same weights."""
+def test_the_upload_program(model_hub, checkpoint, tokenizer, base_dir, tmp_path):
+    """scripts.hub pulls the uploaded files, with the same weights and tokenizer."""
     model_hub.repo, model_hub.token = REPO, "your token"
     run_program(UPLOAD.replace("/home/ubuntu/.cache/nanochat", str(base_dir)), tmp_path)
     assert sorted(model_hub.files) == [
@@ -221,8 +221,8 @@ def test_the_program_to_upload(model_hub, checkpoint, tokenizer, base_dir, tmp_p
         "tokenizer/tokenizer.pkl",
         "tokenizer/tokenizer_nanochat.json",
     ]
-    assert hub.main(["pull", REPO, "--tag=back"]) == 0
-    there, back = (load_model("sft", torch.device("cpu"), "eval", tag) for tag in ("d20", "back"))
-    for a, b in zip(there[0].parameters(), back[0].parameters(), strict=True):
+    assert hub.main(["pull", REPO, "--tag=pulled"]) == 0
+    uploaded, pulled = (load_model("sft", torch.device("cpu"), "eval", tag) for tag in ("d20", "pulled"))
+    for a, b in zip(uploaded[0].parameters(), pulled[0].parameters(), strict=True):
         assert torch.equal(a, b)
-    assert back[1].is_same_as(tokenizer)
+    assert pulled[1].is_same_as(tokenizer)

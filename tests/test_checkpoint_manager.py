@@ -14,7 +14,7 @@ from tests.helpers.models import random_model, small_config
 ROOT = Path(__file__).parent.parent
 
 
-def test_save_and_read_back(tmp_path):
+def test_save_and_load(tmp_path):
     model = random_model(small_config(n_kernel=4, slc_rate=2))
     cm.save_checkpoint(tmp_path, 7, model, {"state": torch.ones(2)}, {"extra": [1, 2]})
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -24,7 +24,7 @@ def test_save_and_read_back(tmp_path):
     ]
     meta = cm.read_meta(tmp_path, 7)
     assert (meta["step"], meta["format_version"], meta["extra"]) == (7, 1, [1, 2])
-    assert cm.model_config(meta) == model.config  # n_kernel and slc_rate too
+    assert cm.model_config(meta) == model.config  # including n_kernel and slc_rate
     other = GPT(cm.model_config(meta))
     cm.load_weights(other, cm.load_tensors(cm.model_path(tmp_path, 7), "cpu"))
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -52,12 +52,12 @@ def test_keep_last(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6
     cm.save_checkpoint(tmp_path, 4, model, {}, {}, keep_last=5)
     assert cm.complete_steps(tmp_path) == [2, 3, 4]
-    cm.save_checkpoint(tmp_path, 3, model, {}, {}, keep_last=1)  # 4 is damaged, say, and 3 was gone on from
+    cm.save_checkpoint(tmp_path, 3, model, {}, {}, keep_last=1)  # as if 4 were damaged and 3 resumed
     assert cm.complete_steps(tmp_path) == [3, 4]
 
 
-def test_full_disk_leaves_the_older_checkpoint_good(tmp_path):
-    """The process may write files of 64 KiB at most: the second model does not fit, the first stays whole."""
+def test_full_disk_keeps_the_older_checkpoint_intact(tmp_path):
+    """With files limited to 64 KiB the second model cannot be written; the first stays intact."""
     code = f"""
 import resource
 from nanochat import checkpoint_manager as cm
@@ -91,7 +91,7 @@ def test_truncated_checkpoint(tmp_path, keep):
         cm.load_tensors(path, "cpu")
 
 
-def test_checkpoint_with_code_in_it_is_refused(tmp_path):
+def test_checkpoint_with_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "pwned",))
@@ -102,8 +102,8 @@ def test_checkpoint_with_code_in_it_is_refused(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_weights_laid_out_like_the_published_ones(caplog):
-    """_orig_mod. prefixes, a bf16 embedding, no n_kernel and slc_rate in the config: all load strictly."""
+def test_weights_in_the_published_format(caplog):
+    """_orig_mod. prefixes, a bfloat16 embedding, a config without n_kernel and slc_rate: all keys load."""
     model = random_model(small_config())
     published = {f"_orig_mod.{key}": value for key, value in model.state_dict().items()}
     published["_orig_mod.transformer.wte.weight"] = published["_orig_mod.transformer.wte.weight"].bfloat16()
@@ -116,7 +116,7 @@ def test_weights_laid_out_like_the_published_ones(caplog):
     torch.testing.assert_close(other.lm_head.weight, model.lm_head.weight)
 
 
-def test_dead_convolutions_are_told(caplog):
+def test_zero_convolutions_are_reported(caplog):
     model = random_model(small_config())
     state = {k: torch.zeros_like(v) if "conv1d" in k else v for k, v in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit():
         cm.model_config({"model_config": {"n_layers": 3}})
 
 
-def test_missing_things_are_named(tmp_path, base_dir):
+def test_missing_files_are_named(tmp_path, base_dir):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         cm.newest_step(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):
@@ -165,7 +165,7 @@ def test_a_step_left_open_is_the_newest(tmp_path):
     assert [cm.resolve_step(tmp_path, step) for step in (None, -1, 2, 7)] == [10, 10, 2, 7]
 
 
-def test_a_name_goes_before_the_deepest_model(base_dir):
+def test_a_given_tag_takes_precedence_over_the_deepest_model(base_dir):
     with pytest.raises(FileNotFoundError, match=r"no model dN in .*mid_checkpoints"):
         cm.resolve_tag("mid", None)
     for stage, name in (("base", "d40"), ("mid", "d4"), ("mid", "d12"), ("mid", "mine")):
@@ -175,7 +175,7 @@ def test_a_name_goes_before_the_deepest_model(base_dir):
 
 
 @pytest.mark.parametrize("model_tag", ["../d4", "/tmp/d4", "a/b", ".."])
-def test_a_model_tag_is_no_path(model_tag):
+def test_a_model_tag_must_not_be_a_path(model_tag):
     """Checkpoints were written, and with --overwrite deleted, outside the base directory."""
     with pytest.raises(ValueError, match="model_tag="):
         cm.checkpoint_dir("base", model_tag)

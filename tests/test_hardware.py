@@ -1,4 +1,4 @@
-"""Peaks by the names that cards give themselves."""
+"""Peak performance by the names that GPUs report."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from nanochat.hardware import PEAK_FLOPS, peak_flops
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
-        ("NVIDIA L40", 181e12),  # was taken for an L4
+        ("NVIDIA L40", 181e12),  # was mistaken for an L4
         ("NVIDIA L4", 121e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 4080 SUPER", 104e12),
         ("NVIDIA GeForce RTX 4070", 58e12),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),  # is a smaller card
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),  # a smaller GPU
         ("Tesla V100-SXM2-16GB", None),
     ],
 )
@@ -28,6 +28,6 @@ def test_peaks(name, peak, monkeypatch):
 
 
 def test_no_name_hides_a_longer_one():
-    """The first that fits counts."""
+    """The first match counts, so a name must not come before a longer one that contains it."""
     names = list(PEAK_FLOPS)
     assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b]

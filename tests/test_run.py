@@ -165,7 +165,7 @@ def test_optimizer_state_of_another_model(tmp_path):
     a_run(tmp_path, [1])
     model = random_model(small_config())
     other = build_optimizer(random_model(small_config(n_embd=32)), LearningRates())
-    with pytest.raises(ValueError, match=r"optimizer state is of 50 x .24,., the model has 50 x .32,."):
+    with pytest.raises(ValueError, match=r"optimizer state has 50 x .24,., the model needs 50 x .32,."):
         resume(tmp_path, model, other)
 
 

@@ -1,4 +1,4 @@
-"""dev/setup.sh, with a uv that only notes what it is told."""
+"""dev/setup.sh, with a fake uv that records its commands."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ TOOLS = ("bash", "env", "dirname", "cat", "rm", "mkdir", "ln")
 
 @pytest.fixture
 def setup(tmp_path):
-    """The script where there are the programs of TOOLS and some more; returns what uv was told."""
+    """Return a function that runs the script with TOOLS and given programs, and returns the calls of uv."""
     for name in ("requirements.lock", "tests/requirements.lock", "pyproject.toml", "rustbpe/Cargo.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -46,14 +46,14 @@ SHA256SUM = ("sha256sum", "#!/bin/sh\ncat > $HOME/summed; echo one\n")
 SHASUM = ("shasum", '#!/bin/sh\n[ "$*" = "-a 256" ] && cat > $HOME/summed && echo other\n')
 
 
-@pytest.mark.parametrize("sum_of_inputs", [SHA256SUM, SHASUM])  # older macOS has the second alone
-def test_is_done_in_a_blink_the_second_time(setup, sum_of_inputs):
-    assert setup(sum_of_inputs) == ["venv", "pip", "pip", "pip"]
-    assert setup(sum_of_inputs) == []
+@pytest.mark.parametrize("checksum", [SHA256SUM, SHASUM])  # older macOS has only the second
+def test_second_run_does_nothing(setup, checksum):
+    assert setup(checksum) == ["venv", "pip", "pip", "pip"]
+    assert setup(checksum) == []
 
 
-def test_a_python_that_is_gone_is_missed(setup, tmp_path):
-    """An update of the system's Python left a link to nothing, and setup said that all was well."""
+def test_a_dangling_python_is_detected(setup, tmp_path):
+    """An update of the system's Python left a dangling link, and setup reported success."""
     assert setup(SHA256SUM) != []
     python = tmp_path / ".venv" / "bin" / "python"
     python.unlink()
