@@ -19,13 +19,10 @@ holds where it came from, in origin.json, so that another address is not taken f
 
 import csv
 import hashlib
-import http.client
 import json
 import logging
 import lzma
 import shutil
-import tempfile
-import urllib.request
 import zipfile
 import zlib
 from collections import defaultdict
@@ -33,13 +30,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import yaml
 
 from nanochat.common import Runtime, base_dir, locked, write_json
+from nanochat.data.download import download
 
 logger = logging.getLogger(__name__)
-TIMEOUT_S = 30
 N_CORE_TASKS = 22  # of the published metric
 ORIGIN = "origin.json"  # in a bundle that was downloaded: its address and the SHA-256 of the zip
 
@@ -227,12 +226,14 @@ def download_bundle(url: str, sha256: str, folder: Path) -> None:
             "or the address of a zip with --bundle-url"
         )
     logger.info("downloading the CORE bundle from %s", url)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workplace:
-        archive, unpacked = Path(workplace) / "bundle.zip", Path(workplace) / "unpacked"
-        _fetch(url, archive)
+    workplace = folder.with_name(f".{folder.name}.download")  # of this name, so that a download can resume
+    archive, unpacked = workplace / "bundle.zip", workplace / "unpacked"
+    _fetch(url, archive)
+    try:
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if sha256 and digest != sha256.lower():
             raise ValueError(f"{url} has the SHA-256 {digest}, not {sha256}")
+        shutil.rmtree(unpacked, ignore_errors=True)  # left by a kill
         _unpack(archive, unpacked, url)
         core_yaml = next(unpacked.rglob("core.yaml"), None)  # zips may have a folder around it all
         if core_yaml is None:
@@ -240,17 +241,19 @@ def download_bundle(url: str, sha256: str, folder: Path) -> None:
         load_bundle(core_yaml.parent)
         write_json(core_yaml.parent / ORIGIN, {"url": url, "sha256": digest})
         core_yaml.parent.rename(folder)
+    finally:
+        shutil.rmtree(workplace)
 
 
 def _fetch(url: str, path: Path) -> None:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, open(path, "wb") as file:
-            shutil.copyfileobj(response, file)
-            stated, n_bytes = response.headers.get("Content-Length"), file.tell()
-    except (OSError, http.client.HTTPException) as error:
+        if url.startswith("file:"):
+            path.parent.mkdir(exist_ok=True)
+            shutil.copyfile(url2pathname(urlsplit(url).path), path)
+        else:
+            download(url, path)
+    except OSError as error:
         raise OSError(f"cannot download {url}: {error}") from error
-    if stated is not None and n_bytes != int(stated):
-        raise OSError(f"cannot download {url}: {n_bytes} of {stated} bytes came")
 
 
 def _unpack(archive: Path, folder: Path, url: str) -> None:

@@ -32,7 +32,7 @@ from typing import Annotated
 import tyro
 
 from nanochat.common import base_dir, parse, run
-from nanochat.data.download import download_shard
+from nanochat.data.download import download, hub_url
 from nanochat.data.embedded import write_shards
 from nanochat.data.own_text import build_once, own_shards
 from nanochat.data.shards import SHARD_NAME, open_shard, read_row_group
@@ -132,16 +132,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     fractions = dict.fromkeys([*names, VAL_SHARD], 0.0)
     failures = []
 
-    def show(name: str, fraction: float) -> None:
-        fractions[name] = fraction
+    def show(name: str, n_bytes: int, size: int | None) -> None:
+        fractions[name] = n_bytes / (size or 1)
         bar.update(sum(fractions.values()) - bar.n)
+
+    def fetch(name: str) -> None:
+        if (directory / name).exists():
+            show(name, 1, 1)
+        else:
+            url = hub_url(REPO_ID, name, repo_type="dataset")
+            download(url, directory / name, is_hub=True, on_progress=partial(show, name))
 
     with (
         ThreadPoolExecutor(config.num_workers) as pool,
         tqdm(total=len(fractions), bar_format="{l_bar}{bar}| {n:.1f}/{total} shards, {remaining}") as bar,
     ):
         # First and alone: nothing works without the validation shard, and no network is told at once.
-        fetch = partial(download_shard, REPO_ID, directory=directory, on_progress=show)
         fetch(VAL_SHARD)
         transfers = [pool.submit(fetch, name) for name in names]
         try:

@@ -14,9 +14,7 @@ Rows stay in Arrow's columns and become dicts one at a time, so that half a mill
 from __future__ import annotations
 
 import json
-import logging
 import lzma
-import time
 from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import islice, starmap
@@ -26,17 +24,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanochat.common import base_dir, locked
-from nanochat.data.hub_files import download, hub_api, reason
+from nanochat.data.download import download, hub_api, hub_url, one_line, retry
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
-
 SHUFFLE_SEED = 42
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.xz")
 ROWS_PER_BATCH = 4096
-RETRY_AFTER_S = (2, 10)
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -151,15 +146,7 @@ def _download(repo: str, subset: str, split: str) -> Path:
     with locked(folder):  # of several ranks one downloads; the others find it done
         if not folder.exists():
             partial = folder.with_name(f".{folder.name}.partial")
-            for wait_s in (*RETRY_AFTER_S, None):
-                try:
-                    _fetch(repo, subset, split, partial)
-                    break
-                except OSError as error:
-                    if wait_s is None:
-                        raise
-                    logger.warning("%s; trying again in %g s", error, wait_s)
-                    time.sleep(wait_s)
+            _fetch(repo, subset, split, partial)
             partial.rename(folder)
     return folder
 
@@ -170,20 +157,22 @@ def _fetch(repo: str, subset: str, split: str, folder: Path) -> None:
     Files are listed and asked for one by one: snapshot_download takes a folder half filled for a whole one
     when it is offline.
     """
-    from huggingface_hub.utils import httpx
-
-    api = hub_api()
     wanted = f"{subset}/{split}-*.parquet"
+    api = hub_api()
     try:
-        entries = api.list_repo_tree(repo, subset, repo_type="dataset")
-        files = [entry for entry in entries if fnmatch(entry.path, wanted)]
-        if not files:
+        entries = retry(
+            lambda: list(api.list_repo_tree(repo, subset, repo_type="dataset")),
+            "its list of files",
+            attempts=3,
+        )
+        names = [entry.path for entry in entries if fnmatch(entry.path, wanted)]
+        if not names:
             raise FileNotFoundError("there are no such files")
-        for file in files:
-            download(api, repo, file.path, file.lfs and file.lfs.sha256, folder, repo_type="dataset")
-    except (httpx.HTTPError, OSError) as error:
+        for name in names:
+            download(hub_url(repo, name, repo_type="dataset"), folder / name, is_hub=True)
+    except OSError as error:
         raise OSError(
-            f"cannot download {wanted} of the data set {repo}: {reason(error)}. It needs the network once; "
+            f"cannot download {wanted} of the data set {repo}: {one_line(error)}. It needs the network once; "
             f"without it, copy {folder.parent} from a machine that has it, or name a file of your own as the "
             "path"
         ) from error

@@ -3,6 +3,8 @@
 import json
 import logging
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, RustBPETokenizer
 from scripts import chat_cli, hub
 from tests.helpers import chats
 from tests.helpers.echo_model import echo, echo_config, echo_model
+from tests.helpers.hub_server import kill_at
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
@@ -237,9 +240,52 @@ def test_what_does_not_fit_never_gets_a_name(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_bytes_with_another_hash_are_never_read_and_the_rest_is_kept(served, tokenizer, capsys):
-    served.faults["tokenizer/tokenizer.pkl"] = ["corrupt"]
-    with pytest.raises(OSError, match=f"cannot pull {REPO}: tokenizer.pkl does not have the SHA-256"):
+@pytest.mark.parametrize("name", ["model/model_000700.pt", "model/meta_000700.json"])
+def test_a_pull_that_breaks_at_90_percent_resumes(served, name, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    size, cut = len(served.files[name]), len(served.files[name]) * 90 // 100
+    served.faults[name] = ["truncate 90", "503", "503"]
+    assert hub.main(["pull", REPO]) == 0
+    assert served.ranges(name) == [(0, cut), (cut, cut), (cut, cut), (cut, size)]
+    assert ask(capsys, "-g", TAG) == expected(tokenizer)
+
+
+def test_a_killed_pull_resumes_in_a_new_process(served, tokenizer, capsys):
+    """All bytes were transferred again, whatever had arrived."""
+    name = "model/model_000700.pt"
+    size, cut = len(served.files[name]), len(served.files[name]) * 90 // 100
+    served.faults[name] = ["stall 90"]
+    process = subprocess.Popen([sys.executable, "-m", "scripts.hub", "pull", REPO])
+    download = checkpoint_dir("sft", f".{TAG}.pull") / "download"
+    kill_at(process, download / ".model_000700.pt.partial", cut)
+    assert not checkpoint_dir("sft", TAG).exists()
+    assert hub.main(["pull", REPO]) == 0
+    assert served.ranges(name) == [(0, cut), (cut, size)]
+    assert ask(capsys, "-g", TAG) == expected(tokenizer)
+
+
+def test_an_interrupted_pull_leaves_nothing_to_the_next_one(served, tokenizer, tmp_path, monkeypatch):
+    """The commit is another one, and so are the weights; the JSON tokenizer is missing in it."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    other = RustBPETokenizer.train_from_iterator([t.upper() for t in training_texts()], VOCAB_SIZE)
+    other.save(tmp_path / "other")
+    served.files[f"tokenizer/{JSON_FILE}"] = (tmp_path / "other" / JSON_FILE).read_bytes()
+    served.faults["tokenizer/tokenizer.pkl"] = ["truncate"] * 6
+    served.files = dict(sorted(served.files.items(), key=lambda item: item[0] == "tokenizer/tokenizer.pkl"))
+    with pytest.raises(OSError, match=r"tokenizer\.pkl"):
+        hub.main(["pull", REPO])
+    model = random_model(small_config(vocab_size=VOCAB_SIZE))
+    served.files = in_folders(published(model, tokenizer, tmp_path))
+    assert hub.main(["pull", REPO]) == 0
+    pulled, pulled_tokenizer, _ = load_model("sft", CPU, "eval", TAG)
+    assert torch.equal(pulled.lm_head.weight, model.lm_head.weight)
+    assert pulled_tokenizer.is_same_as(tokenizer)
+
+
+def test_bytes_with_another_hash_are_never_read_and_the_rest_is_kept(served, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    served.faults["tokenizer/tokenizer.pkl"] = ["corrupt"] * 6
+    with pytest.raises(OSError, match=f"cannot pull {REPO}: tokenizer.pkl: .* do not have the SHA-256"):
         hub.main(["pull", REPO])
     assert not checkpoint_dir("sft", TAG).exists()
     assert hub.main(["pull", REPO]) == 0

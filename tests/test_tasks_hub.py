@@ -185,7 +185,7 @@ def test_a_broken_transfer_is_tried_again(hub, fault):
 
 
 def test_bytes_with_another_hash_are_never_read(hub):
-    hub.faults[SHARDS[0]] = ["corrupt"] * 3
+    hub.faults[SHARDS[0]] = ["corrupt"] * 6
     with pytest.raises(OSError, match="SHA-256"):
         load()
     assert list(load()) == SHUFFLED

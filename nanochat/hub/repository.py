@@ -38,7 +38,7 @@ from nanochat.checkpoint_manager import (
     tokenizer_dir,
 )
 from nanochat.common import base_dir, write_json
-from nanochat.data.hub_files import download, hub_api, reason
+from nanochat.data.download import download, hub_api, hub_url, one_line
 from nanochat.gpt import GPT
 from nanochat.hub.model_card import model_card
 from nanochat.report import read_results
@@ -76,19 +76,16 @@ def pull(
     workplace = directory.with_name(f".{tag}.pull")
     api = hub_api()
     with _explained(f"pull {repo}"):
-        found = api.model_info(repo, revision=revision, files_metadata=True)
-        digests = {file.rfilename: file.lfs and file.lfs.sha256 for file in found.siblings}
-        home, step = _find_checkpoint(list(digests), step, folder)
+        found = api.model_info(repo, revision=revision)
+        listed = [file.rfilename for file in found.siblings]
+        home, step = _find_checkpoint(listed, step, folder)
         names = [f"{home}model_{step:06d}.pt", f"{home}meta_{step:06d}.json"]
-        names += _find_tokenizer(list(digests), home)
+        names += _find_tokenizer(listed, home)
         logger.info("pulling %s of %s", ", ".join(names), repo)
-        files = [
-            download(api, repo, name, digests[name], workplace / "download", revision=found.sha)
-            for name in names
-        ]
+        _fetch(repo, names, found.sha, workplace / "download")
     origin = {"repo": repo, "commit": found.sha, "file": names[0]}
     try:
-        _lay_out(files, step, workplace / "whole", origin)
+        _lay_out(workplace / "download", step, workplace / "whole", origin)
     except ValueError:
         shutil.rmtree(workplace)  # another attempt would bring the same
         raise
@@ -130,16 +127,27 @@ def _find_tokenizer(names: Sequence[str], home: str) -> list[str]:
     raise FileNotFoundError(f"it holds neither {PICKLE_FILE} nor {JSON_FILE}")
 
 
-def _lay_out(files: Sequence[Path], step: int, folder: Path, origin: dict[str, str]) -> None:
-    """Check what was downloaded (model, meta, tokenizer) and make a checkpoint folder of it."""
-    model, meta_file, tokenizer_file, *_ = files
-    meta = read_meta(meta_file.parent, step)
+def _fetch(repo: str, names: Sequence[str], commit: str, folder: Path) -> None:
+    """Download files into one folder, without the folders of their names."""
+    targets = {name: folder / PurePosixPath(name).name for name in names}
+    stale = [path for path in folder.glob("[!.]*") if path.is_file() and path not in targets.values()]
+    for path in stale:  # of an interrupted pull of another checkpoint
+        path.unlink()
+    for name, path in targets.items():
+        download(hub_url(repo, name, revision=commit), path, is_hub=True)
+
+
+def _lay_out(download_folder: Path, step: int, folder: Path, origin: dict[str, str]) -> None:
+    """Check the downloaded model, meta file and tokenizer and make a checkpoint folder of them."""
+    model = model_path(download_folder, step)
+    meta = read_meta(download_folder, step)
     state = load_tensors(model, "cpu")
     if not isinstance(meta, dict) or not isinstance(state, dict):
-        raise ValueError(f"{model.name} and {meta_file.name} are no checkpoint of nanochat's kind")
+        name = meta_path(download_folder, step).name
+        raise ValueError(f"{model.name} and {name} are no checkpoint of nanochat's kind")
     config = model_config(_with_layer_plan(meta, state))
     load_weights(GPT(config), state)
-    tokenizer = RustBPETokenizer.from_directory(tokenizer_file.parent)
+    tokenizer = RustBPETokenizer.from_directory(download_folder)
     check_vocabulary(config, tokenizer)
     for token in SPECIAL_TOKENS:
         tokenizer.encode_special(token)
@@ -266,6 +274,4 @@ def _explained(task: str) -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        told = reason(error)
-        told = told.replace(_token(), "***") if _token() else told
-        raise OSError(f"cannot {task}: {told}") from None  # the cause may spell the token out
+        raise OSError(f"cannot {task}: {one_line(error)}") from None  # the cause may contain the token

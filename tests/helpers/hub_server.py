@@ -1,10 +1,20 @@
-"""A stand-in for the Hugging Face hub on 127.0.0.1: one dataset repository that can misbehave.
+"""A stand-in for the Hugging Face hub on 127.0.0.1: one repository, and faults on request.
 
-As the hub does, it answers /datasets/{repo}/resolve/{revision}/{name} with the size and SHA-256 of the file
-and a redirect to another host, here `localhost`, which serves ranges of bytes. `faults[name]` lists what
-happens to the next transfers of a file: "503", "truncate" (half the bytes, then the end), "stall" (half, then
-silence), "reset" (half, then RST), "short" (half, called the whole), "corrupt" (one bit flipped).
-/api/datasets/{repo}/tree/main/{folder} lists a folder, with the files of `listed_only`, which cannot be had.
+As the hub does, it answers /datasets/{repo}/resolve/{revision}/{name} for a large file with its size, its
+SHA-256 and a redirect to another host, here `localhost`; a small file it sends itself, with the SHA-1 that
+git gives it. `localhost` is also an ordinary web server of all files, with ETags.
+
+`faults[name]` lists what happens to the next transfers of a file. A number is the percentage of the bytes
+that are sent first, 50 if it is left out:
+
+    503          an error
+    truncate N   the connection ends
+    stall N      silence
+    reset N      the connection is reset
+    short        half the bytes, declared to be the whole file
+    corrupt      one bit flipped
+
+/api/datasets/{repo}/tree/main/{folder} lists a folder, and with it `listed_only`: files that do not exist.
 """
 
 from __future__ import annotations
@@ -14,8 +24,31 @@ import json
 import re
 import socket
 import struct
+import subprocess
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+LARGE_SUFFIXES = (".parquet", ".pkl", ".png", ".pt")  # of the files that the hub keeps outside git
+
+
+def is_large(name: str) -> bool:
+    return name.endswith(LARGE_SUFFIXES)
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def kill_at(process: subprocess.Popen, path: Path, n_bytes: int) -> None:
+    """Kill a process, as kill -9 does, when its file has this length."""
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.stat().st_size == n_bytes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert path.stat().st_size == n_bytes
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -23,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def log_message(self, *args: object) -> None:
-        """Keep quiet."""
+        """Print nothing."""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -36,23 +69,33 @@ class Handler(BaseHTTPRequestHandler):
             self._list(self.path.split("/tree/main/")[1].split("?")[0])
             return
         host, name = self.headers["Host"].split(":")[0], re.sub("^.*/resolve/[^/]+/|^/", "", self.path)
-        start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
-        self.server.requests.append((self.command, host, name, start, "Authorization" in self.headers))
+        self.server.requests.append((self.command, host, name, "Authorization" in self.headers))
         content = self.server.files.get(name)
         if content is None:
             self._headers(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"})
         elif host == "localhost":
-            self._transfer(name, content, start)
+            etag = f'"{hashlib.md5(content).hexdigest()}"'
+            self._transfer(name, content, self.server.etags.get(name, etag))
         else:
+            self._resolve(name, content)
+
+    def _resolve(self, name: str, content: bytes) -> None:
+        digest = hashlib.sha256(content).hexdigest() if is_large(name) else git_sha1(content)
+        etag = f'"{digest}"' if self.server.states_hash else ""
+        if is_large(name):
             headers = {
                 "Location": f"http://localhost:{self.server.server_port}/{name}",
                 "X-Linked-Size": str(len(content)),
+                "X-Linked-Etag": etag,
                 "X-Repo-Commit": "0" * 40,
                 "Content-Length": "0",
             }
-            if self.server.states_hash:
-                headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
             self._headers(302, headers)
+        elif self.command == "HEAD":
+            headers = {"ETag": etag, "X-Repo-Commit": "0" * 40, "Content-Length": str(len(content))}
+            self._headers(200, headers)
+        else:
+            self._transfer(name, content, etag)
 
     def _list(self, folder: str) -> None:
         files = {**self.server.files, **self.server.listed_only}
@@ -81,27 +124,35 @@ class Handler(BaseHTTPRequestHandler):
     def _headers(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
         for key, value in headers.items():
-            self.send_header(key, value)
+            if value:
+                self.send_header(key, value)
         self.end_headers()
 
-    def _transfer(self, name: str, content: bytes, start: int) -> None:
+    def _transfer(self, name: str, content: bytes, etag: str) -> None:
+        """Send a file, or the rest of it from the first byte that the client asks for."""
         faults = self.server.faults.get(name, [])
-        fault = faults.pop(0) if faults else ""
-        if fault == "503":
-            self._headers(503, {"Content-Length": "0"})
+        fault, _, percent = (faults.pop(0) if faults else "").partition(" ")
+        start, status, place = 0, 200, {}
+        if self.server.has_ranges and "Range" in self.headers and self._is_same_version(etag):
+            start, status = int(self.headers["Range"][len("bytes=") : -1]), 206
+            place = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        if fault == "503" or start >= len(content) > 0:
+            self.server.transfers.append((name, start, start))
+            self._headers(503 if fault == "503" else 416, {"Content-Length": "0"})
             return
-        start = start if self.server.has_ranges else 0
         body = content[start:]
-        half = body[: len(body) // 2]
+        some = body[: len(body) * int(percent or 50) // 100]
         if fault == "corrupt":
             body = bytes([body[0] ^ 1]) + body[1:]
         elif fault == "short":
-            body = half
-        self._headers(206 if self.server.has_ranges else 200, {"Content-Length": str(len(body))})
-        if fault not in ("truncate", "stall", "reset"):
+            body = some
+        is_cut = fault in ("truncate", "stall", "reset")
+        self.server.transfers.append((name, start, start + len(some if is_cut else body)))
+        self._headers(status, {"Content-Length": str(len(body)), "ETag": etag, **place})
+        if not is_cut:
             self.wfile.write(body)
             return
-        self.wfile.write(half)
+        self.wfile.write(some)
         self.wfile.flush()
         if fault == "stall":
             self.server.closing.wait(30)
@@ -111,9 +162,15 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         self.close_connection = True
 
+    def _is_same_version(self, etag: str) -> bool:
+        return self.headers.get("If-Range", etag) == etag or not self.server.heeds_if_range
+
 
 class HubServer(ThreadingHTTPServer):
-    """Serves `files`; `requests` lists (method, host, name, first byte asked for, has a token)."""
+    """Serves `files`; `requests` lists (method, host, name, has a token).
+
+    `transfers` lists (name, first byte, end) of what was sent. `etags` replaces those of `localhost`.
+    """
 
     daemon_threads = True
     handler = Handler
@@ -123,26 +180,33 @@ class HubServer(ThreadingHTTPServer):
         self.files = files
         self.listed_only: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
+        self.etags: dict[str, str] = {}
         self.has_ranges = True
+        self.heeds_if_range = True
         self.states_hash = True
-        self.requests: list[tuple[str, str, str, int, bool]] = []
+        self.requests: list[tuple[str, str, str, bool]] = []
+        self.transfers: list[tuple[str, int, int]] = []
         self.closing = threading.Event()
 
     @property
     def endpoint(self) -> str:
-        """What HF_ENDPOINT is to be."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_port}"
 
+    def address(self, name: str) -> str:
+        """Return the address of a file on the ordinary web server."""
+        return f"http://localhost:{self.server_port}/{name}"
+
     def starts(self, name: str) -> list[int]:
-        """The first byte of every transfer of a file so far."""
-        return [
-            start
-            for method, host, n, start, _ in self.requests
-            if (method, host, n) == ("GET", "localhost", name)
-        ]
+        """Return the first byte of each transfer of a file so far."""
+        return [start for start, _ in self.ranges(name)]
+
+    def ranges(self, name: str) -> list[tuple[int, int]]:
+        """Return the bytes (first, end) of each transfer of a file so far."""
+        return [(start, end) for n, start, end in self.transfers if n == name]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that hang up."""
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 
-from tests.helpers.hub_server import Handler, HubServer
+from tests.helpers.hub_server import Handler, HubServer, is_large
 
 
 class ModelHandler(Handler):
@@ -75,11 +75,7 @@ class ModelHandler(Handler):
         if re.match("/api/models/([^/]+/[^/?]+)", self.path)[1] != hub.repo:
             self._json({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
             return
-        siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.files.items()]
-        for file in siblings:
-            if _is_large(file["rfilename"]):
-                digest = hashlib.sha256(hub.files[file["rfilename"]]).hexdigest()
-                file["lfs"] = {"sha256": digest, "size": file["size"], "pointerSize": 100}
+        siblings = [{"rfilename": name} for name in hub.files]
         info = {"id": hub.repo, "sha": "0" * 40, "private": hub.is_private, "siblings": siblings}
         self._json(info)
 
@@ -104,12 +100,8 @@ class ModelHandler(Handler):
         self._json({"commitUrl": f"{hub.endpoint}/{hub.repo}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
 
-def _is_large(name: str) -> bool:
-    return name.endswith((".pt", ".pkl", ".png"))
-
-
 def _mode(name: str) -> dict:
-    mode = "lfs" if _is_large(name) else "regular"
+    mode = "lfs" if is_large(name) else "regular"
     return {"path": name, "uploadMode": mode, "shouldIgnore": False}
 
 
