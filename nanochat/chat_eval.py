@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
+from nanochat.decode import DecoderKind
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, head_logits
 from nanochat.sampling import GREEDY
@@ -54,6 +55,7 @@ def evaluate_task(
     max_new_tokens: int,
     max_problems: int = -1,
     name: str = "",
+    decoder: DecoderKind = "best",
 ) -> dict[str, Any]:
     """Answer the first max_problems conversations of a task (-1: all); return its figures.
 
@@ -68,7 +70,8 @@ def evaluate_task(
         if task.eval_type == "categorical":
             replies = _choose_letters(conversations, model, tokenizer, batch_size, progress)
         else:
-            replies = _write_replies(conversations, model, tokenizer, batch_size, max_new_tokens, progress)
+            engine = Engine(model, tokenizer, decoder)
+            replies = _write_replies(conversations, engine, batch_size, max_new_tokens, progress)
     with ThreadPoolExecutor(JUDGES) as judges:
         n_right = sum(judges.map(task.evaluate, conversations, replies))
     guesses = sum(1 / len(c["letters"]) if "letters" in c else 0.0 for c in conversations)
@@ -127,19 +130,18 @@ def letter_id(tokenizer: RustBPETokenizer, letter: str) -> int:
 
 def _write_replies(
     conversations: Sequence[Conversation],
-    model: GPT,
-    tokenizer: RustBPETokenizer,
+    engine: Engine,
     batch_size: int,
     max_new_tokens: int,
     progress: tqdm,
 ) -> list[str]:
-    room = model.config.sequence_len - max_new_tokens
-    prompts = [render_for_completion(tokenizer, c, room) for c in conversations]
-    completions = Engine(model, tokenizer).complete(
+    room = engine.model.config.sequence_len - max_new_tokens
+    prompts = [render_for_completion(engine.tokenizer, c, room) for c in conversations]
+    completions = engine.complete(
         prompts,
         max_tokens=max_new_tokens,
         sampling=GREEDY,
         batch_size=batch_size,
         on_done=progress.update,
     )
-    return [tokenizer.decode(completion.tokens) for completion in completions]
+    return [engine.tokenizer.decode(completion.tokens) for completion in completions]

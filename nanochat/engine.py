@@ -1,9 +1,8 @@
-"""The engine: token ids in, sampled token ids out, many rows at a time, with the calculator in the loop.
+"""The engine: prompts in, completions out, many rows at a time, with the calculator in the loop.
 
-A prompt is run once through the model and its decode state copied to each of its samples; each of them
-draws its own first token, by a seed of its own. From then on one step a token serves all rows, of
-whatever lengths; when one ends, the next prompt has its place. What a row does with a token,
-nanochat/decode/row.py says.
+A prompt runs through the model once, and each of its samples starts from a copy of the decode state and draws
+its own first token, by its own seed. From then on one step appends a token to all rows, whatever their
+lengths. When a row ends, the next prompt gets its place. nanochat/decode/row.py evaluates calculator calls.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from nanochat.decode import DecoderKind
 from nanochat.decode.decoder import Decoder
 from nanochat.decode.row import Completion, Row, special_ids
 from nanochat.decode.running import Running, Seat, decoder_for
@@ -23,9 +23,10 @@ from nanochat.tokenizer import RustBPETokenizer
 class Engine:
     """Decodes with one model and its tokenizer."""
 
-    def __init__(self, model: GPT, tokenizer: RustBPETokenizer):
-        self.model, self.tokenizer, self.special = model, tokenizer, special_ids(tokenizer)
-        self._idle: list[Decoder] = []  # their graphs are worth keeping
+    def __init__(self, model: GPT, tokenizer: RustBPETokenizer, decoder: DecoderKind = "best"):
+        self.model, self.tokenizer, self.decoder = model, tokenizer, decoder
+        self.special = special_ids(tokenizer)
+        self._idle: list[Decoder] = []  # to be used again: recording CUDA graphs takes seconds
 
     def generate(
         self,
@@ -38,10 +39,10 @@ class Engine:
         *,
         top_p: float | None = None,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue one prompt num_samples times; yield a token of each sample and its mask, step by step.
+        """Continue one prompt num_samples times; yield one token of each sample and its mask, step by step.
 
-        A sample that has ended repeats its end token, with mask 0. max_tokens defaults to what the context
-        has left. The same seed gives the same tokens; None draws a fresh one.
+        A sample that has ended repeats its end token, with mask 0. max_tokens defaults to the rest of the
+        context. The same seed gives the same tokens; None draws a fresh one.
         """
         max_tokens = self._room(tokens, max_tokens)
         sampling = SamplingParams.from_flat(temperature, top_k, top_p, seed=seed)
@@ -56,10 +57,10 @@ class Engine:
         with self._running(num_samples, len(tokens) + max_tokens) as running:
             seats = self._seat(running, tokens, [sampling.for_sample(i) for i in range(num_samples)])
             while running.seats:
-                taken = [seat for _, seat in running.step()]
-                if not taken:
+                advanced = [seat for _, seat in running.step()]
+                if not advanced:
                     continue
-                yield [s.row.last[0] for s in seats], [s.row.last[1] * (s in taken) for s in seats]
+                yield [s.row.last[0] for s in seats], [s.row.last[1] * (s in advanced) for s in seats]
                 self._remove_ended(running, max_tokens)
 
     def generate_batch(
@@ -73,15 +74,15 @@ class Engine:
         *,
         top_p: float | None = None,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Like generate, all at once: prompt with completion of each sample, and masks, 0 on the prompt."""
-        found = self.complete(
+        """Like generate, all at once: return prompt with completion of each sample, and masks (prompt: 0)."""
+        rows = self.complete(
             [tokens],
             max_tokens=self._room(tokens, max_tokens),
             sampling=SamplingParams.from_flat(temperature, top_k, top_p, seed=seed),
             num_samples=num_samples,
             batch_size=num_samples,
         )
-        return [[*tokens, *row.tokens] for row in found], [[0] * len(tokens) + row.mask for row in found]
+        return [[*tokens, *row.tokens] for row in rows], [[0] * len(tokens) + row.mask for row in rows]
 
     def complete(
         self,
@@ -103,7 +104,8 @@ class Engine:
             raise ValueError(f"num_samples={num_samples} must fit into batch_size={batch_size}")
         if not prompts:
             return []
-        sampling, waiting, rows = sampling.seeded(), deque(enumerate(prompts)), []
+        sampling, waiting = sampling.seeded(), deque(enumerate(prompts))
+        rows: list[Row] = []
         batch_size = min(batch_size, num_samples * len(prompts))
         with self._running(batch_size, max(map(len, prompts)) + max_tokens) as running:
             while waiting or running.seats:
@@ -122,8 +124,8 @@ class Engine:
         return max(1, self.model.config.sequence_len - len(tokens)) if max_tokens is None else max_tokens
 
     @contextmanager
-    def _running(self, slots: int, context: int) -> Iterator[Running]:
-        """Seats for rows of so many tokens, on a decoder that is not in use and has the model's weights."""
+    def _running(self, slots: int, context: int) -> Iterator[Running[Seat]]:
+        """Lend a decoder with so many slots of so many tokens, which has the weights of the model."""
         fitting = [d for d in self._idle if d.slots >= slots and d.context >= context]
         if fitting:
             decoder = fitting[0]
@@ -131,18 +133,19 @@ class Engine:
             decoder.load(self.model)
         else:
             context = max(context, self.model.config.sequence_len)
-            self._idle = [
-                d for d in self._idle if d.slots > slots or d.context > context
-            ]  # others are of no use
-            decoder = decoder_for(self.model, slots, context)
-        running = Running(decoder)
+            # those that the new one replaces would only take memory
+            self._idle = [d for d in self._idle if d.slots > slots or d.context > context]
+            decoder = decoder_for(self.model, slots, context, self.decoder)
+        running: Running[Seat] = Running(decoder)
         try:
             yield running
         finally:
             running.clear()
             self._idle.append(decoder)
 
-    def _seat(self, running: Running, prompt: Sequence[int], params: Sequence[SamplingParams]) -> list[Seat]:
+    def _seat(
+        self, running: Running[Seat], prompt: Sequence[int], params: Sequence[SamplingParams]
+    ) -> list[Seat]:
         """Prefill a prompt without its last token; return the seats of its samples, one for each params."""
         slots = [running.decoder.open(params[0])]
         try:
@@ -150,7 +153,7 @@ class Engine:
                 running.decoder.feed(slots[0], prompt[:-1])
             for more in params[1:]:
                 slots.append(running.decoder.fork(slots[0], more))
-        except BaseException:  # Ctrl-C in a long prompt, for one: no seat has these slots yet
+        except BaseException:  # for example Ctrl-C in a long prompt: no seat has these slots yet
             for slot in slots:
                 running.decoder.close(slot)
             raise
@@ -158,7 +161,7 @@ class Engine:
         running.seats += seats
         return seats
 
-    def _remove_ended(self, running: Running, max_tokens: int) -> int:
+    def _remove_ended(self, running: Running[Seat], max_tokens: int) -> int:
         ended = [
             seat
             for seat in running.seats

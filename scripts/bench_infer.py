@@ -17,9 +17,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nanochat.common import parse, run, setup_runtime
+from nanochat.decode import DecoderKind
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,8 @@ class BenchInferConfig:
     """Tokens of a sequence when the last step is done."""
     steps: int = 64
     """Steps to time for each."""
-    decoder: Literal["best", "plain"] = "best"
-    """plain: the model as it is, step by step."""
+    decoder: DecoderKind = "best"
+    """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
     temperature: float = 0.0
     """0: always the likeliest token."""
     top_k: int = 0
@@ -150,7 +151,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from nanochat.config import GPTConfig
-    from nanochat.decode.decoder import PlainDecoder
     from nanochat.decode.running import decoder_for
     from nanochat.hardware import describe
 
@@ -162,10 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     model = random_model(shape, runtime.device)
     bandwidth = copy_bandwidth(runtime.device)
-    make = decoder_for if config.decoder == "best" else PlainDecoder
     for batch_size in config.batch_sizes:
         for context in config.contexts:
-            decoder = make(model, batch_size)
+            decoder = decoder_for(model, batch_size, kind=config.decoder)
             times = measure(decoder, config, batch_size, context)
             name = type(decoder).__name__
             del decoder

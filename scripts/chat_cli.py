@@ -24,6 +24,7 @@ import tyro
 
 from nanochat.chat_format import limit_reply, render_for_completion
 from nanochat.common import parse, run, setup_runtime
+from nanochat.decode import DecoderKind
 from nanochat.decode.parts import Part, PartDelta, ReplyParser
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class ChatConfig:
     seed: int | None = None
     """the same seed gives the same answers; None: others each time"""
     device_type: str = ""
-    """cuda, mps or cpu; empty finds the best there is"""
+    """cuda, mps or cpu; empty: the best available"""
+    decoder: DecoderKind = "best"
+    """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -156,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = SamplingParams(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
-    chat = Chat(Engine(model, tokenizer), config.max_tokens, sampling)
+    chat = Chat(Engine(model, tokenizer, config.decoder), config.max_tokens, sampling)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
     if config.prompt is not None:
         chat.answer(config.prompt)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime, write_report
+from nanochat.decode import DecoderKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ class ChatEvalConfig:
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
     """which checkpoint; -1: the newest"""
     device_type: str = ""
-    """cuda, mps or cpu; empty finds the best there is"""
+    """cuda, mps or cpu; empty: the best available"""
+    decoder: DecoderKind = "best"
+    """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
     bench: bool = False
     """answer everything once more, one conversation at a time, and print examples a second of both"""
 
@@ -74,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime=runtime,
         max_new_tokens=max_new_tokens,
         max_problems=config.max_problems,
+        decoder=config.decoder,
     )
     results = {}
     for name in names:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from nanochat.common import parse, run, setup_runtime
+from nanochat.decode import DecoderKind
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,9 @@ class ServerConfig:
     log_chats: bool = False
     """write what is said to the log"""
     device_type: str = ""
-    """cuda, mps or cpu; empty finds the best there is"""
+    """cuda, mps or cpu; empty: the best available"""
+    decoder: DecoderKind = "best"
+    """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
@@ -128,8 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step)
         model.compute_dtype = runtime.compute_dtype
         name = f"{config.model_tag or f'd{model.config.n_layer}'}-{config.source}"
-        limits = {"slots": config.slots, "max_waiting": config.max_waiting}
-        workers.append(Worker(model, tokenizer, name, **limits, gpu=gpu))
+        workers.append(
+            Worker(
+                model,
+                tokenizer,
+                name,
+                slots=config.slots,
+                max_waiting=config.max_waiting,
+                gpu=gpu,
+                decoder=config.decoder,
+            )
+        )
     pool = Pool(workers)
     server = uvicorn.Server(
         uvicorn.Config(

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanochat import engine
 from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
 from nanochat.common import run
+from nanochat.decode.running import decoder_for
 from nanochat.engine import Engine
 from nanochat.sampling import GREEDY, SamplingParams
 from scripts import chat_cli
@@ -284,6 +286,14 @@ def test_prompt(checkpoint, capsys):
     assert capsys.readouterr().out == greedy("the river", "mid") + "\n"
     assert chat_cli.main([*flags, "-p", "the river", "-s", "3"]) == 0
     assert capsys.readouterr().out == greedy("the river", step=3) + "\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--decoder=plain"]])
+def test_decoder(checkpoint, capsys, monkeypatch, flags):
+    kinds = []
+    monkeypatch.setattr(engine, "decoder_for", lambda *args: kinds.append(args[3]) or decoder_for(*args))
+    chat_cli.main(["-t", "0", "-m", "3", "--device-type=cpu", "-p", "the river", *flags])
+    assert kinds == ["plain" if flags else "best"]
 
 
 def test_answers_differ_unless_seeded(checkpoint, capsys):

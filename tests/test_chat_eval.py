@@ -6,10 +6,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from nanochat import engine
 from nanochat.chat_eval import chatcore, evaluate_task, letter_id
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
+from nanochat.decode.running import decoder_for
+from scripts import chat_eval
+from tasks import mixtures
 from tasks.common import Task
+from tests.helpers.chats import write_base_checkpoint
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import VOCAB_SIZE, WORDS, train_tokenizer
 
@@ -150,6 +155,17 @@ def test_generative_task(model, tokenizer):
     alone = Echo(model, tokenizer)
     assert without_time(evaluate(alone, model, tokenizer, batch_size=1)) == without_time(result)
     assert alone.replies == task.replies
+
+
+@pytest.mark.parametrize("flags", [[], ["--decoder=plain"]])
+def test_decoder(model, tokenizer, base_dir, monkeypatch, flags):
+    """Of the command, and of the replies to a generative task."""
+    kinds = []
+    monkeypatch.setattr(engine, "decoder_for", lambda *args: kinds.append(args[3]) or decoder_for(*args))
+    monkeypatch.setattr(mixtures, "eval_tasks", lambda data: {"Echo": lambda: Echo(model, tokenizer, n=1)})
+    write_base_checkpoint(base_dir)
+    chat_eval.main(["--device-type=cpu", "-i", "base", "-m", "3", *flags])
+    assert kinds == ["plain" if flags else "best"]
 
 
 def test_prompts_leave_room_for_the_reply(model, tokenizer):

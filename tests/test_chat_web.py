@@ -93,6 +93,16 @@ def test_settings_that_cannot_be(checkpoint, flags, message):
         chat_web.main(["--device-type=cpu", *flags])
 
 
+@pytest.mark.parametrize("flags", [[], ["--decoder=plain"]])
+def test_decoder(checkpoint, monkeypatch, flags):
+    def end(model, slots, kind):
+        raise ValueError(f"a {kind} decoder")
+
+    monkeypatch.setattr("nanochat.serve.worker.decoder_for", end)
+    with pytest.raises(ValueError, match="a plain decoder" if flags else "a best decoder"):
+        chat_web.main(["--device-type=cpu", "-p", "0", *flags])
+
+
 @pytest.mark.parametrize(
     ("flags", "hosts"),
     [

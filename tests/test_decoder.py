@@ -179,6 +179,15 @@ def test_what_there_are_no_graphs_for_is_said(monkeypatch, caplog):
     assert "no CUDA graphs for 129 rows" in caplog.text
 
 
+def test_a_plain_decoder_if_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr(running, "PlainDecoder", lambda *args: args)
+    model = SimpleNamespace(device=torch.device("cuda"), config=SMALL)
+    assert decoder_for(model, 129, 64, kind="plain") == (model, 129, 64)
+    assert not caplog.text
+    with pytest.raises(ValueError, match="decoder='fast' must be one of best, plain"):
+        decoder_for(model, 1, kind="fast")
+
+
 def test_decoder_for_a_cpu_is_plain():
     assert isinstance(decoder_for(random_model(SMALL).eval(), 2), PlainDecoder)
 

@@ -1,1 +1,6 @@
-"""Decoding many sequences at once: the machine room behind engine.py."""
+"""Decoding many sequences at once, for engine and server."""
+
+from typing import Literal
+
+# which decoder to take: the fastest for model and device, or PyTorch alone
+DecoderKind = Literal["best", "plain"]

@@ -1,8 +1,8 @@
-"""The rows that are being decoded, step by step, and what the next step is to begin with.
+"""Rows that are decoded together, step by step, and the input of each row's next step.
 
-Where the decoder works on its own, on a GPU, the next step is launched before the tokens of the last are
-looked at: what a row does with a token does not keep the GPU waiting. A row that turns out to have ended
-has then taken part in one step too many, which nobody sees.
+A decoder on a GPU runs on its own: the next step is launched before the tokens of the last one are looked at,
+so that Python does not keep the GPU waiting. A row that turns out to have ended has then taken part in one
+step too many, whose token is dropped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Generic, TypeVar, get_args
 
+from nanochat.decode import DecoderKind
 from nanochat.decode.decoder import Decoder, PlainDecoder
 from nanochat.decode.row import Row
 from nanochat.gpt import GPT
@@ -18,9 +20,14 @@ from nanochat.gpt import GPT
 logger = logging.getLogger(__name__)
 
 
-def decoder_for(model: GPT, slots: int, context: int | None = None) -> Decoder:
-    """The fastest decoder there is for a model, on its device; context None: the model's sequence_len."""
-    if model.device.type == "cuda":
+def decoder_for(model: GPT, slots: int, context: int | None = None, kind: DecoderKind = "best") -> Decoder:
+    """Return a decoder for a model, on its device; context None is the model's sequence_len.
+
+    The best one has CUDA graphs, where the device and the shape of the model allow it.
+    """
+    if kind not in get_args(DecoderKind):
+        raise ValueError(f"decoder={kind!r} must be one of {', '.join(get_args(DecoderKind))}")
+    if kind == "best" and model.device.type == "cuda":
         from nanochat.decode.graph_check import check_decoder
         from nanochat.decode.graph_decoder import GraphDecoder, supports
 
@@ -39,73 +46,75 @@ class Seat:
     slot: int
     row: Row
     last: int  # token
-    launches: int = 0  # whose tokens the row has not seen
-    is_free: bool = False  # its row has left
+    pending: int = 0  # launches whose tokens the row has not received
+    is_free: bool = False  # the row was removed
 
     def next_input(self) -> int | None:
-        """What the next launch appends: the last token, if it is known; None: what will have been drawn."""
-        if not self.launches:
+        """Return the token for the next launch to append; None is the one that the last launch draws."""
+        if not self.pending:
             return self.last
         return self.row.forced[0] if self.row.forced else None
 
 
-class Running:
+AnySeat = TypeVar("AnySeat", bound=Seat)
+
+
+class Running(Generic[AnySeat]):
     """The seats of a decoder."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
-        self.seats: list[Seat] = []
-        self._flight: list[Seat] = []  # those in the launch that is not yet collected
+        self.seats: list[AnySeat] = []
+        self._launched: list[AnySeat] = []  # seats of the launch that is not yet collected
 
     def __bool__(self) -> bool:
-        return bool(self.seats or self._flight)
+        return bool(self.seats or self._launched)
 
-    def step(self, in_step: bool = False) -> list[tuple[int, Seat]]:
-        """Let rows take a token each; return them with their places in the decoder's logits.
+    def step(self, overlap: bool = True) -> list[tuple[int, AnySeat]]:
+        """Append a token to each row; return the seats, each with its index in the decoder's logits.
 
-        in_step: nothing is launched ahead, so that the logits are still those of the tokens. Whoever has
-        ended must be removed before the next step.
+        Without overlap no further step is launched, so that the logits are still those of the tokens. Rows
+        that have ended must be removed before the next step.
         """
-        flight = self._flight
-        if in_step or not self.decoder.overlaps:
-            if not flight:
-                flight = self._launch()
-            self._flight = []
+        launched = self._launched
+        if overlap and self.decoder.overlaps:
+            self._launched = self._launch()
         else:
-            self._flight = self._launch()
-        return self._land(flight)
+            if not launched:
+                launched = self._launch()
+            self._launched = []
+        return self._collect(launched)
 
-    def remove(self, seat: Seat) -> None:
-        """Free a seat's slot; if that fails, the seat is still there to be told of it."""
+    def remove(self, seat: AnySeat) -> None:
+        """Free a seat's slot; if that fails, the seat stays in the list."""
         seat.is_free = True
         self.decoder.close(seat.slot)
         self.seats.remove(seat)
 
     def clear(self) -> None:
-        """Free all slots, whatever has become of the last step, or of the device."""
-        self._flight = []
-        with suppress(Exception):  # nothing is left, or it failed with the step
+        """Free all slots, even if the last step or the device has failed."""
+        self._launched = []
+        with suppress(Exception):  # nothing is left to collect, or collecting fails like the step
             while True:
                 self.decoder.collect()
         while self.seats:
             with suppress(Exception):  # a lost device has no slots to free
                 self.decoder.close(self.seats.pop().slot)
 
-    def _launch(self) -> list[Seat]:
+    def _launch(self) -> list[AnySeat]:
         if self.seats:
             self.decoder.launch({seat.slot: seat.next_input() for seat in self.seats})
         for seat in self.seats:
-            seat.launches += 1
+            seat.pending += 1
         return [*self.seats]
 
-    def _land(self, flight: list[Seat]) -> list[tuple[int, Seat]]:
-        taken = []
-        for place, (seat, token) in enumerate(
-            zip(flight, self.decoder.collect() if flight else (), strict=True)
-        ):
-            seat.launches -= 1
+    def _collect(self, launched: list[AnySeat]) -> list[tuple[int, AnySeat]]:
+        tokens = self.decoder.collect() if launched else []
+        advanced = []
+        for index, (seat, token) in enumerate(zip(launched, tokens, strict=True)):
+            seat.pending -= 1
             if not seat.is_free:  # since the launch
                 seat.row.append(token)
                 seat.last = seat.row.last[0]
-                taken.append((place, seat))
-        return taken
+                advanced.append((index, seat))
+        return advanced

@@ -1,4 +1,4 @@
-"""Several workers as one: a request goes to the one that has least to do."""
+"""Several workers as one backend: each request goes to the least busy worker."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from nanochat.serve.worker import Worker
 
 
 class Pool:
-    """A serving.Backend of workers that have the same model, each on a device of its own."""
+    """A protocol.Backend of workers that have the same model, each on its own device."""
 
     def __init__(self, workers: Sequence[Worker]):
         self.workers = workers
         self.tokenizer, self.context, self.name = workers[0].tokenizer, workers[0].context, workers[0].name
 
     def submit(self, request: Request, emit: Callable[[Token | End], None]) -> Handle:
-        """See serving.Backend."""
+        """See protocol.Backend."""
         for worker in sorted(self.workers, key=lambda worker: worker.load):
             try:
                 return worker.submit(request, emit)
@@ -27,21 +27,21 @@ class Pool:
 
     @property
     def is_broken(self) -> bool:
-        """Whether all of them are."""
+        """Return True if all workers are broken."""
         return all(worker.is_broken for worker in self.workers)
 
     def stats(self) -> dict[str, Any]:
-        """See serving.Backend."""
+        """See protocol.Backend."""
         stats = [worker.stats() for worker in self.workers]
         return {name: sum(s[name] for s in stats) if name != "model" else self.name for name in stats[0]}
 
     def start(self) -> None:
-        """See serving.Backend."""
+        """See protocol.Backend."""
         for worker in self.workers:
             worker.start()
 
     def close(self, drain: bool) -> None:
-        """See serving.Backend."""
+        """See protocol.Backend."""
         for worker in self.workers:
             worker.stop_taking(drain)
         for worker in self.workers:

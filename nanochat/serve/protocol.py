@@ -1,7 +1,8 @@
-"""What the server and the decoding worker say to each other.
+"""The interface between the server and the decoding worker.
 
-The server makes a Request and gives it to a Backend; the backend's thread emits Tokens and, last of all and
-exactly once, an End for each of the samples. Whoever submits must take emits from another thread.
+The server makes a Request and submits it to a Backend. The backend's thread emits Tokens and, last and
+exactly once for each sample, an End. The `emit` that is submitted must therefore accept calls from another
+thread.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Request:
     max_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1  # samples, from one prefill
-    logprobs: int | None = None  # how many alternatives to each token; None: no logprobs
+    logprobs: int | None = None  # number of alternatives to each token; None: no log probabilities
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Token:
 
     sample: int
     token: int
-    logprob: float | None = None  # of the model's own distribution, in nats
+    logprob: float | None = None  # in nats, in the model's distribution before temperature and filters
     alternatives: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
 
 
@@ -45,41 +46,61 @@ class End:
 
 
 class QueueFull(Exception):
-    """As many requests wait as may wait; try again later."""
+    """The queue holds as many requests as it may; try again later."""
 
 
 class Closed(Exception):
-    """No more requests are taken, and the message says why."""
+    """The backend takes no more requests; the message says why."""
 
 
 class Handle(Protocol):
-    """A request under way."""
+    """A request in progress."""
 
-    gpu: int  # which one serves it
+    @property
+    def gpu(self) -> int:
+        """Return the number of the GPU that serves it."""
+        ...
 
     def cancel(self) -> None:
-        """Stop decoding and free its rows; its samples that still run end as "cancelled". May come twice."""
+        """Stop decoding and free the rows: samples that still run end as "cancelled". May be called twice."""
 
     def stop(self, sample: int) -> None:
-        """End one sample, as "stop", if it still runs: it has said all that is wanted."""
+        """End one sample, as "stop", if it still runs."""
 
 
 class Backend(Protocol):
     """Decodes requests, many at a time. All methods may be called from any thread."""
 
-    tokenizer: RustBPETokenizer
-    context: int  # tokens of prompt and completion together
-    name: str  # of the model, say "d20-sft"
-    is_broken: bool  # its device works no more, and only a new process can help
+    @property
+    def tokenizer(self) -> RustBPETokenizer:
+        """Return the tokenizer of the model."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Return the number of tokens that prompt and completion may have together."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Return the name of the model, for example "d20-sft"."""
+        ...
+
+    @property
+    def is_broken(self) -> bool:
+        """Return True if the device is lost, so that only a new process can help."""
+        ...
 
     def submit(self, request: Request, emit: Callable[[Token | End], None]) -> Handle:
         """Queue a request; ValueError if it cannot be served, QueueFull or Closed if it is not taken."""
+        ...
 
     def stats(self) -> dict[str, Any]:
         """Return model, slots, running, waiting, tokens_generated, requests_{finished,cancelled,failed}."""
+        ...
 
     def start(self) -> None:
         """Start the worker."""
 
     def close(self, drain: bool) -> None:
-        """Take no more requests; let those that run end (drain) or cancel them; return when all is over."""
+        """Take no more requests, let running ones finish (drain) or cancel them, and wait for their end."""

@@ -1,11 +1,11 @@
 """The decoding worker: one thread that owns a model and serves requests that come and go.
 
-Each turn of its loop runs a chunk of one waiting prompt, so that long prompts do not hold up those who
-are being answered, and then one decoding step for all who are (continuous batching, Yu et al. 2022,
-Orca). What a row says depends on its prompt, settings and seed, never on its neighbours.
+Each turn of its loop prefills a chunk of one waiting prompt, so that long prompts do not delay running
+samples, and then runs one decoding step for all samples (continuous batching, Yu et al. 2022, Orca). The
+tokens of a row depend on its prompt, settings and seed, never on its neighbours.
 
-Requests are served in the order in which they came, whoever sent them. So none starves, but one that wants
-eight slots lets seven idle while it waits for the last, and a client that sends many fills the queue for all.
+Requests are served first come, first served, whichever client sent them. None starves, but a request for
+eight slots leaves seven idle while it waits for the last, and one client can fill the queue for all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.decode import DecoderKind
 from nanochat.decode.row import Row, special_ids
 from nanochat.decode.running import Running, Seat, decoder_for
 from nanochat.gpt import GPT
@@ -33,36 +34,36 @@ Scores = tuple[float, tuple[tuple[int, float], ...]]  # logprob and alternatives
 
 
 class Job:
-    """A request under way; what submit returns (serving.Handle)."""
+    """A request in progress; submit returns it (protocol.Handle)."""
 
     def __init__(self, request: Request, emit: Emit, gpu: int):
         self.request, self.emit, self.gpu = request, emit, gpu
         self.is_cancelled = False
-        self.stopped: set[int] = set()  # samples that need not go on
+        self.stopped: set[int] = set()  # samples to end
         self.ended: set[int] = set()
-        self.slots: list[int] = []  # of the prompt, while it is being run, and of its samples
-        self.fed = 0  # tokens of the prompt
+        self.slots: list[int] = []  # during prefill: of the prompt and of its samples
+        self.fed = 0  # tokens of the prompt that have been prefilled
         self.sampling = request.sampling.seeded()
 
     def cancel(self) -> None:
-        """See serving.Handle; the worker looks at it before its next step."""
+        """See protocol.Handle; the worker acts on it before its next step."""
         self.is_cancelled = True
 
     def stop(self, sample: int) -> None:
-        """See serving.Handle; so for this."""
+        """See protocol.Handle; the worker acts on it before its next step."""
         self.stopped.add(sample)
 
 
 @dataclass(eq=False, kw_only=True)
 class _Sample(Seat):
-    """A sample of a job and its seat."""
+    """A seat with a sample of a job."""
 
     job: Job
     number: int
 
 
 class Worker:
-    """A serving.Backend. The model must be in eval mode, and no one else's."""
+    """A protocol.Backend. The model must be in eval mode, and nothing else may use it."""
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Worker:
         max_waiting: int = 256,
         prefill_chunk: int = 256,
         gpu: int = 0,
+        decoder: DecoderKind = "best",
     ):
         if min(slots, max_waiting, prefill_chunk) < 1:
             raise ValueError(f"slots={slots}, {max_waiting=}, {prefill_chunk=}: each must be at least 1")
@@ -81,9 +83,9 @@ class Worker:
         self.context = model.config.sequence_len
         self.n_slots, self.max_waiting, self.prefill_chunk = slots, max_waiting, prefill_chunk
         self.special = special_ids(tokenizer)
-        self.decoder = decoder_for(model, slots)
-        self._running = Running(self.decoder)
-        self._queue: deque[Job] = deque()  # jobs that have no slots yet; guarded by _changed
+        self.decoder = decoder_for(model, slots, kind=decoder)
+        self._running: Running[_Sample] = Running(self.decoder)
+        self._queue: deque[Job] = deque()  # jobs whose prompts are not prefilled; guarded by _changed
         self._changed = threading.Condition()
         self._is_closing = self.is_broken = False
         self._counts = dict.fromkeys(("finished", "cancelled", "failed"), 0)
@@ -94,7 +96,7 @@ class Worker:
     # For any thread
 
     def submit(self, request: Request, emit: Emit) -> Job:
-        """See serving.Backend."""
+        """See protocol.Backend."""
         if not request.tokens or request.max_tokens < 1:
             raise ValueError(
                 f"a prompt of {len(request.tokens)} tokens, max_tokens={request.max_tokens}: 1 each at least"
@@ -118,11 +120,11 @@ class Worker:
 
     @property
     def load(self) -> int:
-        """How many requests wait, and samples run."""
+        """Return the number of waiting requests and running samples."""
         return len(self._queue) + len(self._samples)
 
     def stats(self) -> dict[str, Any]:
-        """See serving.Backend."""
+        """See protocol.Backend."""
         return {
             "model": self.name,
             "slots": self.n_slots,
@@ -133,17 +135,17 @@ class Worker:
         }
 
     def start(self) -> None:
-        """Get ready, and start the thread."""
+        """Warm up the decoder and start the thread."""
         self.decoder.warm_up()
         self._thread.start()
 
     def close(self, drain: bool) -> None:
-        """See serving.Backend."""
+        """See protocol.Backend."""
         self.stop_taking(drain)
         self._thread.join()
 
     def stop_taking(self, drain: bool) -> None:
-        """Begin to close."""
+        """Begin to close: see protocol.Backend.close."""
         with self._changed:
             self._is_closing = True
             if not drain:
@@ -152,11 +154,11 @@ class Worker:
             self._changed.notify()
 
     # -----------------------------------------------------------------------------------------------------
-    # For the worker's thread
+    # For the worker's own thread
 
     def _run(self) -> None:
         if self.decoder.device.type == "cuda":
-            torch.cuda.set_device(self.decoder.device)  # a thread's own
+            torch.cuda.set_device(self.decoder.device)  # every thread has its own current device
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._has_work() or self._is_closing)
@@ -172,37 +174,37 @@ class Worker:
         return bool(self._queue or self._running)
 
     def _turn(self) -> None:
-        parts = ((self._drop, self._fail), (self._admit, self._fail_prompt), (self._step, self._fail))
-        for part, undo in parts:
+        phases = ((self._drop, self._fail), (self._admit, self._fail_prompt), (self._step, self._fail))
+        for phase, undo in phases:
             try:
-                part()
-            except Exception:  # whatever it was, nobody may wait for ever for a dead thread
+                phase()
+            except Exception:  # of any kind: if the thread died, its clients would wait for ever
                 logger.exception("decoding failed")
                 undo()
                 self._check_device()
 
     def _admit(self) -> None:
-        """Run a chunk of the prompts whose turn it is."""
+        """Prefill a chunk of the prompts that are next and for which there are slots."""
         budget = self.prefill_chunk
         while budget > 0 and self._queue and len(self._samples) + self._queue[0].request.n <= self.n_slots:
             budget -= self._prefill(self._queue[0], budget)
 
     def _step(self) -> None:
-        """Run a step of all samples."""
+        """Run one decoding step of all samples."""
         wants_logits = any(sample.job.request.logprobs is not None for sample in self._samples)
-        taken = self._running.step(in_step=wants_logits)
-        scores = _scores(self.decoder.logits, taken) if wants_logits else {}
-        for place, sample in taken:
+        advanced = self._running.step(overlap=not wants_logits)
+        scores = _scores(self.decoder.logits, advanced) if wants_logits else {}
+        for index, sample in advanced:
             self._tokens_generated += 1
             if sample.row.has_ended:
                 self._remove(sample, "stop")
                 continue
-            sample.job.emit(Token(sample.number, sample.row.last[0], *scores.get(place, ())))
+            sample.job.emit(Token(sample.number, sample.row.last[0], *scores.get(index, ())))
             if len(sample.row.completion.tokens) == sample.job.request.max_tokens:
                 self._remove(sample, "length")
 
     def _drop(self) -> None:
-        """Free what is not wanted any more."""
+        """End stopped samples and cancelled requests."""
         for sample in [*self._samples]:
             if sample.number in sample.job.stopped:
                 self._remove(sample, "stop")
@@ -216,7 +218,7 @@ class Worker:
                 self._end(job, number, "cancelled")
 
     def _prefill(self, job: Job, budget: int) -> int:
-        """Run up to budget tokens of a prompt; the last one is that of its samples' first step."""
+        """Prefill up to budget tokens of a prompt; its last token is the input of the first decoding step."""
         request = job.request
         *tokens, last = request.tokens
         if not job.slots:
@@ -232,11 +234,11 @@ class Worker:
                 row = Row(self.tokenizer, self.special)
                 self._samples.append(_Sample(slot=slot, row=row, last=last, job=job, number=number))
             job.slots = []
-            self._unqueue(job)  # now: it is always in one of both places, where stop_taking finds it
+            self._unqueue(job)  # after its samples are in _samples: stop_taking must find it in one of both
         return len(chunk)
 
     def _end(self, job: Job, number: int, reason: str, message: str = "") -> None:
-        if number in job.ended:  # told before the step failed
+        if number in job.ended:  # it ended before the step failed
             return
         job.ended.add(number)
         if len(job.ended) == job.request.n:
@@ -244,7 +246,7 @@ class Worker:
         job.emit(End(number, reason, message))
 
     def _remove(self, sample: _Sample, reason: str) -> None:
-        """Free a sample's slot; only then tell that it is over."""
+        """Free a sample's slot, and then emit its end."""
         self._running.remove(sample)
         self._end(sample.job, sample.number, reason)
 
@@ -256,21 +258,21 @@ class Worker:
                 self.decoder.close(slot)
 
     def _fail(self) -> None:
-        """End all samples, which a failed step may have left half done."""
+        """End all samples: a failed step may have left their state inconsistent."""
         samples = [*self._samples]
         self._running.clear()
         for sample in samples:
             self._end(sample.job, sample.number, "error", "decoding failed")
 
     def _fail_prompt(self) -> None:
-        """End the request whose prompt is being run; those that are being answered have lost nothing."""
+        """End the request whose prompt is being prefilled; running samples are not affected."""
         job = self._queue[0]
         self._unqueue(job)
         for number in range(job.request.n):
             self._end(job, number, "error", "decoding failed")
 
     def _check_device(self) -> None:
-        """After some errors every call to a GPU fails until the process ends: if so, end all requests."""
+        """End all requests if the device is lost: after some errors every later call to a GPU fails."""
         try:
             torch.zeros((), device=self.decoder.device).item()
         except Exception:
@@ -282,17 +284,17 @@ class Worker:
                 self._fail_prompt()
 
 
-def _scores(logits: Tensor, taken: Sequence[tuple[int, _Sample]]) -> dict[int, Scores]:
-    """Log probabilities by place, where they are wanted: all in one transfer from the device."""
-    counts = {place: s.job.request.logprobs for place, s in taken if s.job.request.logprobs is not None}
+def _scores(logits: Tensor, advanced: Sequence[tuple[int, _Sample]]) -> dict[int, Scores]:
+    """Return log probabilities by index in logits, for samples that want them, in one transfer."""
+    counts = {i: s.job.request.logprobs for i, s in advanced if s.job.request.logprobs is not None}
     if not counts:
         return {}
     logprobs = logits[list(counts)].log_softmax(-1)
-    tokens = torch.tensor([[s.row.last[0]] for place, s in taken if place in counts], device=logits.device)
+    tokens = torch.tensor([[s.row.last[0]] for i, s in advanced if i in counts], device=logits.device)
     best = logprobs.topk(max(counts.values()))
     found = torch.cat([logprobs.gather(1, tokens), best.values, best.indices.float()], 1)  # ids are exact
     scores: dict[int, Scores] = {}
-    for (place, n), (logprob, *rest) in zip(counts.items(), found.tolist(), strict=True):
+    for (i, n), (logprob, *rest) in zip(counts.items(), found.tolist(), strict=True):
         values, ids = rest[: len(rest) // 2], map(int, rest[len(rest) // 2 :])
-        scores[place] = logprob, tuple(zip(ids, values, strict=True))[:n]
+        scores[i] = logprob, tuple(zip(ids, values, strict=True))[:n]
     return scores
