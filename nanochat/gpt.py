@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.cache import ConvState, HybridCache, KVState, Span
 from nanochat.config import GPTConfig
-from nanochat.sampling import check_sampling, penalize_repetition, sample
+from nanochat.sampling import SamplingParams, penalize_repetition, sample
 from nanochat.slc2 import SLC2, Linear, slc2_mix
 
 SOFTCAP = 15.0
@@ -352,7 +352,7 @@ class GPT(nn.Module):
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (1, T) with T >= 1")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
-        check_sampling(temperature, top_k, top_p, repetition_penalty)
+        params = SamplingParams.from_flat(temperature, top_k, top_p, repetition_penalty)
         V = self.config.vocab_size
         stop_tokens = {V - BOS_FROM_END, V - ASSISTANT_END_FROM_END}
         generator = torch.Generator(self.device)
@@ -362,9 +362,9 @@ class GPT(nn.Module):
         idx = seen
         for _ in range(max_new_tokens):
             logits = self.next_logits(idx, cache)
-            if repetition_penalty != 1:
-                logits = penalize_repetition(logits, seen, repetition_penalty)
-            idx = sample(logits, temperature, top_k, top_p, generator)
+            if params.repetition_penalty != 1:
+                logits = penalize_repetition(logits, seen, params.repetition_penalty)
+            idx = sample(logits, params, generator)
             token = int(idx)
             if token in stop_tokens:
                 return

@@ -78,13 +78,6 @@ class SamplingParams:
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def check_sampling(
-    temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float
-) -> None:
-    """Raise ValueError for settings out of range."""
-    SamplingParams.from_flat(temperature, top_k, top_p, repetition_penalty)
-
-
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide the positive and multiply the negative logits (B,V) of the tokens in seen (B,S) by penalty."""
     scores = logits.gather(1, seen)
@@ -107,15 +100,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw a token id for each row of logits (B,V): (B,1) int64."""
-    params = SamplingParams.from_flat(temperature, top_k, top_p)
+def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a token id for each row of logits (B,V): (B,1) int64. The caller penalizes repetition."""
     if params.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     probs = filter_logits(logits / params.temperature, params.top_k, params.top_p).softmax(dim=-1)

@@ -9,7 +9,7 @@ from nanochat.cache import HybridCache
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, head_logits, head_loss, rotary_tables
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
-from nanochat.sampling import penalize_repetition, sample
+from nanochat.sampling import SamplingParams, penalize_repetition, sample
 from tests.helpers.models import random_model, small_config
 
 
@@ -299,7 +299,7 @@ def test_generate_samples_the_same_with_and_without_the_cache():
     generator = torch.Generator().manual_seed(3)
     for _ in cached:
         logits = penalize_repetition(model(ids)[:, -1], ids, 1.15)
-        ids = torch.cat([ids, sample(logits, **settings, generator=generator)], dim=1)
+        ids = torch.cat([ids, sample(logits, SamplingParams(**settings), generator)], dim=1)
     assert cached == ids[0, 4:].tolist()
     assert len(set(cached)) > 5
 

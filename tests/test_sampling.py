@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from nanochat.sampling import (
+    GREEDY,
     SamplingParams,
     filter_logits,
     gumbel_noise,
@@ -44,14 +45,14 @@ def test_repetition_penalty():
 
 
 def test_greedy_and_seeded_draws():
-    assert sample(LOGITS, temperature=0).tolist() == [[0], [3]]
+    assert sample(LOGITS, GREEDY).tolist() == [[0], [3]]
     logits = LOGITS[:1].repeat(4000, 1)
-    draws = [sample(logits, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    draws = [sample(logits, SamplingParams(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     shares = torch.bincount(draws[0].flatten(), minlength=4) / 4000
     assert shares.tolist() == pytest.approx([0.5, 0.2, 0.2, 0.1], abs=0.03)
-    cold = sample(logits, temperature=0.5, generator=torch.Generator().manual_seed(1))
+    cold = sample(logits, SamplingParams(temperature=0.5), torch.Generator().manual_seed(1))
     assert (cold == 0).float().mean() == pytest.approx(0.25 / 0.34, abs=0.03)
 
 
@@ -140,4 +141,4 @@ def test_tiny_settings_are_greedy(tiny):
         assert all(sample_rows(logits, [params], [place], [[]]) == [1] for place in range(20))
         assert torch.tensor([params.top_p]).item() > 0
         assert params.temperature in (0, 1)
-        assert sample(logits, **settings).item() == 1
+        assert sample(logits, params).item() == 1
