@@ -246,7 +246,8 @@ def test_sampling_is_sample_rows(device, V):
         for name in ("temperature", "top_p", "repetition_penalty")
     }
     columns["top_k"] = torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device)
-    columns["seed"] = torch.tensor([p.seed for p in params], device=device).to(torch.int32)  # its low 32 bits
+    seeds = torch.tensor([p.seed or 0 for p in params], device=device)
+    columns["seed"] = seeds.to(torch.int32)  # its low 32 bits
     drawn = set()
     for trial in range(4):
         logits = torch.randn(B, V, device=device) * 6
