@@ -84,22 +84,22 @@ def run(main: Callable[[], int]) -> None:
     status: int | str
     try:
         status = main()
-        if _process_group() is not None:
-            _process_group().barrier()
+        if (dist := _process_group()) is not None:
+            dist.barrier()
     except user_errors as error:
         status = f"error: {error}"
     except KeyboardInterrupt:
         status = "interrupted"
     except Exception as error:
-        if _process_group() is None:
+        if (dist := _process_group()) is None:
             raise
-        if _is_lost_rank(error):
-            status = f"error: rank {_process_group().get_rank()} lost contact with another: {error}"
+        if _is_lost_rank(error, dist):
+            status = f"error: rank {dist.get_rank()} lost contact with another: {error}"
         else:
             traceback.print_exc()
             status = 1
-    if _process_group() is not None:
-        _leave_group(status)
+    if (dist := _process_group()) is not None:
+        _leave_group(status, dist)
     sys.exit(status)
 
 
@@ -109,13 +109,13 @@ def _process_group() -> ModuleType | None:
     return dist if dist is not None and dist.is_initialized() else None
 
 
-def _is_lost_rank(error: Exception) -> bool:
+def _is_lost_rank(error: Exception, dist: ModuleType) -> bool:
     """Return True if a collective failed because another rank ended or exceeded $NANOCHAT_TIMEOUT_S."""
     is_from_gloo = any(words in str(error) for words in ("/gloo/", "pair closure"))  # gloo has no error class
-    return is_from_gloo or isinstance(error, _process_group().DistError)
+    return is_from_gloo or isinstance(error, dist.DistError)
 
 
-def _leave_group(status: int | str) -> NoReturn:
+def _leave_group(status: int | str, dist: ModuleType) -> NoReturn:
     """End a rank as sys.exit does, but without finalising the interpreter.
 
     A thread of the collectives' library that requests the GIL during finalisation, for example to release a
@@ -125,8 +125,8 @@ def _leave_group(status: int | str) -> NoReturn:
         sys.stderr.write(status + "\n")
         status = 1
     if status == 0:  # all ranks have passed a barrier; after a failure others may hang: do not wait for them
-        _process_group().destroy_process_group()
-        threading._shutdown()
+        dist.destroy_process_group()
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]  # typeshed lacks it
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

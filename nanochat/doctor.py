@@ -90,7 +90,9 @@ def check_collectives(device_type: str, n_ranks: int) -> Iterator[Finding]:
         return
     library = "gloo"
     if device_type == "cuda":
-        library = "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
+        from torch.cuda import nccl
+
+        library = "NCCL " + ".".join(map(str, nccl.version()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
     command += ["-m", "nanochat.doctor", device_type]
     try:

@@ -278,8 +278,9 @@ async def bench(config: BenchServeConfig) -> dict[str, Any]:
     num_tokens = (await server.get("/stats"))["tokens_generated"]
     tally = Tally()
     program = f"from scripts.bench_serve import watch_health; watch_health({config.url!r})"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    watch = await asyncio.create_subprocess_exec(sys.executable, "-c", program, **pipes)
+    watch = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     start = time.perf_counter()
     await asyncio.gather(*(client(server, questions, tally, config, i) for i in range(config.clients)))
     seconds = time.perf_counter() - start

@@ -109,11 +109,12 @@ def _run(code: str, directory: str, timeout: float, memory_bytes: int) -> Execut
         with process:
             try:
                 pipes = {process.stdout: _KEEP_START, process.stderr: _KEEP_END, report: _KEEP_START}
-                texts, has_timed_out = _collect(process, pipes, time.monotonic() + timeout)
+                deadline = time.monotonic() + timeout
+                (stdout, stderr, outcome), has_timed_out = _collect(process, pipes, deadline)
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: for a zombie
                     os.killpg(process.pid, signal.SIGKILL)
-    return _result(*texts, process.returncode, timeout if has_timed_out else None)
+    return _result(stdout, stderr, outcome, process.returncode, timeout if has_timed_out else None)
 
 
 def _collect(
@@ -127,14 +128,14 @@ def _collect(
     kept = {pipe: bytearray() for pipe in pipes}
     with selectors.DefaultSelector() as selector:
         for pipe in pipes:
-            selector.register(pipe, selectors.EVENT_READ)
+            selector.register(pipe, selectors.EVENT_READ, pipe)
         while selector.get_map() and (left := deadline - time.monotonic()) > 0:
             has_ended = process.poll() is not None  # before select, so that all its output is read
             ready = selector.select(min(left, 0.1))
             if has_ended and not ready:  # a child process of the program keeps the pipes open
                 break
             for key, _ in ready:
-                pipe = key.fileobj
+                pipe = key.data
                 if chunk := os.read(key.fd, OUTPUT_BYTES):
                     kept[pipe] += chunk
                     del kept[pipe][pipes[pipe]]

@@ -79,7 +79,7 @@ FCNTL, IOCTL, OPENAT = (72, 25), (16, 29), (257, 56)
 OPEN = (2, 0xFFFFFFFF)  # not on arm64
 ALL_BITS, CLONE_THREAD, AF_UNIX, SOCK_STREAM, SOCK_TYPE = 0xFFFFFFFF, 0x10000, 1, 1, 0xF
 O_ACCMODE, O_TRUNC = 3, 0x200
-ARGUMENT_RULES = (
+ARGUMENT_RULES: tuple[tuple[tuple[int, int], int, int, int, tuple[int, int]], ...] = (
     ((56, 220), 0, CLONE_THREAD, CLONE_THREAD, REQUIRE),  # clone
     ((302, 261), 0, ALL_BITS, 0, REQUIRE),  # prlimit: only of the process itself
     (SOCKETPAIR, 0, ALL_BITS, AF_UNIX, REQUIRE),
@@ -89,8 +89,8 @@ ARGUMENT_RULES = (
     *((FCNTL, 1, ALL_BITS, command, FORBID) for command in (8, 10, 15)),
     *((IOCTL, 1, ALL_BITS, command, FORBID) for command in (0x8901, 0x8902)),
     # Landlock does not check access mode 3 (neither reading nor writing) nor, before Linux 6.2, O_TRUNC
-    *((*call, O_ACCMODE, 3, FORBID) for call in ((OPEN, 1), (OPENAT, 2))),
-    *((*call, O_ACCMODE | O_TRUNC, O_TRUNC, FORBID) for call in ((OPEN, 1), (OPENAT, 2))),
+    *((numbers, i, O_ACCMODE, 3, FORBID) for numbers, i in ((OPEN, 1), (OPENAT, 2))),
+    *((numbers, i, O_ACCMODE | O_TRUNC, O_TRUNC, FORBID) for numbers, i in ((OPEN, 1), (OPENAT, 2))),
 )
 
 
@@ -115,7 +115,8 @@ def main(report_fd: int, memory_bytes: int, cpu_seconds: int) -> None:
         del reserve
         status = "memory" if isinstance(error, MemoryError) else "error"
         os.write(report_fd, f"{status} {describe(error)}"[:1000].encode("ascii", "backslashreplace"))
-        traceback.print_exception(error.with_traceback(error.__traceback__.tb_next), file=sys.__stderr__)
+        inner = error.__traceback__ and error.__traceback__.tb_next  # without this function's own frame
+        traceback.print_exception(error.with_traceback(inner), file=sys.__stderr__)
         sys.exit(1)
     os.write(report_fd, b"ok")
 

@@ -34,7 +34,7 @@ def save_hf_tokenizer(tokenizer: RustBPETokenizer, directory: Path, max_length: 
     max_length: the context length of the model, in tokens. Raise ValueError, before anything is written, if
     the vocabulary is not the result of BPE merges.
     """
-    template = files("nanochat.hub").joinpath("transformers_model", "chat_template.jinja")
+    template = files("nanochat.hub") / "transformers_model" / "chat_template.jinja"
     write_json(directory / JSON_FILE, _tokenizer_json(tokenizer))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

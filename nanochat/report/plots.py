@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
@@ -254,7 +255,7 @@ def _curve(axis: Axes, xs: list[float], ys: list[float], **style: Any) -> None:
     At least one point is left out of curves of five points or more, none of shorter curves.
     """
     axis.plot(xs, ys, **style)
-    curves = [list(line.get_ydata()) for line in axis.lines]
+    curves = [np.asarray(line.get_ydata()).tolist() for line in axis.lines]
     settled = [y for ys in curves for y in ys[max(len(ys) // 20, len(ys) >= 5) :]]
     if settled:
         margin = 0.06 * (max(settled) - min(settled)) or 0.1
