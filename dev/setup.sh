@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with everything in requirements.lock, our rustbpe and this project; with --tests also with what the
-# tests need (tests/requirements.lock holds both). Run it any number of times: when nothing has changed it is done
-# in a blink.
+# Create or update .venv: the packages of requirements.lock, rustbpe and this project. --tests takes the packages
+# of tests/requirements.lock, which adds those of the checks and tests. Without changes a second run does nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,11 +12,11 @@ case "${1:-}" in
     --tests) lock=tests/requirements.lock ;;
     *) fail "unknown argument $1; the only one is --tests" ;;
 esac
-checksum() { if has sha256sum; then sha256sum; else shasum -a 256; fi; } # older macOS has the latter
+checksum() { if has sha256sum; then sha256sum; else shasum -a 256; fi; } # older macOS has no sha256sum
 inputs=$(cat dev/setup.sh {,tests/}requirements.lock pyproject.toml rustbpe/*.toml rustbpe/*.pyi rustbpe/src/*.rs | checksum)
 stamp=.venv/.setup-done
 case "$(cat "$stamp" 2>/dev/null)" in
-    "$lock $inputs" | "tests/requirements.lock $inputs") [ ! -x .venv/bin/python ] || exit 0 ;; # its Python may be gone
+    "$lock $inputs" | "tests/requirements.lock $inputs") [ ! -x .venv/bin/python ] || exit 0 ;; # unless an update removed its Python
 esac
 
 apt_install() {
@@ -26,7 +25,7 @@ apt_install() {
     apt-get update >/dev/null && apt-get install --yes --no-install-recommends "$@" >/dev/null
 }
 
-# uv: the one on the PATH, or one of our own from pip (brought by apt-get if need be), or from uv's installer
+# Find uv on the PATH, or install it with pip (which apt-get may have to install), or with uv's own installer.
 get_uv() {
     local home=${XDG_CACHE_HOME:-$HOME/.cache}/nanochat-uv
     export PATH="$PATH:$home/bin:$HOME/.local/bin"
@@ -35,7 +34,7 @@ get_uv() {
     python3 -m pip --version >/dev/null 2>&1 || apt_install python3-pip ca-certificates || true
     python3 -m pip install --quiet --target "$home" uv 2>/dev/null && return
     has curl && curl -LsSf https://astral.sh/uv/install.sh | sh >/dev/null 2>&1 && has uv && return
-    fail "cannot get uv: install it (https://docs.astral.sh/uv) or pip, then run this again"
+    fail "cannot install uv: install it (https://docs.astral.sh/uv) or pip, then run this again"
 }
 
 get_uv
