@@ -1,19 +1,19 @@
-"""Packed batches: documents tokenised, joined end to end and cut into rows, exactly and resumably.
+"""Packed batches: documents tokenised, joined end to end and cut into rows; exact and resumable.
 
 A document is <|bos|> and its tokens. The micro-batches of one optimizer step, over all ranks, each have a
-*stream* of their own: stream s joins the documents s, s + S, s + 2S, ... of the epoch (S streams) and goes on
-with the next epoch at their end. A micro-batch reads B * T + 1 tokens of its stream and moves on by B * T, so
-the last token is read again as the first input of the stream's next micro-batch, and no pair of neighbours is
-ever lost. Row b of the micro-batch is its b-th piece of T tokens.
+*stream* of their own: stream s joins the documents s, s + S, s + 2S, ... of the epoch (S streams) and
+continues with the next epoch. A micro-batch reads B * T + 1 tokens of its stream and advances by B * T: the
+last token is read again as the first input of the stream's next micro-batch, so that no pair of neighbours is
+lost. Row b of the micro-batch is its b-th piece of T tokens.
 
     stream 0:  <bos> a a a a <bos> c c c ...      rank 0 of 2, or the first half of an accumulation
     stream 1:  <bos> b b <bos> d d d d d ...      rank 1 of 2, or the second half
 
-Rank r of W serves the streams r, r + W, ... in turn. So what a step trains on depends on S, B and T but not
-on W: one rank that accumulates sees the data of eight ranks that do not. Row groups may come in an order
-drawn from a seed, as shards of one's own are often sorted by what they hold. A state says where each stream
-stands as (epoch, document, offset in its tokens); to resume, that document is tokenised again. Row counts in
-the parquet footers turn a document's number into a place to read, so nothing before it is decoded.
+Rank r of W serves the streams r, r + W, ... in turn. So the data of a step depend on S, B and T but not on W:
+one rank that accumulates gradients sees the data of eight ranks that do not. A seed shuffles the row groups,
+since the shards of a user are often sorted by content. A state holds the position of each stream as (epoch,
+document, offset in its tokens); to resume, that document is tokenised again. The row counts in the parquet
+footers locate a document by its number, so nothing before it is decoded.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ import numpy as np
 import torch
 
 from nanochat.common import Runtime
-from nanochat.dataset import open_shard, read_row_group
+from nanochat.data.shards import open_shard, read_row_group
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-DOCUMENTS_PER_CALL = 16  # tokenised together; few enough that no single batch is slow to come
-CACHE_BYTES = 256 * 2**20  # of decoded row groups: streams stand at different places, but near one another
+DOCUMENTS_PER_CALL = 16  # tokenised together; few, so that no single batch takes long
+CACHE_BYTES = (
+    256 * 2**20
+)  # of decoded row groups: the streams read at different positions, but near one another
 
 State = dict[str, Any]
 
 
 class Tokenizer(Protocol):
-    """What the loader needs of a tokenizer."""
+    """The part of a tokenizer that the loader uses."""
 
     def get_bos_token_id(self) -> int: ...
     def encode(self, text: list[str], *, prepend: int, num_threads: int) -> list[list[int]]: ...
@@ -64,21 +66,21 @@ def packed_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
     """Return an iterator of (inputs, targets, state): two contiguous int64 (batch_size, seq_len) on `device`.
 
-    `streams` is the number of micro-batches in one optimizer step over all ranks. The documents come as they
-    lie in the shards, or with a seed in an order of row groups drawn from it. `state` is made of plain
-    JSON values; given back, it goes on with the batch after the one that it came with. A rank's state has
-    the positions of its own streams; `merge_states` makes one of them that any number of ranks can use.
+    `streams` is the number of micro-batches in one optimizer step over all ranks. The documents come in the
+    order of the shards, or with a seed in an order of row groups drawn from it. `state` consists of plain
+    JSON values; passed as an argument, it continues with the batch after the one that it was yielded with. A
+    rank's state has the positions of its own streams; `merge_states` combines them for any number of ranks.
 
-    epochs=None goes on for ever. With a number (validation: 1) every token of these epochs is a target once,
-    but for the first <|bos|> of each stream, which nothing precedes; a stream's last micro-batch is filled up
-    with inputs <|bos|> and targets -1, and a stream that has ended is passed over. Streams differ in length,
-    so ranks may yield different numbers of batches: sum locally and reduce after the loop, not in it.
+    epochs=None repeats without end. With a number (validation: 1) every token of these epochs is a target
+    once, except the first <|bos|> of each stream, which nothing precedes; a stream's last micro-batch is
+    padded with inputs <|bos|> and targets -1, and a stream that has ended is skipped. Streams differ in
+    length, so ranks may yield different numbers of batches: sum locally and reduce after the loop, not in it.
 
-    ValueError: sizes that do not fit, fewer documents than streams, or a state of other data or sizes.
+    Raises ValueError for inconsistent sizes, fewer documents than streams, or a state of other data or sizes.
     """
     if min(batch_size, seq_len, streams) < 1 or not 0 <= rank < world_size:
         raise ValueError(
-            f"needs {batch_size=}, {seq_len=}, {streams=} of 1 or more and {rank=} < {world_size=}"
+            f"{batch_size=}, {seq_len=} and {streams=} must be 1 or more, and {rank=} less than {world_size=}"
         )
     if streams % world_size:
         suggestion = max(1, round(streams / world_size)) * world_size
@@ -113,7 +115,7 @@ def packed_batches(
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
         turn = state["next_stream"] // world_size
-        n_ended = 0  # in a row
+        n_ended = 0  # consecutive streams without tokens
         while n_ended < len(cursors):
             cursor = cursors[turn]
             turn = (turn + 1) % len(cursors)
@@ -138,10 +140,10 @@ def validation_batches(
     seq_len: int,
     n_tokens: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return this rank's share of the first n_tokens, rounded up to whole batches, at most all.
+    """Return this rank's share of the batches of the first n_tokens, rounded up; of all, if there are fewer.
 
-    All ranks together have the same batches, however many they are: each makes all and keeps its own, once
-    for all evaluations and in the CPU's memory, 16 bytes a token.
+    Two int64 (batch_size, seq_len) each, on the CPU: 16 bytes a token, made once for all evaluations. All
+    ranks together have the same batches, whatever their number: each makes all and keeps its own.
     """
     batches = packed_batches(
         tokenizer,
@@ -157,11 +159,11 @@ def validation_batches(
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """Make one state of those that all ranks have after the same batch, for use with any number of ranks."""
+    """Return one state, for any number of ranks, from those of all ranks after the same batch."""
     merged = {**states[0], "positions": {}}
     for state in states:
         if {**state, "positions": {}} != {**merged, "positions": {}}:
-            raise ValueError(f"loader states of different moments cannot be merged: {state} and {states[0]}")
+            raise ValueError(f"loader states of different batches cannot be merged: {state} and {states[0]}")
         merged["positions"].update(state["positions"])
     return merged
 
@@ -174,8 +176,8 @@ def _check_state(state: State, fixed: dict[str, int | None], own: range, world_s
             )
     if state["next_stream"] % world_size:
         raise ValueError(
-            f"the loader state stands at stream {state['next_stream']} of a step, where {world_size=} cannot "
-            "go on; resume with the number of ranks that saved it, or from a state saved after a whole step"
+            f"the loader state was saved at stream {state['next_stream']} of a step, which {world_size=} "
+            "does not divide; resume with the same number of ranks, or from a state saved after a whole step"
         )
     if missing := [s for s in own if str(s) not in state["positions"]]:
         raise ValueError(f"the loader state lacks the streams {missing}; merge the states of all ranks")
@@ -184,10 +186,10 @@ def _check_state(state: State, fixed: dict[str, int | None], own: range, world_s
 def _to_device(
     tokens: np.ndarray, shape: tuple[int, int], bos: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay out a micro-batch in one buffer and send it with one copy, asynchronous on CUDA.
+    """Copy B * T + 1 tokens to the device as (inputs, targets) with one copy, asynchronous on CUDA.
 
-    The buffer is new each time, from PyTorch's cache of pinned memory: the cache knows when a copy has ended,
-    and a buffer of our own could be overwritten while the GPU has yet to read it.
+    The buffer is new each time, from PyTorch's cache of pinned memory, which tracks when a copy has ended. A
+    buffer of our own could be overwritten before the GPU has read it.
     """
     batch = torch.empty((2, *shape), dtype=torch.int64, pin_memory=device.type == "cuda")
     flat = batch.view(2, -1).numpy()
@@ -199,7 +201,7 @@ def _to_device(
 
 
 class _Stream:
-    """The tokens of documents first, first + step, ... below stop, epoch after epoch, from a position on."""
+    """The tokens of documents first, first + step, ... < stop, epoch after epoch, starting at a position."""
 
     def __init__(
         self,
@@ -212,11 +214,11 @@ class _Stream:
         epochs: int | None,
     ) -> None:
         self.encode = encode
-        self.epoch, self.document, self.offset = position  # of the first token that is not yet passed
+        self.epoch, self.document, self.offset = position  # of the next token
         self.first, self.step, self.stop = first, step, stop
         self.upcoming = self._indices(self.epoch, self.document, epochs)
         self.tokenised: deque[np.ndarray] = deque()  # the documents from self.document on
-        self.n_ahead = -self.offset  # tokens there that are not yet passed
+        self.n_ahead = -self.offset  # tokens in them after the position
 
     @property
     def position(self) -> tuple[int, int, int]:
@@ -224,14 +226,14 @@ class _Stream:
         return self.epoch, self.document, self.offset
 
     def peek(self, n: int) -> np.ndarray:
-        """The next n tokens, int32 (n,); fewer only at the end of the last epoch."""
+        """Return the next n tokens, int32 (n,), without advancing; fewer at the end of the last epoch."""
         while self.n_ahead < n and (indices := list(islice(self.upcoming, DOCUMENTS_PER_CALL))):
             documents = self.encode(indices)
             self.tokenised.extend(documents)
             self.n_ahead += sum(map(len, documents))
         if self.tokenised and self.offset >= len(self.tokenised[0]):
             raise ValueError(
-                f"the loader state stands at token {self.offset} of document {self.document}, which has "
+                f"the loader state points to token {self.offset} of document {self.document}, which has "
                 f"{len(self.tokenised[0])}; resume with the text and the tokenizer that it was saved with"
             )
         pieces: list[np.ndarray] = []
@@ -244,7 +246,7 @@ class _Stream:
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
     def advance(self, n: int) -> None:
-        """Pass n tokens that were peeked at."""
+        """Move the position by n tokens, which `peek` has returned."""
         self.offset += n
         self.n_ahead -= n
         while self.tokenised and self.offset >= len(self.tokenised[0]):
@@ -262,7 +264,7 @@ class _Stream:
 
 
 class _Documents:
-    """Read documents by their number in the epoch; keeps the row groups that were used last."""
+    """Read documents by their number in the epoch, with a cache of the row groups that were used last."""
 
     def __init__(self, shards: Sequence[Path], seed: int | None) -> None:
         self.row_groups: list[tuple[Path, int, int]] = []  # shard, index in it, documents
@@ -272,14 +274,14 @@ class _Documents:
                 self.row_groups.extend((path, index, n) for index, n in enumerate(rows))
         if seed is not None:
             random.Random(seed).shuffle(self.row_groups)
-        self.starts = np.cumsum([0, *(n for _, _, n in self.row_groups)])  # and the end of the last
+        self.starts = np.cumsum([0, *(n for _, _, n in self.row_groups)])  # of each row group, and the end
         self.cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def read(self, indices: list[int]) -> list[str]:
-        """The texts of these documents, in this order."""
+        """Return the texts of these documents, in this order."""
         groups = np.searchsorted(self.starts, indices, side="right") - 1
         return [
             column[index - int(self.starts[group])].as_py()

@@ -1,19 +1,19 @@
-"""Where the text comes from: folders of parquet shards with one string column, `text`.
+"""The text for pretraining: folders of parquet shards with one string column, `text`.
 
-A setting called `data` says which folder:
+The setting `data` selects the folder:
 
     hub        $NANOCHAT_BASE_DIR/base_data, downloaded from karpathy/fineweb-edu-100b-shuffle by this module
-    embedded   the documentation of the Python that runs this (nanochat/data/embedded.py), made on first use
+    embedded   the documentation of the running Python (nanochat/data/embedded.py), made on first use
     a path     your own text: a file, a folder or a glob of .parquet (column text), .jsonl (key text) or .txt
     auto       hub if it has been downloaded, else embedded; never downloads
 
 The last shard in the order of names is the validation set, all others are for training. On the hub that is
-shard_01822, whatever the number of training shards, so that losses compare between runs and while a download
-goes on. Your own folder of two parquet files or more is used where it lies, in the same way; anything else is
+shard_01822, whatever the number of training shards, so that losses are comparable between runs and during a
+download. Your own folder of two parquet files or more is used in place, in the same way; anything else is
 converted once, with every twentieth document held out.
 
-A download resumes where it was cut, and a shard that has its name is whole: see nanochat/data/download.py.
-HF_ENDPOINT is honoured. The first 240 shards, four at a time, and the validation shard:
+A download resumes where it broke, and a shard under its own name is complete (nanochat/data/download.py).
+HF_ENDPOINT is honoured. To download the first 240 shards, four at a time, and the validation shard:
 
     python -m nanochat.dataset -n 240 -w 4
 """
@@ -49,7 +49,7 @@ VAL_SHARD = SHARD_NAME.format(N_TRAIN_SHARDS)
 
 
 def source(data: str) -> str:
-    """Return data, with "auto" decided: "hub" if that has been downloaded, else "embedded"."""
+    """Return data, with "auto" replaced: by "hub" if that has been downloaded, else by "embedded"."""
     hub = base_dir() / "base_data"
     if data != "auto":
         return data
@@ -57,7 +57,7 @@ def source(data: str) -> str:
 
 
 def resolve(data: str) -> Path:
-    """Return the folder of shards that `data` (see above) means; makes it if that takes no network."""
+    """Return the folder of shards that `data` (see above) selects; make it if that needs no network."""
     hub, embedded = base_dir() / "base_data", base_dir() / "embedded_data"
     data = source(data)
     if data == "hub":
@@ -82,16 +82,16 @@ def shard_paths(data: str, split: str) -> list[Path]:
         )
     paths = paths[:-1] if split == "train" else paths[-1:]
     for path in paths:
-        open_shard(path).close()  # a broken shard is told now, not hours into training
+        open_shard(path).close()  # fail now, not hours into training
     return paths
 
 
 def parquets_iter_batched(
     split: str, start: int = 0, step: int = 1, data: str = "auto"
 ) -> Iterator[list[str]]:
-    """Yield the documents of a split once, a list of texts a row group: row groups start, start + step, ...
+    """Yield the documents of a split once, one list of texts per row group: start, start + step, ...
 
-    Row groups are counted through all shards of the split, so `start=rank, step=world_size` deals them out.
+    Row groups are numbered through all shards of the split: `start=rank, step=world_size` divides them.
     """
     if step < 1 or not 0 <= start < step:
         raise ValueError(f"start={start}, step={step}: needs 0 <= start < step")
@@ -107,12 +107,12 @@ def parquets_iter_batched(
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """Which shards to download, and how."""
+    """The shards to download."""
 
     num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])]
-    """training shards, about 100 MB each: the first n of 1822 (the validation shard always comes along)"""
+    """training shards, about 100 MB each: the first n of 1822 (the validation shard is always downloaded)"""
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4
-    """downloads at a time"""
+    """number of simultaneous downloads"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_shards <= N_TRAIN_SHARDS:
@@ -122,7 +122,7 @@ class DatasetConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Download; 1 if a shard could not be had, after a line for each of those."""
+    """Download the shards. Return 1 if some failed, after logging one line for each of them."""
     from tqdm import tqdm
 
     config = parse(DatasetConfig, argv)
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ThreadPoolExecutor(config.num_workers) as pool,
         tqdm(total=len(fractions), bar_format="{l_bar}{bar}| {n:.1f}/{total} shards, {remaining}") as bar,
     ):
-        # First and alone: nothing works without the validation shard, and no network is told at once.
+        # First and alone: nothing works without it, and a missing network is one error instead of hundreds.
         fetch(VAL_SHARD)
         transfers = [pool.submit(fetch, name) for name in names]
         try:

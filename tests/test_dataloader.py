@@ -14,7 +14,7 @@ BOS = 256
 
 
 class ByteTokenizer:
-    """Tokens are UTF-8 bytes; notes which texts it was asked for."""
+    """Tokens are UTF-8 bytes; `seen` lists the texts that were encoded."""
 
     def __init__(self):
         self.seen = []
@@ -52,7 +52,7 @@ def batches(shards, *, tokenizer=None, batch_size=2, seq_len=8, streams=4, devic
 
 
 def stream_tokens(texts, stream, streams, epochs=1):
-    """What a stream holds, by the definition."""
+    """The tokens of a stream, by its definition."""
     return [t for _ in range(epochs) for text in texts[stream::streams] for t in [BOS, *text.encode()]]
 
 
@@ -74,7 +74,7 @@ def global_order(shards, world_size, n_rounds, **settings):
 @pytest.mark.parametrize("seq_len", [1, 8, 50])
 @pytest.mark.parametrize("streams", [1, 4])
 def test_every_token_once_an_epoch_and_every_pair_of_neighbours(shards, texts, streams, seq_len):
-    """A loader that popped the B * T + 1 tokens it had read lost one token, and one pair, a batch."""
+    """A loader that removed all B * T + 1 tokens of a batch lost one token and one pair per batch."""
     n_rounds, batch_size = 1500 // (streams * seq_len), 2
     loader = batches(shards, streams=streams, seq_len=seq_len, batch_size=batch_size)
     inputs, targets = {}, {}
@@ -90,12 +90,12 @@ def test_every_token_once_an_epoch_and_every_pair_of_neighbours(shards, texts, s
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_see_together_what_one_rank_accumulates(shards, world_size):
+def test_all_ranks_together_have_the_batches_of_one_rank_that_accumulates(shards, world_size):
     assert global_order(shards, world_size, 12) == global_order(shards, 1, 12)
 
 
 def test_batches_are_contiguous_and_not_shared(shards):
-    """Slices of one (B, T + 1) tensor were passed on, which `.view(-1)` refuses on some devices."""
+    """They were slices of one (B, T + 1) tensor, for which `.view(-1)` fails on some devices."""
     loader = batches(shards)
     first = next(loader)
     before = as_lists(first)
@@ -118,7 +118,7 @@ def test_documents_are_tokenised_once_and_little_ahead(shards, texts, monkeypatc
 
 
 def test_a_seed_draws_the_order_of_row_groups(shards, texts):
-    """Shards sorted by what they hold were trained on in that order, and the last of them at the end."""
+    """Shards sorted by content were read in that order, the last kind of text at the end of training."""
 
     def order(seed):
         tokenizer = ByteTokenizer()
@@ -136,7 +136,7 @@ def test_a_seed_draws_the_order_of_row_groups(shards, texts):
 @pytest.mark.gpu
 def test_cuda_batches_equal_cpu_batches(shards):
     on_cuda = batches(shards, device="cuda")
-    # Launched without waiting, so that a reused staging buffer would be overwritten under way.
+    # Without synchronisation, so that a reused staging buffer would be overwritten during its copy.
     got = list(islice(on_cuda, 300))
     assert [as_lists(batch) for batch in got] == [as_lists(b) for b in islice(batches(shards), 300)]
     assert got[0][0].is_cuda
@@ -148,7 +148,7 @@ def test_cuda_batches_equal_cpu_batches(shards):
 
 @pytest.mark.parametrize("streams", [1, 4])
 def test_resume_after_any_batch(shards, streams):
-    """Resuming was approximate, and in the second epoch looped over nothing for ever."""
+    """Resuming was approximate, and in the second epoch looped without end over nothing."""
     n = 190
     whole = [(as_lists(batch), json.dumps(batch[2])) for batch in islice(batches(shards, streams=streams), n)]
     assert json.loads(whole[-1][1])["positions"]["0"][0] >= 2, "the test ends before the third epoch"
@@ -182,7 +182,7 @@ def test_resume_with_another_number_of_ranks(shards, before, after):
 
 
 def test_resume_within_a_step(shards):
-    """After 6 of 8 micro-batches two ranks can go on, four cannot."""
+    """After 6 of 8 micro-batches two ranks can resume, four cannot."""
     states = [list(islice(batches(shards, rank=r, world_size=2), 3))[-1][2] for r in range(2)]
     state = merge_states(states)
     assert state["next_stream"] == 2
@@ -250,13 +250,13 @@ def test_a_stream_of_one_empty_document_has_no_targets(tmp_path):
         ({"rank": 2, "world_size": 2}, "rank=2"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(shards, settings, message):
+def test_inconsistent_sizes_are_named(shards, settings, message):
     with pytest.raises(ValueError, match=message):
         batches(shards, **settings)
 
 
 def test_no_shards(tmp_path):
-    """An empty folder used to loop for ever."""
+    """The loader looped without end for an empty folder."""
     with pytest.raises(ValueError, match="0 documents"):
         batches([])
     write_parquet(tmp_path / "empty.parquet", [])
@@ -281,12 +281,12 @@ def test_a_state_of_other_data(shards, tmp_path, texts):
         next(batches([tmp_path / "other.parquet"], streams=1, state=state))
 
 
-def test_states_that_do_not_fit_together(shards):
+def test_inconsistent_states_are_not_merged(shards):
     ranks = [batches(shards, rank=r, world_size=2) for r in range(2)]
     (_, _, first), (_, _, second) = next(ranks[0]), next(ranks[1])
     with pytest.raises(ValueError, match=r"lacks the streams \[1, 3\]"):
         batches(shards, rank=1, world_size=2, state=first)
-    with pytest.raises(ValueError, match="different moments"):
+    with pytest.raises(ValueError, match="different batches"):
         merge_states([first, next(ranks[1])[2]])
     assert merge_states([first, second])["positions"].keys() == {"0", "1", "2", "3"}
 
@@ -295,8 +295,8 @@ def test_states_that_do_not_fit_together(shards):
 # Reading
 
 
-def test_row_groups_are_decoded_once_while_streams_stay_near(shards, texts, monkeypatch):
-    """Every stream reads from every row group; without a cache each would be decoded once a stream."""
+def test_row_groups_are_decoded_once_while_streams_are_near_one_another(shards, texts, monkeypatch):
+    """Every stream reads from every row group; without a cache each would be decoded once per stream."""
     read = []
     real_read = dataloader.read_row_group
     monkeypatch.setattr(dataloader, "read_row_group", lambda *place: read.append(place) or real_read(*place))

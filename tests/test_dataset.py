@@ -33,7 +33,7 @@ def make_shards(directory, *names, n_documents=10):
 
 
 def test_the_validation_shard_of_the_hub_is_pinned(base_dir):
-    """It was "the last file on disk", so it moved with the number of shards and while a download ran."""
+    """It was "the last file on disk", which changed with the number of shards and during a download."""
     make_shards(base_dir / "base_data", SHARD, "shard_00001.parquet")
     for split in ("train", "val"):
         with pytest.raises(FileNotFoundError, match=VAL_SHARD):
@@ -45,7 +45,7 @@ def test_the_validation_shard_of_the_hub_is_pinned(base_dir):
     assert VAL_SHARD not in [path.name for path in shard_paths("hub", "train")]
 
 
-def test_auto_takes_the_hub_only_when_it_is_there(base_dir, monkeypatch):
+def test_auto_uses_the_hub_only_after_a_download(base_dir, monkeypatch):
     monkeypatch.setattr(
         "nanochat.dataset.write_shards", lambda path: make_shards(path, SHARD, "shard_00001.parquet")
     )
@@ -57,7 +57,7 @@ def test_auto_takes_the_hub_only_when_it_is_there(base_dir, monkeypatch):
 
 
 def test_one_shard_is_an_error_in_both_splits(base_dir):
-    """With one shard the training split was empty and the loader looped for ever."""
+    """With one shard the training split was empty and the loader looped without end."""
     make_shards(base_dir / "base_data", VAL_SHARD)
     for split in ("train", "val"):
         with pytest.raises(FileNotFoundError, match=r"holds 1 parquet shard.*needs two"):
@@ -74,9 +74,9 @@ def test_broken_shards_are_named(tmp_path):
         return str(caught.value)
 
     path.write_bytes(good[: len(good) // 2])
-    assert "no readable parquet file" in complaint()
+    assert "not a readable parquet file" in complaint()
     path.write_bytes(b"")
-    assert "no readable parquet file" in complaint()
+    assert "not a readable parquet file" in complaint()
     path.write_bytes(good[:4] + bytes(30) + good[34:])  # the footer is whole, the data are not
     assert "corrupt" in complaint()
     write_parquet(path, [])
@@ -108,14 +108,14 @@ def test_nulls_are_empty_texts(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Text of the user's own
+# The user's own text
 
 
 def write_jsonl(path, documents):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
-def test_a_folder_of_parquet_files_is_used_where_it_lies(tmp_path):
+def test_a_folder_of_parquet_files_is_used_in_place(tmp_path):
     make_shards(tmp_path, "b.parquet", "a.parquet", "c.parquet")
     assert shard_paths(str(tmp_path), "train") == [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     assert shard_paths(str(tmp_path), "val") == [tmp_path / "c.parquet"]
@@ -175,13 +175,13 @@ def test_all_kinds_in_one_folder(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["from parquet", " "])
     write_jsonl(tmp_path / "b.jsonl", ["from jsonl", "", "more"])
     (tmp_path / "c.txt").write_text("from txt\n")
-    (tmp_path / "d.csv").write_text("no text of ours")
+    (tmp_path / "d.csv").write_text("not read")
     both = texts(shard_paths(str(tmp_path), "train") + shard_paths(str(tmp_path), "val"))
     assert sorted(both) == ["from jsonl", "from parquet", "from txt", "more"]
 
 
-def test_files_as_windows_and_careless_people_leave_them(tmp_path):
-    """A blank line was an error, and a byte order mark too, or part of the first text."""
+def test_blank_lines_and_byte_order_marks_are_ignored(tmp_path):
+    """A blank line was an error; a byte order mark was an error or part of the first text."""
     (tmp_path / "a [1].jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n\n')
     assert texts(shard_paths(str(tmp_path / "a [1].jsonl"), "val")) == ["two"]
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")

@@ -18,7 +18,7 @@ def texts():
     return embedded.documents()
 
 
-def test_it_is_megabytes_of_documents_of_sensible_length(texts):
+def test_the_corpus_is_megabytes_of_documents_of_moderate_length(texts):
     lengths = sorted(map(len, texts))
     assert 2e6 < sum(lengths) < 5e6
     assert lengths[0] >= embedded.MIN_CHARS
@@ -26,7 +26,7 @@ def test_it_is_megabytes_of_documents_of_sensible_length(texts):
     assert lengths[len(lengths) // 2] > 1500
 
 
-def test_it_reads_like_documentation(texts):
+def test_the_corpus_contains_documentation_in_english(texts):
     corpus = "\n".join(texts)
     for passage in (
         "json.dumps(obj, *, skipkeys=False",  # a function of the library
@@ -42,20 +42,20 @@ def test_it_reads_like_documentation(texts):
     assert n_english > 0.13 * len(words)
 
 
-def test_a_docstring_stands_in_one_document_only(texts):
-    """`bytes` and `bytearray` say the same, and C modules and their twins: no text is in both splits."""
+def test_a_docstring_occurs_in_one_document_only(texts):
+    """`bytes` and `bytearray` share docstrings, as do C and Python modules: none is in both splits."""
     docstring = " ".join(builtins.bytearray.partition.__doc__.split()[:30])
     assert sum(docstring in " ".join(text.split()) for text in texts) <= 1
     is_val = [index % embedded.VAL_EVERY == 0 for index in range(len(texts))]
     paragraphs = {False: set(), True: set()}
-    for text, side in zip(texts, is_val, strict=True):
-        paragraphs[side] |= {" ".join(p.split()) for p in text.split("\n\n") if len(p.split()) > 12}
+    for text, split in zip(texts, is_val, strict=True):
+        paragraphs[split] |= {" ".join(p.split()) for p in text.split("\n\n") if len(p.split()) > 12}
     both = paragraphs[True] & paragraphs[False]
     assert len(both) < 0.005 * len(paragraphs[True])
 
 
 def test_repetitions_and_trivial_docstrings_are_dropped():
-    paragraph = "This paragraph is long enough that two of its kind are no accident, but a copy."
+    paragraph = "This paragraph is so long that a second occurrence of it can only be a copy of it."
     entries = [
         ("f()", "Return the answer\n    to everything."),
         ("g()", "return the *answer* to everything"),
@@ -101,8 +101,8 @@ def compiled_entries_hash():
     return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 
-def test_compiled_modules_say_the_same_in_every_process():
-    """Attributes may be replaced at run time, as pytest does with hooks of sys; and no import may talk."""
+def test_compiled_modules_give_the_same_entries_in_every_process():
+    """Although pytest replaces hooks of sys at run time. The imports print nothing."""
     command = "from tests.test_embedded import compiled_entries_hash; print(compiled_entries_hash())"
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", command],

@@ -1,1 +1,1 @@
-"""Where text comes from: shards, own files, the embedded documentation, downloads."""
+"""Sources of text: parquet shards, the user's own files, the embedded documentation, downloads."""

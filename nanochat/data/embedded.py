@@ -6,8 +6,8 @@ are parsed, never imported; only compiled modules, which have no source to parse
 
 An entry is a heading (`json.dumps(obj, *, skipkeys=False, ...)`) and its docstring. Docstrings, and longer
 paragraphs of them, that repeat earlier ones word for word are dropped (`bytes` and `bytearray` share most of
-theirs), so that what is held out for validation is not also trained on. The rest is gathered, module by
-module, into documents of a few hundred to three thousand characters, and shuffled; one in twenty is held out.
+theirs), so that no validation text is also training text. The rest is joined, module by module, into
+documents of a few hundred to three thousand characters, and shuffled; one in twenty is held out.
 
     python -c "import pathlib, nanochat.data.embedded as e; e.write_shards(pathlib.Path('.'))"
 """
@@ -33,22 +33,22 @@ from types import ModuleType
 from nanochat.common import write_json
 from nanochat.data.shards import write_parquet
 
-MIN_CHARS, MAX_CHARS = 300, 3000  # of a document; what is left over of a module is dropped
+MIN_CHARS, MAX_CHARS = 300, 3000  # of a document; a shorter rest of a module is dropped
 MIN_ENTRY_CHARS = 16  # of a docstring worth keeping
-MIN_PARAGRAPH_CHARS = 60  # of a paragraph whose repetition is no accident
+MIN_PARAGRAPH_CHARS = 60  # of a paragraph; the same short one may occur in several entries
 RULE = re.compile(r"(?m)^[=*~^+-][=*~^+ -]{3,}\n")  # under titles and in tables
 VAL_EVERY = 20
 ROWS_PER_GROUP = 64
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
-# Importing readline changes the terminal; the others are CPython's own test fixtures.
+# Importing readline changes the terminal; the others are fixtures of CPython's tests.
 SKIPPED_COMPILED = re.compile(r"readline$|_?xx|_test|_ctypes_test")
 
 
 def write_shards(directory: Path) -> None:
     """Write shard_00000.parquet (training), shard_00001.parquet (validation) and about.json into a folder.
 
-    The same Python installation always gives the same bytes of text in the same order.
+    Deterministic: a Python installation always gives the same texts in the same order.
     """
     texts = documents()
     splits: dict[str, list[str]] = {"train": [], "val": []}
@@ -61,7 +61,7 @@ def write_shards(directory: Path) -> None:
 
 
 def documents() -> list[str]:
-    """All documents of this installation, shuffled with a fixed seed."""
+    """Return all documents of this installation, shuffled with a fixed seed."""
     seen: set[str] = set()
     texts: list[str] = []
     with warnings.catch_warnings():
@@ -73,23 +73,23 @@ def documents() -> list[str]:
 
 
 def library_entries() -> Iterator[tuple[str, str]]:
-    """All (heading, docstring) pairs of modules, classes and functions; many docstrings are empty."""
+    """Yield (heading, docstring) of all modules, classes and functions; many docstrings are empty."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield from chain.from_iterable(chain(_source_modules(), _compiled_modules()))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Entries: (heading, docstring) pairs, one iterable a module
+# Entries: (heading, docstring) pairs, one iterable per module
 
 
 def _topics() -> Iterator[Iterable[tuple[str, str]]]:
-    """The language reference of pydoc; Debian's minimal Python has none."""
+    """Yield the language reference of pydoc, which Debian's minimal Python lacks."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         return
-    # They quote one another; longest first, so that the long one is left whole.
+    # Topics quote one another; the longest come first, so that the shorter ones lose the repetition.
     for _, text in sorted(topics.items(), key=lambda topic: (-len(topic[1]), topic[0])):
         yield [("", text)]
 
@@ -102,17 +102,17 @@ def _source_modules() -> Iterator[Iterable[tuple[str, str]]]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # the library holds broken files on purpose, as examples
+        except SyntaxError:  # the library contains invalid files on purpose, as examples
             continue
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         yield _source_entries(tree, name)
 
 
 def _source_entries(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """The docstrings of a module or class and of what it defines, in the order of the source."""
+    """Yield the entries of a module or class and of its definitions, in source order."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         yield f"{name}({ast.unparse(node.args)})", ast.get_docstring(node) or ""
-        return  # what is local to a function is no one's documentation
+        return  # local definitions are not part of the documentation
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
         yield f"class {name}({bases})", ast.get_docstring(node) or ""
@@ -131,12 +131,12 @@ def _compiled_modules() -> Iterator[Iterable[tuple[str, str]]]:
         if spec and str(spec.origin).endswith(("built-in", *EXTENSION_SUFFIXES)):
             try:
                 yield _compiled_entries(importlib.import_module(name))
-            except ImportError:  # built, but a shared library that it needs is not installed
+            except ImportError:  # a shared library that it needs is not installed
                 continue
 
 
 def _compiled_entries(module: ModuleType) -> Iterator[tuple[str, str]]:
-    """The docstrings of a C module, of its functions and classes and of their methods and attributes."""
+    """Yield the entries of a C module, its functions, its classes and their methods and attributes."""
     yield module.__name__, _docstring(module)
     for _, member in sorted(vars(module).items()):
         if inspect.isclass(member):
@@ -145,17 +145,17 @@ def _compiled_entries(module: ModuleType) -> Iterator[tuple[str, str]]:
             for attribute, method in vars(member).items():
                 if inspect.isroutine(method) or inspect.isdatadescriptor(method):
                     yield f"{owner}.{attribute}{_signature(method)}", _docstring(method)
-        elif inspect.isbuiltin(member):  # what a running program put in its place, say a hook of sys, is not
+        elif inspect.isbuiltin(member):  # unlike a replacement made at run time, such as a hook of sys
             yield f"{module.__name__}.{member.__name__}{_signature(member)}", _docstring(member)
 
 
 def _docstring(member: object) -> str:
     text = member.__doc__
-    return text if isinstance(text, str) else ""  # a class may describe its instances' __doc__
+    return text if isinstance(text, str) else ""  # of a class it may be the descriptor for its instances
 
 
 def _signature(member: object) -> str:
-    # As it is written, but for its module: inspect.signature would evaluate the defaults.
+    # The text without $module and $self: inspect.signature would evaluate the defaults.
     signature = getattr(member, "__text_signature__", None) or ""
     return re.sub(r"\(\$module(, /)?(, )?", "(", signature).replace("$", "")
 
@@ -165,7 +165,7 @@ def _signature(member: object) -> str:
 
 
 def _new_entries(entries: Iterable[tuple[str, str]], seen: set[str]) -> Iterator[str]:
-    """Clean the entries and drop what was seen before, whole docstrings and longer paragraphs of them."""
+    """Yield cleaned entries, without the docstrings and longer paragraphs in `seen`; add theirs to it."""
     for heading, docstring in entries:
         body = RULE.sub("", inspect.cleandoc(docstring) + "\n").strip()
         if _words(body) in seen:
@@ -178,7 +178,7 @@ def _new_entries(entries: Iterable[tuple[str, str]], seen: set[str]) -> Iterator
 
 
 def _words(text: str) -> str:
-    """What two texts have in common that differ in case, punctuation and line breaks only."""
+    """Return the words of a text, equal for texts that differ only in case, punctuation and white space."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 

@@ -21,11 +21,14 @@ SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
 def build_once(directory: Path, fill: Callable[[Path], None]) -> Path:
-    """Fill a new folder, which gets its name when it is whole; if two processes do, the first one's stays."""
+    """Return a directory, filled by `fill` if it does not exist. It appears under its name when complete.
+
+    If two processes fill it at the same time, both use the one that is complete first.
+    """
     if not directory.exists():
         logger.info("making %s, once", directory)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as workplace:
-            unfinished = Path(workplace) / directory.name
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+            unfinished = Path(temporary) / directory.name
             unfinished.mkdir()
             fill(unfinished)
             try:
@@ -36,23 +39,28 @@ def build_once(directory: Path, fill: Callable[[Path], None]) -> Path:
     return directory
 
 
-def own_files(name: str, suffixes: tuple[str, ...], complaint: str) -> list[Path]:
-    """Return, in order, the files of these suffixes that a file, a folder or a glob (** is any depth) names.
+def own_files(name: str, suffixes: tuple[str, ...], context: str) -> list[Path]:
+    """Return the sorted files with these suffixes that a file, a folder or a glob (** for any depth) names.
 
-    FileNotFoundError if there are none; it begins with the complaint.
+    Raises FileNotFoundError, `context no file, folder or glob ...`, if there are none.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        found = [path]  # whatever brackets it has in its name
+        found = [path]  # not a glob: its name may contain brackets
     else:
         found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     files = sorted(file.resolve() for file in found if file.name.endswith(suffixes) and file.is_file())
     if not files:
-        raise FileNotFoundError(f"{complaint} no file, folder or glob of files in {', '.join(suffixes)}")
+        raise FileNotFoundError(f"{context} no file, folder or glob of files in {', '.join(suffixes)}")
     return files
 
 
 def own_shards(data: str) -> Path:
+    """Return the folder of shards for a file, folder or glob of the user's.
+
+    A folder of two parquet files or more is used in place; other text is converted once. Raises
+    FileNotFoundError if there are no files, ValueError for a bad file or fewer than two documents.
+    """
     path = Path(data).expanduser()
     files = own_files(data, SUFFIXES, f"data={data!r} is none of auto, hub and embedded, and")
     if path.is_dir() and len(files) >= 2 and all(file.suffix == ".parquet" for file in files):
@@ -74,7 +82,7 @@ def own_shards(data: str) -> Path:
 def _own_documents(files: Sequence[Path]) -> Iterator[str]:
     """Yield every text that is not blank: a row of parquet, a line of jsonl, some paragraphs of txt.
 
-    A byte order mark, which Windows puts at the start of a file, is no text.
+    A byte order mark, which Windows puts at the start of a file, is dropped.
     """
     readers = {".parquet": _parquet_documents, ".jsonl": _jsonl_documents, ".txt": _txt_documents}
     for path in files:
@@ -96,14 +104,14 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)["text"]
-                text.encode()  # JSON can spell half a surrogate pair, which is no text
+                text.encode()  # JSON can contain half a surrogate pair, which UTF-8 cannot
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeError) as error:
                 raise ValueError(f'{path}, line {number}: expected {{"text": "..."}} ({error!r})') from error
             yield text
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
-    """Cut at a blank line after 2,000 characters or more, at any line end after 8,000."""
+    """Yield pieces that end at a blank line after 2,000 characters, or at any line end after 8,000."""
     lines: list[str] = []
     size = 0
     with open(path, encoding="utf-8-sig") as file:

@@ -18,14 +18,16 @@ ROWS_PER_GROUP = 1024
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """Open a shard; ValueError if it is corrupt or truncated, has no string column `text` or no rows."""
+    """Open a shard. Raises ValueError if it is corrupt, has no string column `text` or no rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         shard = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no readable parquet file ({error}); delete it and try again") from error
+        raise ValueError(
+            f"{path} is not a readable parquet file ({error}); delete it and try again"
+        ) from error
     columns = {field.name: field.type for field in shard.schema_arrow}
     if columns.get("text") not in (pa.string(), pa.large_string()):
         raise ValueError(f"{path} needs a string column 'text', but its columns are {columns}")
@@ -35,7 +37,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def read_row_group(path: Path, index: int) -> pa.ChunkedArray:
-    """Read the texts of one row group, nulls as empty texts. ValueError if the bytes are corrupt."""
+    """Return the texts of one row group, nulls as empty texts. Raises ValueError if it is corrupt."""
     import pyarrow as pa
 
     with open_shard(path) as shard:
@@ -46,7 +48,7 @@ def read_row_group(path: Path, index: int) -> pa.ChunkedArray:
 
 
 def write_parquet(path: Path, texts: Iterable[str], rows_per_group: int = ROWS_PER_GROUP) -> None:
-    """Write a shard atomically; holds one row group in memory."""
+    """Write a shard atomically, with one row group in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
