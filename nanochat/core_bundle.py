@@ -1,20 +1,20 @@
-"""The CORE bundle: where it comes from, and what its rows mean.
+"""The CORE bundle: its download, its files and its examples.
 
-A bundle is a folder (or a zip of one) as DCLM (Li et al. 2024, arXiv 2406.11794) evaluates with:
+A bundle is a folder, or a zip of one, in the layout of DCLM (Li et al. 2024, arXiv 2406.11794):
 
     core.yaml             icl_tasks: label, dataset_uri, num_fewshot, icl_task_type, delimiters
     eval_meta_data.csv    "Eval Task", "Random baseline" in percent
-    eval_data/            the dataset_uris, one JSON object a line
+    eval_data/            the dataset_uris, one JSON object per line
 
-Three kinds of task become one kind of example: options, each a continuation after a context, one being gold.
+Three kinds of task become one kind of example: options, each a continuation of a context, one of them gold.
 
     multiple_choice       one context (query), several continuations (choices)
     schema                several contexts (context_options), one continuation
     language_modeling     one context, one continuation
 
-Texts lose the white space around them: what separates them is up to the prompt. A download is unpacked and
-read in a hidden folder, which takes the bundle's name when all is well: what has that name is whole. It also
-holds where it came from, in origin.json, so that another address is not taken for the same bundle.
+Texts lose the white space around them; the prompt adds its own delimiters. A download is unpacked and checked
+in a hidden folder, so a bundle under its own name is complete. It records its address and digest in
+origin.json, so that a request for another address is not answered with the same bundle.
 """
 
 import csv
@@ -39,13 +39,13 @@ from nanochat.common import Runtime, base_dir, locked, write_json
 from nanochat.data.download import download
 
 logger = logging.getLogger(__name__)
-N_CORE_TASKS = 22  # of the published metric
-ORIGIN = "origin.json"  # in a bundle that was downloaded: its address and the SHA-256 of the zip
+N_CORE_TASKS = 22  # in the published metric
+ORIGIN = "origin.json"  # in a downloaded bundle: address and SHA-256 of the zip
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: (context, continuation) texts, which of them is right, and its category ("": all are one)."""
+    """One row: (context, continuation) texts, the index of the right one, and a category ("" for none)."""
 
     options: tuple[tuple[str, str], ...]
     gold: int
@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class CoreTask:
-    """One entry of core.yaml under its names there, with its rows and its random baseline in percent."""
+    """One entry of core.yaml, under its names there, with its examples and its random baseline in percent."""
 
     label: str
     dataset_uri: str
@@ -67,7 +67,7 @@ class CoreTask:
 
     @cached_property
     def pools(self) -> dict[str, list[int]]:
-        """The numbers of the examples of each category: few-shot examples are of one's own category."""
+        """Indices of the examples of each category, from which its few-shot examples are drawn."""
         pools = defaultdict(list)
         for index, example in enumerate(self.examples):
             pools[example.category].append(index)
@@ -76,21 +76,21 @@ class CoreTask:
 
 @dataclass(frozen=True)
 class Bundle:
-    """The tasks in the order of core.yaml, and the labels of those whose rows are not there."""
+    """The tasks in the order of core.yaml, and the labels of those without rows in the bundle."""
 
     tasks: list[CoreTask]
     missing_tasks: list[str]
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Read a bundle; a task without its rows is left out with a warning.
+    """Read a bundle; leave out a task without rows, with a warning.
 
     Raises FileNotFoundError for any other missing file, ValueError naming file and line for a bad one.
     """
     for name in ("core.yaml", "eval_meta_data.csv"):
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"{folder} is no CORE bundle: it has no {name}; delete it or name another with --bundle"
+                f"{folder} is not a CORE bundle: it has no {name}; delete it or name another with --bundle"
             )
     baselines = _read_baselines(folder / "eval_meta_data.csv")
     tasks, missing = [], []
@@ -104,7 +104,7 @@ def load_bundle(folder: Path) -> Bundle:
         else:
             missing.append(label)
     if not tasks:
-        raise FileNotFoundError(f"{folder / 'eval_data'} holds the rows of none of the tasks of core.yaml")
+        raise FileNotFoundError(f"{folder / 'eval_data'} has rows for none of the tasks of core.yaml")
     if missing:
         logger.warning("warning: %s lacks the rows of %s; CORE goes without", folder, ", ".join(missing))
     return Bundle(tasks, missing)
@@ -118,11 +118,11 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
             if entry["icl_task_type"] not in ("multiple_choice", "schema", "language_modeling"):
                 raise ValueError(f"unknown icl_task_type {entry['icl_task_type']!r}")
             (entry["num_fewshot"],) = entry["num_fewshot"]
-            CoreTask(**entry, random_baseline=0, examples=())  # has it every key, and none that we ignore?
+            CoreTask(**entry, random_baseline=0, examples=())  # raises for a missing or unknown key
         if len({entry["label"] for entry in entries}) < len(entries):
             raise ValueError("two tasks have the same label")
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no list of CORE tasks: {error}") from error
+        raise ValueError(f"{path} is not a list of CORE tasks: {error}") from error
     return entries
 
 
@@ -147,7 +147,7 @@ def _read_examples(path: Path, kind: str, has_categories: bool) -> tuple[Example
                 row = json.loads(line)
                 examples.append(_example(row, kind, row["category"] if has_categories else ""))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: no {kind} example ({error!r})") from error
+                raise ValueError(f"{path}, line {number}: not a {kind} example ({error!r})") from error
     if not examples:
         raise ValueError(f"{path} is empty")
     return tuple(examples)
@@ -170,19 +170,19 @@ def _example(row: dict[str, Any], kind: str, category: str) -> Example:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Finding one
+# Location and download
 
 
 def bundle_folder(path: str) -> Path:
-    """Return where a bundle is, or is to be: the folder `path`, or eval_bundle if that is empty."""
+    """Return the folder `path`, or eval_bundle in the base directory if that is empty."""
     return Path(path).expanduser() if path else base_dir() / "eval_bundle"
 
 
 def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "") -> Path:
-    """Return the folder `path`, else base_dir()/eval_bundle, into which a zip may have to be downloaded.
+    """Return the folder `path`, or base_dir()/eval_bundle, downloaded from url if it does not exist.
 
-    The first rank of each machine does that. All ranks call this together, and all raise OSError or
-    ValueError if a download fails, or if eval_bundle was downloaded from elsewhere.
+    A collective: all ranks call this together, and the first rank of each machine downloads. All raise
+    OSError or ValueError if that fails, or if eval_bundle was downloaded from another address.
     """
     folder = bundle_folder(path)
     if path:
@@ -198,14 +198,14 @@ def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "
 
 
 def _check_origin(folder: Path, url: str, sha256: str) -> None:
-    """Raise ValueError if a bundle that is there is another one than what is asked for, if anything is."""
+    """Raise ValueError if an existing bundle is not the requested one, if any is requested."""
     if not url:
         return
     if not (folder / ORIGIN).exists():
-        logger.warning("warning: where %s came from is not known; it is used, and %s is not", folder, url)
+        logger.warning("warning: the origin of %s is not known; it is used, and %s is not", folder, url)
         return
     origin = json.loads((folder / ORIGIN).read_text("utf-8"))
-    # the same zip may have moved: if its digest is given, that alone counts
+    # the same zip may have moved: a digest, if given, decides alone
     if sha256.lower() != origin["sha256"] if sha256 else url != origin["url"]:
         raise ValueError(
             f"{folder} is the bundle of {origin['url']}, SHA-256 {origin['sha256']}, not of {url}"
@@ -215,10 +215,11 @@ def _check_origin(folder: Path, url: str, sha256: str) -> None:
 
 
 def download_bundle(url: str, sha256: str, folder: Path) -> None:
-    """Download a zip, check it, and unpack it as `folder`, which appears when it is whole and readable.
+    """Download a zip, check it and unpack it as `folder`, which appears when it is complete.
 
-    Raises FileNotFoundError without a url, OSError if the transfer fails, ValueError if the zip is not what
-    its SHA-256 (hex; empty: not checked) says, is damaged, reaches outside its folder or holds no bundle.
+    Resumes a download that broke. Raises FileNotFoundError without a url, OSError if the transfer fails,
+    ValueError if the zip does not have this SHA-256 (hex; empty: not checked), is damaged, would write
+    outside its folder or contains no bundle.
     """
     if not url:
         raise FileNotFoundError(
@@ -226,8 +227,8 @@ def download_bundle(url: str, sha256: str, folder: Path) -> None:
             "or the address of a zip with --bundle-url"
         )
     logger.info("downloading the CORE bundle from %s", url)
-    workplace = folder.with_name(f".{folder.name}.download")  # of this name, so that a download can resume
-    archive, unpacked = workplace / "bundle.zip", workplace / "unpacked"
+    staging = folder.with_name(f".{folder.name}.download")  # a fixed name, so that a download can resume
+    archive, unpacked = staging / "bundle.zip", staging / "unpacked"
     _fetch(url, archive)
     try:
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -235,14 +236,14 @@ def download_bundle(url: str, sha256: str, folder: Path) -> None:
             raise ValueError(f"{url} has the SHA-256 {digest}, not {sha256}")
         shutil.rmtree(unpacked, ignore_errors=True)  # left by a kill
         _unpack(archive, unpacked, url)
-        core_yaml = next(unpacked.rglob("core.yaml"), None)  # zips may have a folder around it all
+        core_yaml = next(unpacked.rglob("core.yaml"), None)  # it may be in a folder of the zip
         if core_yaml is None:
-            raise ValueError(f"{url} holds no core.yaml: it is no CORE bundle")
+            raise ValueError(f"{url} contains no core.yaml: it is not a CORE bundle")
         load_bundle(core_yaml.parent)
         write_json(core_yaml.parent / ORIGIN, {"url": url, "sha256": digest})
         core_yaml.parent.rename(folder)
     finally:
-        shutil.rmtree(workplace)
+        shutil.rmtree(staging)
 
 
 def _fetch(url: str, path: Path) -> None:
@@ -260,10 +261,10 @@ def _unpack(archive: Path, folder: Path, url: str) -> None:
     try:
         with zipfile.ZipFile(archive) as file:
             for name in file.namelist():
-                path = PureWindowsPath(name)  # which knows both kinds of slashes, and drives
+                path = PureWindowsPath(name)  # parses both kinds of slashes, and drives
                 if path.anchor or ".." in path.parts:
                     raise ValueError(f"{url} would write outside its folder: {name!r}")
             file.extractall(folder)
-    # the last two: a password, a way to compress that Python lacks; an offset before the file's beginning
+    # RuntimeError: a password or an unknown compression; OSError: an offset before the start of the file
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
         raise ValueError(f"cannot unpack {url}: {error!r}") from error

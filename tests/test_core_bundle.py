@@ -28,7 +28,7 @@ def folder(tmp_path):
 # Reading
 
 
-def test_three_kinds_become_one(folder, caplog):
+def test_three_kinds_of_task_become_one_kind_of_example(folder, caplog):
     lines = {
         "reading/pick": {"query": "Q: one?\n", "choices": ["a ", "b"], "gold": 1},
         "language/who": {"context_options": [" x", "y"], "continuation": " ran.", "gold": 0},
@@ -54,7 +54,7 @@ def test_a_task_without_rows_is_named(folder, caplog):
     assert "lost; CORE goes without" in caplog.text
 
 
-def test_no_rows_at_all(folder):
+def test_a_bundle_without_rows_is_an_error(folder):
     shutil.rmtree(folder / "eval_data")
     with pytest.raises(FileNotFoundError, match="none of the tasks"):
         load_bundle(folder)
@@ -69,10 +69,10 @@ def test_no_rows_at_all(folder):
         ("label: who", "label: pick", "two tasks have the same label"),
         ("label: who", "label: nobody", "no random baseline of task 'nobody'"),
         ("icl_tasks", "tasks", "icl_tasks"),
-        ("label: pick", "label: [", "no list of CORE tasks"),
+        ("label: pick", "label: [", "not a list of CORE tasks"),
     ],
 )
-def test_what_the_yaml_may_not_say(folder, old, new, message):
+def test_errors_in_the_yaml(folder, old, new, message):
     path = folder / "core.yaml"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
@@ -80,7 +80,7 @@ def test_what_the_yaml_may_not_say(folder, old, new, message):
 
 
 @pytest.mark.parametrize("baseline", ["100", "-1", "chance", ""])
-def test_bad_baseline(folder, baseline):
+def test_a_bad_baseline_is_named(folder, baseline):
     (folder / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\npick,{baseline}\n")
     with pytest.raises(ValueError, match=r"eval_meta_data\.csv"):
         load_bundle(folder)
@@ -106,7 +106,7 @@ def test_a_bad_row_is_named(folder, line):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Finding and downloading
+# Location and download
 
 
 def zipped(folder, prefix=""):
@@ -146,18 +146,18 @@ def test_download_once(server, folder, base_dir, name):
     found = find_bundle(Runtime.cpu(), "", url, sha256)
     assert found == base_dir / "eval_bundle"
     assert content(found) == content(folder)
-    assert files_of(base_dir) == ["eval_bundle"]  # no archive, no workplace
+    assert files_of(base_dir) == ["eval_bundle"]  # no archive, no temporary folder
     assert find_bundle(Runtime.cpu(), "", url, sha256) == found
     assert len(server.starts(name)) == 1
 
 
-def test_a_named_folder_comes_first(folder, base_dir):
+def test_a_folder_that_is_named_takes_precedence(folder, base_dir):
     write_bundle(base_dir / "eval_bundle")
     assert find_bundle(Runtime.cpu(), str(folder)) == folder
     assert find_bundle(Runtime.cpu()) == base_dir / "eval_bundle"
 
 
-def test_nothing_to_find_and_nowhere_to_get_it():
+def test_without_a_bundle_and_an_address():
     with pytest.raises(FileNotFoundError, match="--bundle-url"):
         find_bundle(Runtime.cpu())
     with pytest.raises(FileNotFoundError, match=r"it has no core\.yaml"):
@@ -177,7 +177,7 @@ def test_a_bad_zip_leaves_nothing(server, base_dir, fault):
 
 
 @pytest.mark.parametrize("fault", ["truncate", "503"])
-def test_a_transfer_that_keeps_failing_leaves_nothing_under_the_name_of_a_bundle(server, base_dir, fault):
+def test_a_failed_transfer_leaves_no_bundle(server, base_dir, fault):
     base_dir.mkdir()
     server.faults["bundle.zip"] = [fault] * 6
     with pytest.raises(OSError, match=f"cannot download {server.url}: "):
@@ -196,7 +196,7 @@ def test_no_such_zip(server, base_dir):
 
 
 def test_a_download_resumes_also_after_a_kill(server, base_dir):
-    """A file that was written in place and cut by a kill was taken for complete in all later runs."""
+    """A zip that was written in place and cut by a kill counted as complete in all later runs."""
     base_dir.mkdir()
     size = len(server.files["bundle.zip"])
     server.faults["bundle.zip"] = ["truncate 30", "stall 90"]
@@ -213,7 +213,7 @@ def test_a_download_resumes_also_after_a_kill(server, base_dir):
 
 
 @pytest.mark.parametrize("name", ["bundle.zip", "nested.zip"])
-def test_a_zip_that_has_changed_or_another_one_is_downloaded_whole(server, folder, base_dir, name):
+def test_a_zip_that_has_changed_is_downloaded_whole(server, folder, base_dir, name):
     server.faults["bundle.zip"] = ["truncate"] * 6
     with pytest.raises(OSError, match="cannot download"):
         find_bundle(Runtime.cpu(), "", server.url)
@@ -224,8 +224,8 @@ def test_a_zip_that_has_changed_or_another_one_is_downloaded_whole(server, folde
     assert files_of(base_dir) == ["eval_bundle"]
 
 
-def test_a_zip_with_any_byte_flipped_is_told(folder, tmp_path):
-    """What zlib and zipfile raise was a traceback, but for BadZipFile."""
+def test_a_zip_with_any_byte_flipped_is_an_error(folder, tmp_path):
+    """Of the errors of zlib and zipfile only BadZipFile was caught."""
     good, errors = zipped(folder), []
     for place in range(0, len(good), 5):
         bad = bytearray(good)
@@ -249,7 +249,7 @@ def test_wrong_checksum(server, base_dir):
 @pytest.mark.parametrize(
     "name", ["../evil.txt", "a/../../evil.txt", "/evil.txt", "C:\\evil.txt", "..\\evil.txt"]
 )
-def test_names_that_reach_outside_are_refused(tmp_path, folder, base_dir, name):
+def test_names_outside_the_folder_are_refused(tmp_path, folder, base_dir, name):
     base_dir.mkdir()
     archive = tmp_path / "slip.zip"
     archive.write_bytes(zipped(folder))
@@ -261,33 +261,33 @@ def test_names_that_reach_outside_are_refused(tmp_path, folder, base_dir, name):
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_a_zip_of_something_else(tmp_path, folder, base_dir):
+def test_a_zip_without_a_bundle(tmp_path, folder, base_dir):
     base_dir.mkdir()
     (folder / "core.yaml").rename(folder / "other.yaml")
     archive = tmp_path / "other.zip"
     archive.write_bytes(zipped(folder))
-    with pytest.raises(ValueError, match=r"holds no core\.yaml"):
+    with pytest.raises(ValueError, match=r"contains no core\.yaml"):
         download_bundle(archive.as_uri(), "", base_dir / "eval_bundle")
     assert list(base_dir.iterdir()) == []
 
 
-def rank_1(heard_from_rank_0):
+def rank_1(value_of_rank_0):
     class Rank1(Runtime):
         def gather(self, value):
-            return [heard_from_rank_0, value]
+            return [value_of_rank_0, value]
 
     cpu = Runtime.cpu()
     return Rank1(device=cpu.device, compute_dtype=cpu.compute_dtype, rank=1, world_size=2, local_rank=1)
 
 
-def test_one_rank_of_a_machine_downloads_and_all_hear_of_its_failure(server, base_dir):
+def test_one_rank_of_a_machine_downloads_and_all_raise_its_error(server, base_dir):
     assert find_bundle(rank_1(None), "", server.url) == base_dir / "eval_bundle"
     assert server.requests == []
     with pytest.raises(OSError, match="rank 0 has no network"):
         find_bundle(rank_1(OSError("rank 0 has no network")), "", server.url)
 
 
-def test_a_bundle_put_there_by_hand_is_used_and_said_to_be(base_dir, caplog):
+def test_a_bundle_of_unknown_origin_is_used_with_a_warning(base_dir, caplog):
     folder = write_bundle(base_dir / "eval_bundle")
     assert find_bundle(Runtime.cpu()) == folder
     assert caplog.text == ""
@@ -296,7 +296,7 @@ def test_a_bundle_put_there_by_hand_is_used_and_said_to_be(base_dir, caplog):
 
 
 def test_another_address_or_digest_is_another_bundle(server, base_dir, caplog):
-    """The bundle of before was measured, whatever --bundle-url and --bundle-sha256 said."""
+    """The existing bundle was used, whatever --bundle-url and --bundle-sha256 were."""
     digest = hashlib.sha256(server.files["bundle.zip"]).hexdigest()
     folder, other = find_bundle(Runtime.cpu(), "", server.url), server.url.replace("bundle", "nested")
     with caplog.at_level(logging.INFO):

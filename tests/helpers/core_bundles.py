@@ -43,7 +43,7 @@ def bundle_rows():
     pick = [
         {
             "query": f"Question: {words(rng.randrange(1, 8))}?\n",
-            # every other row has one-token answers, which share their row of a batch
+            # the answers of every other row are one token, and share a row of the batch
             "choices": list("ABCD") if i % 2 else [words(rng.randrange(1, 5)) for _ in range(4)],
             "gold": rng.randrange(4),
         }
