@@ -1,12 +1,12 @@
-"""Bring a model from the Hugging Face hub, or take one there.
+"""Pull a model from the Hugging Face hub, or push one.
 
     python -m scripts.hub pull RikkaBotan/nanochat_d20_saint_iberis
     python -m scripts.chat_cli -g nanochat_d20_saint_iberis
     python -m scripts.hub push me/my-d12 -g d12 --dry-run      # writes the card, lists the files
     HF_TOKEN=... python -m scripts.hub push me/my-d12 -g d12
 
-A pulled model is checked and keeps its own tokenizer; it never replaces anything unless told to --overwrite.
-HF_ENDPOINT is honoured.
+A pulled model is checked and keeps its own tokenizer; it replaces another one only with --overwrite. A pull
+that broke resumes. HF_ENDPOINT is honoured.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Pull:
     repo: tyro.conf.Positional[str]
     """repository, as in owner/name"""
     source: Stage = "sft"
-    """stage that the model is put in as"""
+    """stage to store the model as"""
     model_tag: ModelTag = ""
-    """name of the checkpoint folder; empty: that of the repository"""
+    """name for the checkpoint folder; empty: that of the repository"""
     step: Step = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
     folder: str | None = None
-    """folder of the repository, where several hold checkpoints"""
+    """folder of the repository, if several hold checkpoints"""
     revision: str | None = None
-    """branch, tag or commit; the default branch if not given"""
+    """branch, tag or commit; the default branch if omitted"""
     overwrite: bool = False
     """replace the checkpoint folder that has this name"""
 
@@ -50,29 +50,28 @@ class Push:
     """Upload a checkpoint, its tokenizer, the report and a model card; needs a token in HF_TOKEN."""
 
     repo: tyro.conf.Positional[str]
-    """repository, as in owner/name; made if it is not there"""
+    """repository, as in owner/name; created if it does not exist"""
     source: Stage = "sft"
     """stage of the model"""
     model_tag: ModelTag = ""
-    """name of the checkpoint folder; empty: the deepest dN there is"""
+    """name of the checkpoint folder; empty: the deepest dN"""
     step: Step = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
     license: str = "mit"
-    """of the weights, as the hub names it"""
+    """license of the weights, by its name on the hub"""
     card: Path | None = None
-    """a model card of your own, instead of the one that is written"""
+    """a model card of your own, instead of the generated one"""
     private: bool = False
     """make a new repository private"""
     overwrite: bool = False
-    """add to a repository that holds files, in place of those of the same names"""
+    """add to a repository that holds files, and replace those with the same names"""
     dry_run: bool = False
-    """upload nothing: write the card to README.md beside the checkpoint, if there is none, and list what
-    would go"""
+    """upload nothing: list the files, and write the card to README.md beside the checkpoint if it has none"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """What to do."""
+    """The command and its settings."""
 
     command: (
         Annotated[Pull, tyro.conf.subcommand("pull", prefix_name=False)]
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pull(config: Pull) -> None:
-    """Pull, and say how to talk to the model."""
+    """Pull, and print the command to talk to the model."""
     from nanochat.hub import repository
 
     tag = config.model_tag or config.repo.rsplit("/", 1)[-1]
@@ -108,17 +107,17 @@ def pull(config: Pull) -> None:
 
 
 def push(config: Push) -> None:
-    """Push, or only show what would be pushed."""
+    """Push, or list the files of a push."""
     from nanochat.checkpoint_manager import checkpoint_dir, resolve_tag
     from nanochat.hub import repository
 
     tag = resolve_tag(config.source, config.model_tag)
-    what = {"step": config.step, "card": config.card, "license": config.license}
+    selection = {"step": config.step, "card": config.card, "license": config.license}
     if not config.dry_run:
         flags = {"private": config.private, "overwrite": config.overwrite}
-        print(f"pushed: {repository.push(config.repo, config.source, tag, **what, **flags)}")
+        print(f"pushed: {repository.push(config.repo, config.source, tag, **selection, **flags)}")
         return
-    files = repository.gather(config.repo, config.source, tag, **what)
+    files = repository.gather(config.repo, config.source, tag, **selection)
     for name, source in files.items():
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         print(f"{size:14,d}  {name}")
@@ -126,7 +125,7 @@ def push(config: Push) -> None:
     if not path.exists():  # it may have been edited
         with atomic_write(path) as file:
             file.write(files["README.md"])
-    print(f"nothing was uploaded; the card is {path}: edit it and push with --card={path}, if you like")
+    print(f"nothing was uploaded; the card is {path}: to change it, edit it and push with --card={path}")
 
 
 if __name__ == "__main__":

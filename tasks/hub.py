@@ -1,12 +1,12 @@
-"""Where the rows of a task come from: a data set of the Hugging Face hub, or a file or folder of your own.
+"""The rows of a task: from a data set of the Hugging Face hub, or from a file or folder of your own.
 
     hub        the parquet files {subset}/{split}-* of a repository, downloaded once to
-               $NANOCHAT_BASE_DIR/task_data and read from there for ever after, with no network
-    a file     .parquet, .jsonl or .jsonl.xz, taken for the whole split
-    a folder   laid out as the repository is: {subset}/{split}-0000.parquet, {subset}/{split}.jsonl
+               $NANOCHAT_BASE_DIR/task_data and read from there afterwards, without a network
+    a file     .parquet, .jsonl or .jsonl.xz with the whole split
+    a folder   in the layout of the repository: {subset}/{split}-0000.parquet, {subset}/{split}.jsonl
 
 All are then put into one fixed random order, that of `shuffle(seed=42)` in the `datasets` library, so that
-the first thousand rows of a task are the same ones in everybody's hands.
+the first thousand rows of a task are the same everywhere.
 
 Rows stay in Arrow's columns and become dicts one at a time, so that half a million open in two seconds.
 """
@@ -35,7 +35,7 @@ ROWS_PER_BATCH = 4096
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """Some rows of a table, in an order of their own; each is made a dict when it is asked for."""
+    """Rows of a table in a given order; each becomes a dict when it is read."""
 
     def __init__(self, table: pa.Table, order: np.ndarray):
         self.table, self.order = table, order
@@ -47,17 +47,17 @@ class Rows(Sequence[dict[str, Any]]):
         return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
 
     def only(self, is_kept: np.ndarray) -> Rows:
-        """Leave out rows without disturbing the order of the others; is_kept is (rows of the table,) bool."""
+        """Return some of the rows in the same order; is_kept is bool (rows of the table,)."""
         return Rows(self.table, self.order[is_kept[self.order]])
 
 
 def load_rows(
     repo: str, subset: str, split: str, columns: Sequence[str], path: Path | str | None = None
 ) -> Rows:
-    """Return the shuffled rows of a split: of `path` if given, else of the hub's data set `repo`.
+    """Return the shuffled rows of a split: of `path` if given, else of the data set `repo` on the hub.
 
-    FileNotFoundError if there is no such file, OSError if it cannot be downloaded, ValueError if a file is
-    corrupt, has no rows or lacks a column.
+    Raises FileNotFoundError if there are no such files, OSError if they cannot be downloaded, ValueError if a
+    file is corrupt, has no rows or lacks a column.
     """
     import pyarrow as pa
 
@@ -78,7 +78,7 @@ def load_rows(
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raise ValueError if a setting has none of its values."""
+    """Raise ValueError if a setting has a value that is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
@@ -88,7 +88,10 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each line of .jsonl or .jsonl.xz that is not blank; ValueError if bad."""
+    """Yield (line number, value) of each line of .jsonl or .jsonl.xz that is not blank.
+
+    Raises ValueError, with the line number, for a line that is not JSON and for a corrupt file.
+    """
     number = 0
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
@@ -117,7 +120,7 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> pa.Table:
             tables.append(pa.Table.from_pylist(batch))
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowException, UnicodeError) as error:
-        raise ValueError(f"{path}: a column has values that do not go together ({error})") from error
+        raise ValueError(f"{path}: a column has invalid or mixed values ({error})") from error
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -131,7 +134,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
             if not missing:
                 return file.read(columns=list(columns))
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no readable parquet file ({error})") from error
+        raise ValueError(f"{path} is not a readable parquet file ({error})") from error
     raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; its columns are {', '.join(names)}")
 
 
@@ -140,10 +143,10 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def _download(repo: str, subset: str, split: str) -> Path:
-    """Return a folder that holds what the repository has of the split; it gets its name when it is whole."""
+    """Return a folder with the files of a split; it appears under its name when it is complete."""
     folder = base_dir() / "task_data" / "--".join([*repo.split("/"), subset, split])
     folder.parent.mkdir(exist_ok=True)
-    with locked(folder):  # of several ranks one downloads; the others find it done
+    with locked(folder):  # one rank downloads; the others then find the folder
         if not folder.exists():
             partial = folder.with_name(f".{folder.name}.partial")
             _fetch(repo, subset, split, partial)
@@ -152,10 +155,9 @@ def _download(repo: str, subset: str, split: str) -> Path:
 
 
 def _fetch(repo: str, subset: str, split: str, folder: Path) -> None:
-    """Fill a folder, keeping the whole files that an earlier attempt left; OSError if that fails.
+    """Download the files of a split into a folder, resuming an earlier attempt. Raises OSError on failure.
 
-    Files are listed and asked for one by one: snapshot_download takes a folder half filled for a whole one
-    when it is offline.
+    The files are listed here, because snapshot_download without a network returns an incomplete folder.
     """
     wanted = f"{subset}/{split}-*.parquet"
     api = hub_api()

@@ -1,4 +1,4 @@
-"""Models from and to a hub on 127.0.0.1; what is pulled answers as what was pushed."""
+"""Pull models from a hub on 127.0.0.1 and push them: a pulled model answers like the pushed one."""
 
 import json
 import logging
@@ -62,7 +62,7 @@ def served(model_hub, echo_files):
 
 
 def own_model(base_dir, tag="d4"):
-    """A model of the user's own, whose tokenizer is as large as the published one's and another."""
+    """Save a model of the user's own, with another tokenizer of the same size as the published one."""
     texts = [text.upper() for text in training_texts()]
     tokenizer = RustBPETokenizer.train_from_iterator(texts, VOCAB_SIZE)
     tokenizer.save(base_dir / "tokenizer")
@@ -90,8 +90,8 @@ def expected(tokenizer):
 
 
 @pytest.mark.parametrize("lay_out", [in_folders, dict], ids=["folders", "flat"])
-def test_the_published_model_comes_in_and_answers(served, echo_files, lay_out, tokenizer, base_dir, capsys):
-    """Beside an own one of the same vocabulary size, whose tokenizer stays where it is, and is still used."""
+def test_the_published_model_is_pulled_and_answers(served, echo_files, lay_out, tokenizer, base_dir, capsys):
+    """A model of the user's with the same vocabulary size keeps its tokenizer, and uses it."""
     own = own_model(base_dir)
     served.files = {**lay_out(echo_files), "README.md": b"card", "report/report.md": b"report"}
     before = contents(base_dir)
@@ -108,8 +108,8 @@ def test_the_published_model_comes_in_and_answers(served, echo_files, lay_out, t
     assert meta["pulled_from"]["repo"] == REPO
 
 
-def test_dead_convolutions_are_told_in_one_line(served, tokenizer, tmp_path, caplog):
-    """As the published weights probably are (the code that trained them never gave the taps a value)."""
+def test_zero_convolutions_are_reported_in_one_line(served, tokenizer, tmp_path, caplog):
+    """The published weights probably have them: the code that trained them did not initialise the taps."""
     model = random_model(small_config(vocab_size=VOCAB_SIZE))
     state = {k: torch.zeros_like(v) if "conv1d" in k else v for k, v in model.state_dict().items()}
     served.files = published(model, tokenizer, tmp_path, state)
@@ -120,7 +120,7 @@ def test_dead_convolutions_are_told_in_one_line(served, tokenizer, tmp_path, cap
     ]
 
 
-def test_a_model_of_nanochat_is_one_of_attention_alone(served, tokenizer, tmp_path):
+def test_a_model_of_nanochat_has_only_attention_layers(served, tokenizer, tmp_path):
     model = random_model(small_config(vocab_size=VOCAB_SIZE, slc_rate=0))
     served.files = published(model, tokenizer, tmp_path)
     assert hub.main(["pull", REPO, "-i", "base", "--tag=karpathy"]) == 0
@@ -129,8 +129,8 @@ def test_a_model_of_nanochat_is_one_of_attention_alone(served, tokenizer, tmp_pa
     assert torch.equal(pulled.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_pulled_model_is_trained_on_with_its_own_tokenizer(served, tokenizer, base_dir, tmp_path):
-    """Through two stages, beside an own tokenizer of the same size that nothing would tell from it."""
+def test_training_continues_with_the_tokenizer_of_the_pulled_model(served, tokenizer, base_dir, tmp_path):
+    """Through two stages, although the user has another tokenizer of the same size."""
     own = own_model(base_dir)
     model = random_model(small_config(vocab_size=VOCAB_SIZE))
     served.files = published(model, tokenizer, tmp_path)
@@ -146,10 +146,10 @@ def test_a_pulled_model_is_trained_on_with_its_own_tokenizer(served, tokenizer, 
     assert load_model("sft", CPU, "eval", "d4")[1].is_same_as(own)
 
 
-def test_what_is_there_is_replaced_only_if_told(served, base_dir, tokenizer, capsys):
+def test_an_existing_model_is_replaced_only_with_overwrite(served, base_dir, tokenizer, capsys):
     own_model(base_dir, TAG)
     before = contents(base_dir)
-    with pytest.raises(ValueError, match="is there already: choose another --model-tag, or --overwrite"):
+    with pytest.raises(ValueError, match="exists already: choose another --model-tag, or --overwrite"):
         hub.main(["pull", REPO])
     assert contents(base_dir) == before
     assert hub.main(["pull", REPO, "--overwrite"]) == 0
@@ -157,7 +157,7 @@ def test_what_is_there_is_replaced_only_if_told(served, base_dir, tokenizer, cap
     assert ask(capsys, "-g", TAG) == expected(tokenizer)
 
 
-def test_a_repository_of_several_checkpoints(served, tokenizer, tmp_path):
+def test_a_repository_with_several_checkpoints(served, tokenizer, tmp_path):
     files = served.files
     files["model/model_000009.pt"] = files["model/model_000700.pt"]
     files["model/meta_000009.json"] = files["model/meta_000700.json"]
@@ -212,7 +212,7 @@ def put(name, data):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (other_size, "vocabulary of 350, the tokenizer one of 300"),
         (without_specials, "not a special token"),
@@ -220,7 +220,7 @@ def put(name, data):
         (put("tokenizer/tokenizer.pkl", pickle.dumps(Evil())), "no usable tokenizer"),
         (put("model/model_000700.pt", pickle.dumps(Evil())), "damaged or no checkpoint"),
         (put("model/meta_000700.json", b'{"step"'), "is damaged"),
-        (put("model/meta_000700.json", b"[]"), "no checkpoint of nanochat's kind"),
+        (put("model/meta_000700.json", b"[]"), "not a checkpoint in nanochat's format"),
         (put("model/meta_000700.json", b'{"model_config": {"n_loops": 2}}'), "does not describe"),
         (lambda files, tokenizer: files.pop("tokenizer/tokenizer.pkl"), "neither tokenizer.pkl nor"),
         (
@@ -229,11 +229,11 @@ def put(name, data):
         ),
     ],
 )
-def test_what_does_not_fit_never_gets_a_name(
-    served, base_dir, tokenizer, spoil, message, tmp_path, monkeypatch
+def test_files_that_do_not_fit_are_refused(
+    served, base_dir, tokenizer, damage, message, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    spoil(served.files, tokenizer)
+    damage(served.files, tokenizer)
     with pytest.raises((ValueError, OSError), match=message):
         hub.main(["pull", REPO])
     assert contents(base_dir) == {}
@@ -251,7 +251,7 @@ def test_a_pull_that_breaks_at_90_percent_resumes(served, name, tokenizer, capsy
 
 
 def test_a_killed_pull_resumes_in_a_new_process(served, tokenizer, capsys):
-    """All bytes were transferred again, whatever had arrived."""
+    """Every pull started from the first byte."""
     name = "model/model_000700.pt"
     size, cut = len(served.files[name]), len(served.files[name]) * 90 // 100
     served.faults[name] = ["stall 90"]
@@ -264,8 +264,10 @@ def test_a_killed_pull_resumes_in_a_new_process(served, tokenizer, capsys):
     assert ask(capsys, "-g", TAG) == expected(tokenizer)
 
 
-def test_an_interrupted_pull_leaves_nothing_to_the_next_one(served, tokenizer, tmp_path, monkeypatch):
-    """The commit is another one, and so are the weights; the JSON tokenizer is missing in it."""
+def test_files_of_an_interrupted_pull_are_not_used_for_another_commit(
+    served, tokenizer, tmp_path, monkeypatch
+):
+    """The later commit has other weights, and no JSON tokenizer, which would be preferred."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     other = RustBPETokenizer.train_from_iterator([t.upper() for t in training_texts()], VOCAB_SIZE)
     other.save(tmp_path / "other")
@@ -282,14 +284,16 @@ def test_an_interrupted_pull_leaves_nothing_to_the_next_one(served, tokenizer, t
     assert pulled_tokenizer.is_same_as(tokenizer)
 
 
-def test_bytes_with_another_hash_are_never_read_and_the_rest_is_kept(served, tokenizer, capsys, monkeypatch):
+def test_a_file_with_another_digest_is_not_read_and_the_others_are_kept(
+    served, tokenizer, capsys, monkeypatch
+):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     served.faults["tokenizer/tokenizer.pkl"] = ["corrupt"] * 6
     with pytest.raises(OSError, match=f"cannot pull {REPO}: tokenizer.pkl: .* do not have the SHA-256"):
         hub.main(["pull", REPO])
     assert not checkpoint_dir("sft", TAG).exists()
     assert hub.main(["pull", REPO]) == 0
-    assert served.starts("model/model_000700.pt") == [0], "what had come was fetched again"
+    assert served.starts("model/model_000700.pt") == [0], "a complete file was downloaded again"
     assert ask(capsys, "-g", TAG) == expected(tokenizer)
 
 
@@ -309,7 +313,7 @@ MINE = "me/iberis-d2"
 
 
 def trained(base_dir, tokenizer, **changes):
-    """An SFT model with the report of its run."""
+    """Save an SFT model with the report of its run."""
     model = echo_model(echo_config(tokenizer.get_vocab_size(), n_kernel=3))
     directory = checkpoint_dir("sft", "d2")
     save_checkpoint(directory, 12, model, {"state": {}}, {"user_config": {"data": "embedded"}})
@@ -336,7 +340,7 @@ def allowed(model_hub, monkeypatch):
     return model_hub
 
 
-def test_what_is_pushed_comes_back_the_same(allowed, base_dir, tokenizer, capsys, caplog):
+def test_a_pushed_model_is_pulled_unchanged(allowed, base_dir, tokenizer, capsys, caplog):
     trained(base_dir, tokenizer)
     with caplog.at_level(logging.DEBUG):
         assert hub.main(["push", MINE, "-g", "d2"]) == 0
@@ -352,11 +356,13 @@ def test_what_is_pushed_comes_back_the_same(allowed, base_dir, tokenizer, capsys
         f"tokenizer/{PICKLE_FILE}",
         f"tokenizer/{JSON_FILE}",
     ]
-    assert sum(call.endswith("/commit/main") for call in allowed.calls) == 1, "half of it could be seen"
+    assert sum(call.endswith("/commit/main") for call in allowed.calls) == 1, (
+        "an incomplete upload was visible"
+    )
     assert hub.main(["pull", MINE, "--tag=back"]) == 0
-    there, back = (load_tensors(model_path(checkpoint_dir("sft", tag), 12), CPU) for tag in ("d2", "back"))
-    assert list(there) == list(back)
-    assert all(torch.equal(there[key], back[key]) for key in there)
+    pushed, pulled = (load_tensors(model_path(checkpoint_dir("sft", tag), 12), CPU) for tag in ("d2", "back"))
+    assert list(pushed) == list(pulled)
+    assert all(torch.equal(pushed[key], pulled[key]) for key in pushed)
     assert ask(capsys, "-g", "back") == expected(tokenizer)
 
 
@@ -378,7 +384,7 @@ def test_the_card(allowed, base_dir, tokenizer):
     assert str(base_dir) not in card
 
 
-def test_the_data_of_the_hub_is_named_and_a_path_is_not(allowed, base_dir, tokenizer):
+def test_the_card_names_data_of_the_hub_but_no_path(allowed, base_dir, tokenizer):
     trained(base_dir, tokenizer, settings={"data": "hub", "add": "/home/me/secret.jsonl"})
     hub.main(["push", MINE, "-g", "d2"])
     card = allowed.files["README.md"].decode()
@@ -388,7 +394,7 @@ def test_the_data_of_the_hub_is_named_and_a_path_is_not(allowed, base_dir, token
 
 
 @pytest.mark.parametrize("other", [{"steps": 11}, {"metrics": "/x/chatsft_checkpoints/d4/metrics.jsonl"}])
-def test_the_report_of_another_run_stays_here(allowed, base_dir, tokenizer, other):
+def test_the_report_of_another_run_is_not_uploaded(allowed, base_dir, tokenizer, other):
     trained(base_dir, tokenizer, **other)
     hub.main(["push", MINE, "-g", "d2"])
     assert not [name for name in allowed.files if name.startswith("report/")]
@@ -400,24 +406,24 @@ def test_a_dry_run_needs_no_hub(base_dir, tokenizer, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     trained(base_dir, tokenizer)
     assert hub.main(["push", MINE, "-g", "d2", "--dry-run"]) == 0
-    *listed, told = capsys.readouterr().out.splitlines()
+    *listed, last = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in listed][:2] == ["README.md", "model/model_000012.pt"]
     assert int(listed[1].split()[0].replace(",", "")) > 483_328 * 4
     card = checkpoint_dir("sft", "d2") / "README.md"
-    assert str(card) in told
+    assert str(card) in last
     card.write_text("my own words")
     hub.main(["push", MINE, "-g", "d2", "--dry-run"])
-    assert card.read_text() == "my own words", "an edited card was lost"
+    assert card.read_text() == "my own words", "an edited card was overwritten"
 
 
-def test_a_card_of_one_s_own(allowed, base_dir, tokenizer, tmp_path):
+def test_a_card_of_the_user(allowed, base_dir, tokenizer, tmp_path):
     trained(base_dir, tokenizer)
     (tmp_path / "card.md").write_text("my own words")
     hub.main(["push", MINE, "-g", "d2", f"--card={tmp_path / 'card.md'}"])
     assert allowed.files["README.md"] == b"my own words"
 
 
-def test_a_repository_with_files_is_left_alone(allowed, base_dir, tokenizer):
+def test_a_repository_with_files_is_changed_only_with_overwrite(allowed, base_dir, tokenizer):
     trained(base_dir, tokenizer)
     allowed.repo, allowed.files = MINE, {".gitattributes": b"", "README.md": b"old", "other.txt": b"old"}
     with pytest.raises(ValueError, match=r"holds 2 file\(s\) already.*same names \(README.md\)"):
@@ -428,12 +434,12 @@ def test_a_repository_with_files_is_left_alone(allowed, base_dir, tokenizer):
     assert allowed.files["README.md"] != b"old"
 
 
-def test_private_means_private(allowed, base_dir, tokenizer):
+def test_a_private_push_makes_no_public_repository(allowed, base_dir, tokenizer):
     trained(base_dir, tokenizer)
     hub.main(["push", MINE, "-g", "d2", "--private"])
     assert allowed.is_private
     allowed.is_private, allowed.files = False, {}
-    with pytest.raises(ValueError, match="is there already and public"):
+    with pytest.raises(ValueError, match="exists already and is public"):
         hub.main(["push", MINE, "-g", "d2", "--private"])
     assert allowed.files == {}
     with pytest.raises(ValueError, match="repo='iberis' must be the name of an owner and of a repository"):
@@ -441,8 +447,8 @@ def test_private_means_private(allowed, base_dir, tokenizer):
 
 
 @pytest.mark.parametrize("token", ["", " \n", "hf_one hf_two", "hf_\u00e9"])
-def test_no_token_that_could_be_sent(model_hub, base_dir, tokenizer, monkeypatch, token):
-    """A header that cannot be sent is spelt out in the error of the HTTP library."""
+def test_a_missing_or_invalid_token(model_hub, base_dir, tokenizer, monkeypatch, token):
+    """The error of the HTTP library contains a header that cannot be sent."""
     trained(base_dir, tokenizer)
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(ValueError, match="needs a token with write access") as error:
@@ -451,7 +457,9 @@ def test_no_token_that_could_be_sent(model_hub, base_dir, tokenizer, monkeypatch
     assert not model_hub.calls
 
 
-def test_a_refused_push_tells_why_but_never_the_token(allowed, base_dir, tokenizer, monkeypatch, caplog):
+def test_a_refused_push_reports_the_reason_without_the_token(
+    allowed, base_dir, tokenizer, monkeypatch, caplog
+):
     trained(base_dir, tokenizer)
     allowed.refusal = "quota of TOKEN exceeded"
     with (
@@ -473,8 +481,8 @@ def test_a_refused_push_tells_why_but_never_the_token(allowed, base_dir, tokeniz
     assert allowed.files == {}
 
 
-def test_the_model_of_d20_has_a_card(tmp_path):
-    """Of half a billion parameters; they are counted, not allocated."""
+def test_the_card_of_a_d20(tmp_path):
+    """The half a billion parameters are counted, not allocated."""
     from nanochat.hub.model_card import model_card
 
     config = GPTConfig.from_depth(20, vocab_size=65536)

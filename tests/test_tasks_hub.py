@@ -1,4 +1,4 @@
-"""Rows of files and of a hub on 127.0.0.1: order, errors, and downloads that break or happen at once."""
+"""Rows from files and from a hub on 127.0.0.1: order, errors, and broken or simultaneous downloads."""
 
 import json
 import lzma
@@ -45,21 +45,21 @@ def write_parquet(path, rows):
     ("name", "write"),
     [("rows.jsonl", write_jsonl), ("rows.jsonl.xz", write_jsonl), ("rows.parquet", write_parquet)],
 )
-def test_rows_of_a_file_in_the_order_of_the_datasets_library(tmp_path, name, write):
-    """A12: with another shuffle the first n conversations of a task would be others than everybody's."""
+def test_rows_have_the_order_of_the_datasets_library(tmp_path, name, write):
+    """With another shuffle the first n conversations of a task would not be those of other projects."""
     rows = load(write(tmp_path / name, [{"id": "unused", **row} for row in ROWS]))
     assert len(rows) == 10
     assert list(rows) == SHUFFLED
     assert rows[3] == SHUFFLED[3]
 
 
-def test_rows_that_are_left_out_do_not_disturb_the_others(tmp_path):
+def test_leaving_out_rows_keeps_the_order_of_the_others(tmp_path):
     rows = load(write_jsonl(tmp_path / "rows.jsonl", ROWS))
     is_kept = np.array([i not in (0, 9) for i in range(10)])
     assert list(rows.only(is_kept)) == [row for row in SHUFFLED if row not in (ROWS[0], ROWS[9])]
 
 
-def test_a_folder_is_laid_out_as_the_repository(tmp_path):
+def test_a_folder_in_the_layout_of_the_repository(tmp_path):
     write_parquet(tmp_path / SHARDS[1], ROWS[4:])
     write_parquet(tmp_path / SHARDS[0], ROWS[:4])
     write_jsonl(tmp_path / SUBSET / "test.jsonl", ROWS[:1])
@@ -71,7 +71,7 @@ def test_a_folder_is_laid_out_as_the_repository(tmp_path):
 
 
 def test_many_batches_and_later_types(tmp_path, monkeypatch):
-    """The first batch of a column may hold nothing but nulls, and a row may name its columns in any order."""
+    """The first batch of a column may contain only nulls, and a row may list its columns in any order."""
     monkeypatch.setattr("tasks.hub.ROWS_PER_BATCH", 2)
     rows = [{"answer": None, "question": "?"}] * 2 + [{"question": "2020-01-01", "answer": 3}] * 3
     loaded = list(load(write_jsonl(tmp_path / "rows.jsonl", rows)))
@@ -87,26 +87,26 @@ def test_many_batches_and_later_types(tmp_path, monkeypatch):
             "line 2: needs an object with question, answer",
         ),
         ("[1]\n", "line 1: needs an object"),
-        ('{"question": "1", "answer": 1}\n{"question": 2, "answer": 1}\n', "do not go together"),
-        ('{"question": "\\ud800", "answer": 1}\n', "do not go together"),
+        ('{"question": "1", "answer": 1}\n{"question": 2, "answer": 1}\n', "invalid or mixed values"),
+        ('{"question": "\\ud800", "answer": 1}\n', "invalid or mixed values"),
         ("\n", "holds no rows"),
     ],
 )
-def test_bad_jsonl_is_told(tmp_path, content, message):
+def test_errors_in_jsonl_name_file_and_line(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load(path)
 
 
-def test_bad_files_are_told(tmp_path):
+def test_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
         load(tmp_path / "missing.jsonl")
     (tmp_path / "rows.csv").write_text("question,answer\n")
     with pytest.raises(FileNotFoundError, match=r"rows\.csv"):
         load(tmp_path / "rows.csv")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"broken\.parquet is no readable parquet"):
+    with pytest.raises(ValueError, match=r"broken\.parquet is not a readable parquet"):
         load(tmp_path / "broken.parquet")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
     with pytest.raises(ValueError, match=r"latin\.jsonl is corrupt"):
@@ -138,7 +138,7 @@ def hub(tmp_path, monkeypatch):
         close_session()
 
 
-def go_offline(hub, monkeypatch):
+def disconnect(hub, monkeypatch):
     from huggingface_hub import close_session
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -147,8 +147,8 @@ def go_offline(hub, monkeypatch):
 
 def test_download_once_then_offline(hub, monkeypatch):
     assert list(load()) == SHUFFLED
-    assert hub.starts(f"{SUBSET}/test-00000-of-00001.parquet") == [], "another split came along"
-    go_offline(hub, monkeypatch)
+    assert hub.starts(f"{SUBSET}/test-00000-of-00001.parquet") == [], "another split was downloaded too"
+    disconnect(hub, monkeypatch)
     assert list(load()) == SHUFFLED
     with pytest.raises(OSError, match=r"cannot download main/test-\*\.parquet of the data set somebody/sums"):
         load(split="test")
@@ -161,20 +161,20 @@ def test_ranks_that_start_together_download_once(hub):
     assert [hub.starts(name) for name in SHARDS] == [[0], [0]]
 
 
-def test_half_a_download_is_not_taken_for_a_whole_one(hub, monkeypatch):
-    """A set of files cut in the middle would be a smaller data set, in silence."""
+def test_an_incomplete_download_is_not_used(hub, monkeypatch):
+    """Some of the files would silently be a smaller data set."""
     second = hub.files.pop(SHARDS[1])
     hub.listed_only[SHARDS[1]] = second
     with pytest.raises(OSError, match="404"):
         load()
     endpoint = hub.endpoint
-    go_offline(hub, monkeypatch)
+    disconnect(hub, monkeypatch)
     with pytest.raises(OSError, match="cannot download"):
         load()
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     hub.files[SHARDS[1]] = second
     assert list(load()) == SHUFFLED
-    assert hub.starts(SHARDS[0]) == [0], "what had come was fetched again"
+    assert hub.starts(SHARDS[0]) == [0], "a complete file was downloaded again"
 
 
 @pytest.mark.parametrize("fault", ["503", "truncate", "corrupt"])
@@ -184,14 +184,14 @@ def test_a_broken_transfer_is_tried_again(hub, fault):
     assert len(hub.starts(SHARDS[0])) == 2
 
 
-def test_bytes_with_another_hash_are_never_read(hub):
+def test_a_file_with_another_digest_is_not_read(hub):
     hub.faults[SHARDS[0]] = ["corrupt"] * 6
     with pytest.raises(OSError, match="SHA-256"):
         load()
     assert list(load()) == SHUFFLED
 
 
-def test_a_split_that_the_repository_lacks(hub, base_dir):
+def test_a_split_that_does_not_exist(hub, base_dir):
     with pytest.raises(OSError, match="no such files"):
         load(split="dev")
     with pytest.raises(OSError, match="cannot download nowhere/train"):

@@ -1,14 +1,14 @@
-"""Models from and to the Hugging Face hub, in the layout of nanochat's repositories.
+"""Pull models from the Hugging Face hub and push them, in the layout of nanochat's repositories.
 
     model/model_000700.pt, model/meta_000700.json    a checkpoint, in any folder or in none
     tokenizer/tokenizer.pkl                          its tokenizer (or tokenizer_nanochat.json), likewise
-    report/                                          what was measured
+    report/                                          measurements
     README.md                                        the model card
 
-What is pulled is checked before it gets its name: weights against architecture, vocabulary against tokenizer.
-Nothing of it is ever executed, and of what is there already nothing is touched: the tokenizer stays beside
-its checkpoint (checkpoint_manager). A checkpoint of nanochat itself, as it was in November 2025, comes in as
-well: it is a model whose layers are all attention.
+A pulled model is checked before it gets its name: weights against architecture, vocabulary against tokenizer.
+Nothing in it is executed, and no existing file is changed: the tokenizer stays in the folder of its
+checkpoint (checkpoint_manager). A checkpoint of nanochat itself, as of November 2025, can be pulled too: it
+is a model whose layers are all attention.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, SPECIAL_TOKENS, RustBPETo
 
 logger = logging.getLogger(__name__)
 
-TRAINING = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # in the report
+# the names of the training stages in the report
+TRAINING_STAGES = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 REPORT_SUFFIXES = (".json", ".md", ".png")
 
 
@@ -64,16 +65,15 @@ def pull(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Bring a checkpoint of a repository into the folder of stage and tag, which it returns.
+    """Download a checkpoint into the folder of stage and tag, and return that folder.
 
-    step None or -1 takes the newest, folder is needed where several hold checkpoints. Raises OSError when it
-    cannot be downloaded (what has come is kept for the next attempt), ValueError when it is no checkpoint of
-    ours.
+    step None or -1 selects the newest; `folder` is needed if several folders hold checkpoints. Raises OSError
+    if the download fails (the next attempt resumes it), ValueError if the files are not a checkpoint of ours.
     """
     directory = checkpoint_dir(stage, tag)
     if directory.exists() and not overwrite:
-        raise ValueError(f"{directory} is there already: choose another --model-tag, or --overwrite it")
-    workplace = directory.with_name(f".{tag}.pull")
+        raise ValueError(f"{directory} exists already: choose another --model-tag, or --overwrite it")
+    staging = directory.with_name(f".{tag}.pull")
     api = hub_api()
     with _explained(f"pull {repo}"):
         found = api.model_info(repo, revision=revision)
@@ -82,25 +82,25 @@ def pull(
         names = [f"{home}model_{step:06d}.pt", f"{home}meta_{step:06d}.json"]
         names += _find_tokenizer(listed, home)
         logger.info("pulling %s of %s", ", ".join(names), repo)
-        _fetch(repo, names, found.sha, workplace / "download")
+        _fetch(repo, names, found.sha, staging / "download")
     origin = {"repo": repo, "commit": found.sha, "file": names[0]}
     try:
-        _lay_out(workplace / "download", step, workplace / "whole", origin)
+        _make_checkpoint(staging / "download", step, staging / "checkpoint", origin)
     except ValueError:
-        shutil.rmtree(workplace)  # another attempt would bring the same
+        shutil.rmtree(staging)  # another attempt would download the same
         raise
     old = directory.with_name(f".{tag}.old")
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
-    (workplace / "whole").rename(directory)
-    for rest in (workplace, old):
+    (staging / "checkpoint").rename(directory)
+    for rest in (staging, old):
         shutil.rmtree(rest, ignore_errors=True)
     return directory
 
 
 def _find_checkpoint(names: Sequence[str], step: int | None, folder: str | None) -> tuple[str, int]:
-    """Return the folder, "" or with a slash at its end, and the step of the checkpoint that is asked for."""
+    """Return the folder ("" or with a slash at its end) and the step of the requested checkpoint."""
     models = [re.fullmatch(r"((?:.*/)?)model_(\d{6,})\.pt", name) for name in names]
     found = [(match[1], int(match[2])) for match in models if match]
     found = [(home, step) for home, step in found if f"{home}meta_{step:06d}.json" in names]
@@ -117,7 +117,7 @@ def _find_checkpoint(names: Sequence[str], step: int | None, folder: str | None)
 
 
 def _find_tokenizer(names: Sequence[str], home: str) -> list[str]:
-    """Return the files of the tokenizer that is nearest to a checkpoint's folder."""
+    """Return the files of the tokenizer nearest to the folder of a checkpoint."""
     homes = {name: str(PurePosixPath(name).parent) for name in names}
     near = PurePosixPath(home)
     for place in (near / "tokenizer", near, near.parent / "tokenizer", near.parent, "tokenizer", "."):
@@ -128,7 +128,7 @@ def _find_tokenizer(names: Sequence[str], home: str) -> list[str]:
 
 
 def _fetch(repo: str, names: Sequence[str], commit: str, folder: Path) -> None:
-    """Download files into one folder, without the folders of their names."""
+    """Download files into one folder, without the folders in their names."""
     targets = {name: folder / PurePosixPath(name).name for name in names}
     stale = [path for path in folder.glob("[!.]*") if path.is_file() and path not in targets.values()]
     for path in stale:  # of an interrupted pull of another checkpoint
@@ -137,14 +137,14 @@ def _fetch(repo: str, names: Sequence[str], commit: str, folder: Path) -> None:
         download(hub_url(repo, name, revision=commit), path, is_hub=True)
 
 
-def _lay_out(download_folder: Path, step: int, folder: Path, origin: dict[str, str]) -> None:
+def _make_checkpoint(download_folder: Path, step: int, folder: Path, origin: dict[str, str]) -> None:
     """Check the downloaded model, meta file and tokenizer and make a checkpoint folder of them."""
     model = model_path(download_folder, step)
     meta = read_meta(download_folder, step)
     state = load_tensors(model, "cpu")
     if not isinstance(meta, dict) or not isinstance(state, dict):
         name = meta_path(download_folder, step).name
-        raise ValueError(f"{model.name} and {name} are no checkpoint of nanochat's kind")
+        raise ValueError(f"{model.name} and {name} are not a checkpoint in nanochat's format")
     config = model_config(_with_layer_plan(meta, state))
     load_weights(GPT(config), state)
     tokenizer = RustBPETokenizer.from_directory(download_folder)
@@ -162,7 +162,7 @@ def _lay_out(download_folder: Path, step: int, folder: Path, origin: dict[str, s
 
 
 def _with_layer_plan(meta: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """Say of a nanochat model, whose config knows no layer plan, that all its layers are attention."""
+    """Return meta with slc_rate=0 (all layers attention) for a nanochat model, whose config lacks it."""
     config = meta.get("model_config")
     is_hybrid = any(key.endswith("conv1d.weight") for key in state)
     if isinstance(config, dict) and "slc_rate" not in config and not is_hybrid:
@@ -185,29 +185,29 @@ def push(
     private: bool = False,
     overwrite: bool = False,
 ) -> str:
-    """Upload what `gather` lists in one commit and return its address. The token is that in HF_TOKEN.
+    """Upload the files of `gather` in one commit, with the token in HF_TOKEN, and return its address.
 
-    Raises ValueError without a token, and if the repository holds files and `overwrite` is not set; OSError
-    if the hub refuses. The token is in no message.
+    Raises ValueError without a token, or if the repository holds files and `overwrite` is not set; OSError
+    if the hub refuses. No message contains the token.
     """
     from huggingface_hub import CommitOperationAdd
 
     token = _token()
-    if not re.fullmatch("[!-~]+", token):  # what no header can carry would be spelt out in the error
+    if not re.fullmatch("[!-~]+", token):  # an error about an invalid header would contain it
         raise ValueError("push needs a token with write access in the environment, as HF_TOKEN")
     files = gather(repo, stage, tag, step=step, card=card, license=license)
     api = hub_api(token)
     with _explained(f"push to {repo}"):
-        api.whoami()  # a token that is not valid is told here
+        api.whoami()  # fails for an invalid token
         api.create_repo(repo, private=private or None, exist_ok=True)
         found = api.model_info(repo)
     if private and not found.private:
-        raise ValueError(f"{repo} is there already and public: choose another name, or leave --private out")
-    there = {file.rfilename for file in found.siblings} - {".gitattributes"}
-    if there and not overwrite:
+        raise ValueError(f"{repo} exists already and is public: choose another name, or omit --private")
+    present = {file.rfilename for file in found.siblings} - {".gitattributes"}
+    if present and not overwrite:
         raise ValueError(
-            f"{repo} holds {len(there)} file(s) already: choose another name, or --overwrite those of the "
-            f"same names ({', '.join(sorted(there.intersection(files))) or 'none'})"
+            f"{repo} holds {len(present)} file(s) already: choose another name, or --overwrite those of the "
+            f"same names ({', '.join(sorted(present.intersection(files))) or 'none'})"
         )
     with _explained(f"push to {repo}"):
         operations = [CommitOperationAdd(name, source) for name, source in files.items()]
@@ -223,9 +223,9 @@ def gather(
     card: Path | None = None,
     license: str = "mit",
 ) -> dict[str, Path | bytes]:
-    """Return what a push uploads: names in the repository, and files or contents.
+    """Return the files of a push: names in the repository, and local files or contents.
 
-    The card is written anew unless `card` is a file. The report comes along if it is this model's.
+    The card is generated unless `card` is a file. The report is included if it is that of this model.
     """
     if not re.fullmatch("[^/]+/[^/]+", repo):
         raise ValueError(f"repo={repo!r} must be the name of an owner and of a repository, as in me/my-d12")
@@ -251,13 +251,13 @@ def gather(
 
 
 def _report(stage: str, tag: str, step: int) -> tuple[dict[str, dict], list[Path]]:
-    """Return the results and the files of the report, if it is that of this checkpoint; else nothing."""
+    """Return the results and the files of the report if it is that of this checkpoint, else ({}, [])."""
     folder = base_dir() / "report"
     results, _ = read_results(folder)
-    own = results.get(TRAINING[stage], {})
+    own = results.get(TRAINING_STAGES[stage], {})
     metrics = Path(str(own.get("metrics")))
     if own.get("steps") != step or metrics.parts[-3:-1] != checkpoint_dir(stage, tag).parts[-2:]:
-        logger.info("the report in %s is not of step %d of %s: it stays here", folder, step, tag)
+        logger.info("the report in %s is not that of step %d of %s: it is not uploaded", folder, step, tag)
         return {}, []
     return results, sorted(path for path in folder.iterdir() if path.suffix in REPORT_SUFFIXES)
 
@@ -268,7 +268,7 @@ def _token() -> str:
 
 @contextmanager
 def _explained(task: str) -> Iterator[None]:
-    """Turn the hub's errors into one line; a token that is repeated in them is taken out."""
+    """Turn errors of the hub into an OSError of one line, `cannot task: reason`, without the token."""
     from huggingface_hub.utils import httpx
 
     try:

@@ -1,13 +1,13 @@
-"""The hub with one model repository that can be written to, as huggingface_hub 2 does it.
+"""The hub with one model repository that accepts pushes, by the protocol of huggingface_hub 2.
 
     GET  /api/whoami-v2, /api/models/{repo}[/revision/{revision}]
     POST /api/repos/create, /api/validate-yaml
-    POST /api/models/{repo}/preupload/main             which files go as LFS objects: .pt, .pkl and .png
-    POST /{repo}.git/info/lfs/objects/batch            where to put the objects that are not there yet
-    PUT  /lfs/{sha256}                                 an object; no token is sent along
+    POST /api/models/{repo}/preupload/main             the files to upload as LFS objects: .pt, .pkl, .png
+    POST /{repo}.git/info/lfs/objects/batch            upload addresses of the objects that are missing
+    PUT  /lfs/{sha256}                                 an object, without a token
     POST /api/models/{repo}/commit/main                small files, and objects by name; makes them `files`
 
-Whatever writes needs `token`; `refusal`, if set, is what a commit is refused with.
+Every write needs `token`. `refusal`, if set, is the message that a commit is refused with.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class ModelHandler(Handler):
         hub, path = self.server, self.path.split("?")[0]
         hub.calls.append(path)
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}"
             status = 409 if hub.repo == name else 200
             if status == 200:
-                hub.repo, hub.is_private = name, asked.get("visibility") == "private"
+                hub.repo, hub.is_private = name, request.get("visibility") == "private"
             self._json({"url": f"{hub.endpoint}/{name}"}, status)
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
@@ -51,7 +51,10 @@ class ModelHandler(Handler):
             self._json({"files": [_mode(file["path"]) for file in json.loads(body)["files"]]})
         elif path.endswith("/objects/batch"):
             self._json(
-                {"transfer": "basic", "objects": [self._place(o) for o in json.loads(body)["objects"]]}
+                {
+                    "transfer": "basic",
+                    "objects": [self._with_address(item) for item in json.loads(body)["objects"]],
+                }
             )
         elif path.endswith("/commit/main"):
             self._commit([json.loads(line) for line in body.splitlines()])
@@ -60,7 +63,7 @@ class ModelHandler(Handler):
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        assert "Authorization" not in self.headers, "the token went to the store of objects"
+        assert "Authorization" not in self.headers, "the token was sent to the object store"
         self.server.objects[hashlib.sha256(content).hexdigest()] = content
         self._headers(200, {"Content-Length": "0"})
 
@@ -79,17 +82,17 @@ class ModelHandler(Handler):
         info = {"id": hub.repo, "sha": "0" * 40, "private": hub.is_private, "siblings": siblings}
         self._json(info)
 
-    def _place(self, asked: dict) -> dict:
-        if asked["oid"] in self.server.objects:
-            return asked
-        href = f"http://localhost:{self.server.server_port}/lfs/{asked['oid']}"
-        return {**asked, "actions": {"upload": {"href": href}}}
+    def _with_address(self, item: dict) -> dict:
+        if item["oid"] in self.server.objects:
+            return item
+        href = f"http://localhost:{self.server.server_port}/lfs/{item['oid']}"
+        return {**item, "actions": {"upload": {"href": href}}}
 
     def _commit(self, lines: list[dict]) -> None:
         hub = self.server
         if hub.refusal:
-            told = hub.refusal.replace("TOKEN", self.headers["Authorization"])
-            self._json({"error": told}, 403, **{"X-Error-Message": told})
+            message = hub.refusal.replace("TOKEN", self.headers["Authorization"])
+            self._json({"error": message}, 403, **{"X-Error-Message": message})
             return
         for line in lines:
             value = line["value"]
@@ -106,7 +109,7 @@ def _mode(name: str) -> dict:
 
 
 class ModelHub(HubServer):
-    """`repo` is the one repository that exists, "" for none yet; `calls` lists what was posted where."""
+    """`repo` is the one repository that exists, "" for none yet; `calls` lists the addresses of all POSTs."""
 
     handler = ModelHandler
 
