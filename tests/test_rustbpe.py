@@ -1,6 +1,6 @@
 """rustbpe against a naive trainer, HF tokenizers, tiktoken, the regex module and the published wheel.
 
-Rust's own tests (`cargo test` in rustbpe/) hold the scanner against the regex engine on every character.
+The Rust tests (`cargo test` in rustbpe/) compare the scanner with the regex engine on every character.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from scripts import bench_tokenizer
 GPT4_PATTERN = rustbpe.Tokenizer().get_pattern()
 SPLIT_PATTERN = GPT4_PATTERN.replace("{1,3}", "{1,2}")  # the project's
 
-# Characters that hit the corners of the split pattern: contractions with all that folds to their letters,
-# whitespace of every kind, numbers that are not digits, marks, joiners, emoji, right-to-left, unassigned.
+# Corner cases of the split pattern: contractions with all characters that fold to their letters, whitespace
+# of every kind, numbers that are not digits, marks, joiners, emoji, right-to-left, unassigned.
 NASTY = (
     "''''sStTdDmMlLvVeErRaZ\u017f\u212a\u0130\u00df    \t\r\n\r\n\x0b\x0c\x85\xa0\u1680\u2003\u2028\u2029"
     "\u202f\u3000\u180e\u200b0123\u0665\u00bd\u2167\U0001d7d8.-_!\u2019\u0301\u0903\u200d\ufe0f\U0001f600"
     "\U0001f469\u4e2d\u3042\u05d0\u0627\u0e01\0\U0010ffff"
 )
-# Letters, numbers and a sign of Unicode 14, 15, 15.1 and 16, one unassigned, and what Python's own re calls
-# whitespace although Unicode does not: engines with other tables differ here.
+# Letters, numbers and a sign of Unicode 14, 15, 15.1 and 16, an unassigned character, and two that Python's
+# re but not Unicode treats as whitespace: engines with other tables differ here.
 NEWEST = (
     NASTY + "\u0870\U0001dff0\U00011f50\U0001e4d0\U0002ebf0\u1c89\ua7da\U00010d40\U00016d40\u0378\x1c\x1f"
 )
@@ -49,7 +49,7 @@ def nasty_texts(alphabet: str, n_texts: int, max_length: int, seed: int = 0) -> 
 
 
 def prose(n_words: int, seed: int = 0) -> list[str]:
-    """Lines of made-up words, frequent and rare as in a language, with numbers, accents and punctuation."""
+    """Return lines of invented words with Zipf-like frequencies, numbers, accents and punctuation."""
     rng = random.Random(seed)
     syllables = [
         "an",
@@ -94,7 +94,7 @@ def chunk_counts(texts: list[str], pattern: str) -> Counter[bytes]:
 
 
 def naive_vocabulary(chunks: Counter[bytes], vocab_size: int) -> list[bytes]:
-    """The definition: recount all pairs for each merge; the most frequent wins, the smaller of equals."""
+    """The definition: recount all pairs for each merge; the most frequent wins, the smaller among equals."""
     tokens = [bytes([byte]) for byte in range(256)]
     words = {tuple(chunk): count for chunk, count in chunks.items()}
     while len(tokens) < vocab_size:
@@ -120,7 +120,7 @@ def joined(word: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int,
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The same merges as others
+# Merges
 
 
 @pytest.mark.parametrize("pattern", [GPT4_PATTERN, SPLIT_PATTERN, r"\w+|\s"])
@@ -132,7 +132,7 @@ def test_merges_equal_the_naive_trainers(pattern: str) -> None:
 
 
 def test_merges_equal_those_of_hf_tokenizers() -> None:
-    """HF numbers its alphabet by character, so byte b goes in as chr(0x100 + b) to break ties alike."""
+    """HF breaks ties by character, so byte b is represented as chr(0x100 + b)."""
     texts, alphabet = prose(20_000), [chr(0x100 + byte) for byte in range(256)]
     words = [
         " ".join(
@@ -162,17 +162,17 @@ def test_merges_equal_those_of_the_published_wheel(pattern: str | None, digest: 
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The same chunks as others
+# Chunks
 
 
 def our_chunks(texts: list[str], pattern: str) -> list[list[str]]:
-    """Trained until no pair is left, every chunk is one token."""
+    """Return the chunks of each text: after training until no pair is left, every chunk is one token."""
     tokenizer = trained(texts, 10**6, pattern=pattern)
     return [[tokenizer.decode([token]) for token in ids] for ids in tokenizer.batch_encode(texts)]
 
 
 def tiktoken_chunks(texts: list[str], pattern: str) -> list[list[str]]:
-    """With every substring of every text in the vocabulary, every chunk is one token."""
+    """Return the chunks of each text: with all substrings in the vocabulary, every chunk is one token."""
     substrings = {
         text[i:j].encode() for text in texts for i, j in itertools.combinations(range(len(text) + 1), 2)
     }
@@ -195,7 +195,7 @@ def test_chunks_equal_the_regex_modules(pattern: str) -> None:
 
 
 def test_another_pattern_is_used_as_given() -> None:
-    """A pattern whose matches do not cover the text: what no match covers is left out, as in tiktoken."""
+    """The pattern's matches do not cover the text: text outside of matches is dropped, as in tiktoken."""
     assert our_chunks(["ab, cd  ef"], r"[a-d]+|x*") == [["ab", "cd"]]
     assert trained(["ab"], 300, pattern=r"[a-d]+|x*").get_pattern() == r"[a-d]+|x*"
 
@@ -221,7 +221,7 @@ def test_any_text_survives_a_round_trip() -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_an_untrained_tokenizer_knows_the_bytes() -> None:
+def test_an_untrained_tokenizer_has_the_bytes() -> None:
     tokenizer = rustbpe.Tokenizer()
     assert tokenizer.vocab_size == len(tokenizer.get_mergeable_ranks()) == 256
     assert tokenizer.encode("\u00e9 ") == [0xC3, 0xA9, 0x20]
@@ -229,8 +229,8 @@ def test_an_untrained_tokenizer_knows_the_bytes() -> None:
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", " ", "\n", "'", "1", "\u4e2d", "\u0301", "\U0001f600"])
-def test_a_million_characters_without_a_cut_take_no_time(unit: str) -> None:
-    """A loop over all pairs for each merge is quadratic: minutes for one such chunk."""
+def test_a_chunk_of_a_million_bytes_is_fast(unit: str) -> None:
+    """A loop over all pairs for each merge would be quadratic: minutes for one such chunk."""
     text = unit * (1_000_000 // len(unit.encode()))
     started = time.process_time()
     tokenizer = trained([text], 300)
@@ -271,7 +271,7 @@ print(peak_mb(400) - warm)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 def test_memory_does_not_grow_with_the_text() -> None:
-    """80 MB of text with few distinct chunks; a trainer that kept it would need those 80 MB."""
+    """80 MB of text with few distinct chunks; a trainer that stored the text would need 80 MB."""
     result = subprocess.run(
         [sys.executable, "-c", MEMORY_PROGRAM], capture_output=True, text=True, check=True
     )
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
 
 
 def test_other_threads_run_during_training() -> None:
-    """If they could not, there would be no tick while merges are learned, however often that is tried."""
+    """Without releasing the GIL there would be no ticks during the merges, in any number of attempts."""
     ticks = itertools.count()
     is_done = threading.Event()
 
@@ -289,7 +289,7 @@ def test_other_threads_run_during_training() -> None:
             time.sleep(0.001)
 
     def texts() -> Iterator[str]:
-        yield from prose(400_000)  # enough for the merges to take many milliseconds
+        yield from prose(400_000)  # enough text for merges that take many milliseconds
         ticks_before.append(next(ticks))
 
     ticks_before: list[int] = []
@@ -304,11 +304,11 @@ def test_other_threads_run_during_training() -> None:
     assert max(n_ticks) > 3, n_ticks
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGINT to a child process")
 def test_ctrl_c_stops_an_endless_iterator() -> None:
-    """itertools.repeat runs no Python code, where signals would be seen."""
+    """itertools.repeat runs no Python code, which would check for signals."""
     program = "import itertools, rustbpe, signal; t = rustbpe.Tokenizer()\n"
-    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored behind a shell's &
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores SIGINT
     program += "print(flush=True); t.train_from_iterator(itertools.repeat('hello world ' * 100), 300)"
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.readline()
@@ -337,7 +337,7 @@ def test_ctrl_c_stops_an_endless_iterator() -> None:
         (5, {}, TypeError, "not iterable"),
     ],
 )
-def test_a_failed_training_says_why_and_changes_nothing(
+def test_a_failed_training_raises_and_changes_nothing(
     texts: list[str], settings: dict[str, object], error: type[Exception], message: str
 ) -> None:
     """The published wheel panics below 256 tokens and hangs with buffer_size 0."""
@@ -348,7 +348,7 @@ def test_a_failed_training_says_why_and_changes_nothing(
     assert tokenizer.get_mergeable_ranks() == before
 
 
-def test_an_error_of_the_iterator_comes_through() -> None:
+def test_an_error_of_the_iterator_is_propagated() -> None:
     def texts() -> Iterator[str]:
         yield "ab"
         raise LookupError("no more shards")
@@ -382,7 +382,7 @@ def test_bad_arguments_of_encode_and_decode() -> None:
 def test_the_benchmark_compares(
     has_wheel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a second Python it prints both rows; without one it says so in a line and prints one."""
+    """With the published wheel it prints both rows; without it, one row and a line that says why."""
 
     def wheel_python() -> Path:
         if not has_wheel:

@@ -1,18 +1,18 @@
 //! Byte-pair encoding: learning merges from chunk counts.
 //!
-//! Training starts from bytes and M times joins the pair of neighbouring tokens that is most frequent over
-//! all chunks (Sennrich et al., 2016, on bytes as in GPT-2). Of equally frequent pairs the smaller one by
-//! (left id, right id) wins, so the result depends on the counts alone. Three ideas make it fast and small:
+//! Training starts from bytes and repeats M times: merge the most frequent pair of adjacent tokens over all
+//! chunks (Sennrich et al., 2016, on bytes as in GPT-2). Among equally frequent pairs the smallest by (left
+//! id, right id) wins, so the result depends on the counts alone. Three ideas reduce time and memory:
 //!
-//! - Boundary tags. All chunks lie in one array with a slot for each byte, and a token's id is written in the
-//!   first and in the last slot of its span. From any token both neighbours are then one addition away, and a
-//!   join is two writes. There are no linked lists, and a position is 4 bytes.
-//! - A floor. A chunk seen n times holds a pair seen n times until it is one token. So as long as fewer
-//!   merges are made than there are chunks seen n times or more, the best pair has count n or more: pairs
-//!   below the count of the M-th most frequent chunk are never chosen, and nothing about them is stored.
-//! - Sorted places. A pair's places are all recorded in the one step that makes its newer token, in ascending
-//!   order; later joins only invalidate some, which a look at the tags shows. With the chunks sorted by
-//!   count, one cursor then gives the weight of each place, without a word index.
+//! - Boundary tags. All chunks are stored in one array with a slot per byte, and a token's id is written to
+//!   the first and the last slot of its span. Both neighbours of a token are then one addition away, and a
+//!   merge is two writes. There are no linked lists, and a position takes 4 bytes.
+//! - A floor. A chunk seen n times contains a pair seen n times until it is a single token. So while there
+//!   are fewer merges than chunks seen at least n times, the best pair has a count of at least n: pairs below
+//!   the count of the M-th most frequent chunk are never chosen, and are not stored.
+//! - Sorted positions. All positions of a pair are recorded in ascending order in the step that creates its
+//!   newer token; later merges only invalidate some of them, which the tags reveal. With the chunks sorted by
+//!   count, a single cursor gives the weight of each position, without an index of chunks.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -25,19 +25,19 @@ use crate::chunks::ChunkMap;
 pub type Id = u32;
 pub type Pair = (Id, Id);
 
-/// Fills the slot between two chunks.
+/// Value of the slot between two chunks.
 pub(crate) const EDGE: Id = Id::MAX;
-/// Marks a slot at which a token began that is now the right part of a longer one.
+/// Value of the first slot of a token that has become the right part of a longer one.
 const INSIDE: Id = Id::MAX - 1;
 
 /// Tokens over bytes, as boundary tags: an EDGE, then each chunk followed by an EDGE.
 pub(crate) struct Tags(pub Vec<Id>);
 
 impl Tags {
-    /// Whether the `left` that once began at `at` is still there, and followed by `right`.
+    /// Return true if the `left` that was recorded at `at` still exists and is followed by `right`.
     ///
-    /// A tag at `at` cannot be another token's end: spans only grow, so a token that ends at `at` without
-    /// beginning there rules out that a longer `left` ever began there, and joins overwrite one-byte spans.
+    /// The tag at `at` cannot be the end of another token. Spans only grow: a token that ends at `at` without
+    /// starting there excludes that a longer `left` ever started there, and merges overwrite one-byte spans.
     pub fn holds(&self, (left, right): Pair, at: usize, left_len: usize) -> bool {
         self.0[at] == left && self.0[at + left_len] == right
     }
@@ -49,18 +49,18 @@ impl Tags {
     }
 }
 
-/// All distinct chunks of two bytes or more, the frequent ones first.
+/// All distinct chunks of at least two bytes, the most frequent first.
 struct Corpus {
     tags: Tags,
-    /// (first slot after the chunks with this count, count), ascending in the first.
+    /// (first slot after the chunks with this count, count), in ascending order of slots.
     runs: Vec<(usize, u64)>,
-    /// The count below which no pair is chosen in the merges asked for.
+    /// Lower bound on the count of every pair that the requested merges choose.
     floor: u64,
 }
 
 impl Corpus {
     fn new(chunks: ChunkMap<u64>, n_merges: usize) -> Result<Self, Error> {
-        // A counting sort: sizes by count, then the start of each count's slots, then the chunks into them.
+        // A counting sort: compute the size of each count, then the start of its slots, then copy the chunks.
         let mut sizes: FxHashMap<u64, (usize, usize)> = FxHashMap::default();
         chunks.for_each(|chunk, count| {
             if chunk.len() > 1 {
@@ -87,7 +87,7 @@ impl Corpus {
         }
         if n_slots >= INSIDE as usize {
             return Err(Error(format!(
-                "the distinct chunks take {n_slots} places, which must be below 2^32 - 2; train on less text"
+                "the distinct chunks need {n_slots} slots, which must be below 2^32 - 2; train on less text"
             )));
         }
 
@@ -104,7 +104,7 @@ impl Corpus {
     }
 }
 
-/// Gives the weight of places that are asked for in ascending order.
+/// Returns the weight of positions, which must be queried in ascending order.
 struct Cursor<'c>(&'c [(usize, u64)]);
 
 impl Cursor<'_> {
@@ -117,22 +117,22 @@ impl Cursor<'_> {
     }
 }
 
-/// A pair's count over all chunks, and every slot at which it stood when its newer token was made.
+/// A pair's count over all chunks, and all its positions at the time when its newer token was created.
 #[derive(Default, Clone)]
 struct Sites {
     count: u64,
-    places: Vec<u32>,
+    positions: Vec<u32>,
 }
 
 impl Sites {
     #[inline]
     fn add(&mut self, at: usize, weight: u64) {
         self.count += weight;
-        self.places.push(at as u32);
+        self.positions.push(at as u32);
     }
 }
 
-/// The neighbours on one side of the token being made: which they are, and where.
+/// The tokens on one side of the token being created, with their positions.
 #[derive(Default)]
 struct Neighbours {
     sites: Vec<Sites>, // by token id
@@ -153,7 +153,7 @@ impl Neighbours {
 #[derive(Default)]
 struct Pairs {
     sites: FxHashMap<Pair, Sites>,
-    /// Every stored pair, under a count that it had some time ago: counts only fall.
+    /// Every stored pair with an upper bound on its count: counts only decrease after insertion.
     queue: BinaryHeap<(u64, Reverse<Pair>)>,
     floor: u64,
 }
@@ -176,13 +176,13 @@ impl Pairs {
 
     fn insert(&mut self, pair: Pair, mut sites: Sites) {
         if sites.count >= self.floor {
-            sites.places.shrink_to_fit();
+            sites.positions.shrink_to_fit();
             self.queue.push((sites.count, Reverse(pair)));
             self.sites.insert(pair, sites);
         }
     }
 
-    /// Occurrences of `old` have become occurrences of `new`.
+    /// Record that occurrences of `old` have become occurrences of `new`.
     fn replace(&mut self, old: Pair, new: Pair, sites: Sites) {
         if let Some(old_sites) = self.sites.get_mut(&old) {
             old_sites.count -= sites.count;
@@ -206,9 +206,9 @@ impl Pairs {
     }
 }
 
-/// Learn up to `n_merges` merges from the count of each chunk, fewer if no pair is left.
+/// Learn `n_merges` merges from the counts of the chunks, or fewer if no pair is left.
 ///
-/// Merge i joins the two tokens of its pair into token 256 + i. `poll` is called before each of them and can
+/// Merge i joins the two tokens of its pair into token 256 + i. `poll` is called before each merge and can
 /// stop the training with an error.
 pub fn train<E: From<Error>>(
     chunks: ChunkMap<u64>,
@@ -233,7 +233,7 @@ pub fn train<E: From<Error>>(
         after.sites.resize_with(lengths.len(), Sites::default);
 
         let mut cursor = Cursor(&corpus.runs);
-        for at in sites.places.into_iter().map(|at| at as usize) {
+        for at in sites.positions.into_iter().map(|at| at as usize) {
             if !tags.holds(pair, at, left_len) {
                 continue;
             }
@@ -247,7 +247,8 @@ pub fn train<E: From<Error>>(
                 after.add(next, at, weight);
             }
         }
-        // After first: where the pair repeats (abab), before takes back what after counted for the second a.
+        // The order matters where the pair repeats (abab): `before` corrects what `after` counted for the
+        // second a.
         for next in after.seen.drain(..) {
             pairs.replace((pair.1, next), (new, next), std::mem::take(&mut after.sites[next as usize]));
         }
@@ -280,7 +281,7 @@ pub(crate) mod tests {
         joined
     }
 
-    /// The definition: count all pairs anew for each merge, take the largest count, the smaller pair of
+    /// The definition: recount all pairs for each merge; the largest count wins, the smaller pair among
     /// equals.
     fn train_naively(mut words: Words, n_merges: usize) -> Vec<Pair> {
         let mut merges = Vec::new();
@@ -300,7 +301,7 @@ pub(crate) mod tests {
         merges
     }
 
-    /// Chunks over two or three letters: runs, overlaps and ties everywhere.
+    /// Return chunks of two or three different letters, with many runs, overlaps and ties.
     pub fn random_chunks(seed: u64) -> Vec<Vec<u8>> {
         let mut state = seed;
         let mut next = move |below: u64| {

@@ -1,7 +1,7 @@
-//! A hash map whose keys are chunks: short byte strings, millions of them.
+//! A hash map for millions of chunks, which are short byte strings.
 //!
-//! Nearly all chunks have at most 15 bytes. Those are packed with their length into two machine words,
-//! so that a key is compared in two instructions, hashed in a few, and stored without an allocation.
+//! Nearly all chunks have at most 15 bytes. Those are packed with their length into two machine words, so
+//! that a key is compared in two instructions, hashed in a few, and stored without an allocation.
 
 use rustc_hash::FxHashMap;
 
@@ -13,13 +13,13 @@ pub struct ChunkMap<V> {
     long: FxHashMap<Box<[u8]>, V>,
 }
 
-/// The bytes in little-endian order, the length in the last byte; None if there are more than 15.
+/// Pack the bytes in little-endian order, with the length in the last byte; None for more than 15 bytes.
 #[inline]
 fn pack(chunk: &[u8]) -> Option<Packed> {
     let length = chunk.len();
     let tagged = (length as u64) << 56;
     if let (Some(head), Some(tail)) = (chunk.first_chunk::<8>(), chunk.last_chunk::<8>()) {
-        // Bytes 8.. of the chunk are the top bytes of its last word. Two shifts, as one by 64 overflows.
+        // Bytes 8.. of the chunk are the top bytes of its last word. Two shifts, because one by 64 overflows.
         let rest = (u64::from_le_bytes(*tail) >> 8) >> (8 * (15 - length.min(15)));
         (length < 16).then_some((u64::from_le_bytes(*head), rest | tagged))
     } else if let (Some(head), Some(tail)) = (chunk.first_chunk::<4>(), chunk.last_chunk::<4>()) {
@@ -70,24 +70,24 @@ impl ChunkMap<u64> {
         self.short.len() + self.long.len()
     }
 
-    /// Add the counts of both.
+    /// Return the sum of two maps of counts.
     pub fn merge(self, other: Self) -> Self {
-        let (mut all, fewer) = if self.len() < other.len() { (other, self) } else { (self, other) };
-        for (packed, count) in fewer.short {
-            *all.short.entry(packed).or_default() += count;
+        let (mut larger, smaller) = if self.len() < other.len() { (other, self) } else { (self, other) };
+        for (packed, count) in smaller.short {
+            *larger.short.entry(packed).or_default() += count;
         }
-        for (chunk, count) in fewer.long {
-            *all.long.entry(chunk).or_default() += count;
+        for (chunk, count) in smaller.long {
+            *larger.long.entry(chunk).or_default() += count;
         }
-        all
+        larger
     }
 }
 
-/// Chunks counted before the map sees them: lookups in a row overlap their cache misses, which costs a third
-/// less time than lookups between the branches of a scanner.
+/// Number of chunks buffered before they are counted in the map: consecutive lookups overlap their cache
+/// misses, which takes a third less time than lookups between the branches of a scanner.
 const PENDING: usize = 256;
 
-/// Counts chunks.
+/// A counter of chunks.
 #[derive(Default)]
 pub struct Counter {
     counts: ChunkMap<u64>,
@@ -133,15 +133,15 @@ mod tests {
         all
     }
 
-    /// Lengths on both sides of the packed ones, and keys that differ only in length or in one byte.
+    /// Packed and unpacked lengths, and keys that differ only in length or in one byte.
     #[test]
-    fn chunks_of_every_length_are_told_apart() {
+    fn chunks_of_every_length_are_distinct() {
         let mut expected = Vec::new();
         for length in 1..40 {
-            for different in 0..length {
+            for changed in 0..length {
                 let mut chunk = vec![0; length];
-                chunk[different] = 7;
-                expected.push((chunk, 1 + (length * different) as u64));
+                chunk[changed] = 7;
+                expected.push((chunk, 1 + (length * changed) as u64));
             }
             expected.push((vec![0; length], 2));
         }

@@ -1,7 +1,7 @@
 //! Counting the distinct chunks of a stream of texts on several threads.
 //!
-//! Batches of texts go through a short queue to workers that each keep a map of their own; the maps are added
-//! up at the end. So reading overlaps with counting, and memory is bounded by distinct chunks, not by text.
+//! Batches of texts pass through a short queue to workers, each with its own map; the maps are merged at the
+//! end. So reading overlaps with counting, and memory grows with the distinct chunks, not with the text.
 
 use std::panic::resume_unwind;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -14,8 +14,8 @@ use crate::scan::Splitter;
 
 pub type Batch = Vec<String>;
 
-/// Count the chunks of all batches that `feed` sends. A failed send means that a worker met an error: `feed`
-/// should return, and this function returns that error.
+/// Count the chunks of all batches that `feed` sends. A failed send means that a worker had an error: `feed`
+/// should return, and this function returns the worker's error.
 pub fn count_chunks<E: From<Error>>(
     splitter: &Splitter,
     n_threads: usize,
@@ -51,7 +51,7 @@ impl Queue {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wait for a batch; None once the sender is gone or the queue closed.
+    /// Wait for a batch; return None if the sender is dropped or the queue is closed.
     fn next(&self) -> Option<Batch> {
         self.lock().as_ref()?.recv().ok()
     }
@@ -89,9 +89,10 @@ mod tests {
         }
     }
 
-    /// More batches than the queue holds: if it stayed open with nobody reading, sending would wait for ever.
+    /// Sends more batches than the queue holds: if it stayed open without a reader, sending would block
+    /// forever.
     #[test]
-    fn a_worker_that_fails_ends_the_feeding() {
+    fn a_failed_worker_stops_the_feed() {
         let batches = vec![vec!["ab".repeat(1000)]; 100];
         let error = count(r"(?:a|b|ab)*(?!c)bc", 2, batches).unwrap_err();
         assert!(error.0.contains("failed on a text"), "{error:?}");

@@ -1,7 +1,7 @@
 //! A trainer and encoder for byte-level BPE: text -> chunks (`scan`) -> counts (`count`, `chunks`) -> merges
 //! (`bpe`) -> token ids (`vocabulary`).
 //!
-//! Everything but `python` is plain Rust, built and tested without Python; maturin turns the bindings on.
+//! All modules except `python` are plain Rust, built and tested without Python; maturin enables the bindings.
 
 pub mod bpe;
 pub mod chunks;
@@ -11,6 +11,6 @@ mod python;
 pub mod scan;
 pub mod vocabulary;
 
-/// What went wrong, in one line for the user.
+/// An error message for the user, in one line.
 #[derive(Debug)]
 pub struct Error(pub String);

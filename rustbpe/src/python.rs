@@ -1,4 +1,4 @@
-//! Python bindings: conversions, errors, signals and the GIL. The work is done in the other modules.
+//! Python bindings: conversions, errors, signals and the GIL. The other modules contain the algorithms.
 
 use std::num::NonZero;
 use std::panic::resume_unwind;
@@ -17,7 +17,7 @@ use crate::count::{Batch, count_chunks};
 use crate::scan::{DEFAULT_PATTERN, Splitter};
 use crate::vocabulary::Vocabulary;
 
-/// A batch of texts is handed to the workers when it has this many bytes, or `buffer_size` texts.
+/// A batch is sent to the workers when it has this many bytes, or `buffer_size` texts.
 const BATCH_BYTES: usize = 1 << 20;
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -31,7 +31,7 @@ fn n_threads() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Copies the text: as_str() would leave a UTF-8 copy inside every non-ASCII string while that lives.
+/// Copy the text: as_str() would cache a UTF-8 copy inside every non-ASCII string for its lifetime.
 fn copy_text(item: &Bound<'_, PyAny>) -> PyResult<String> {
     let Ok(string) = item.cast::<PyString>() else {
         return Err(PyTypeError::new_err(format!("expected texts of type str, got {}", item.repr()?)));
@@ -40,8 +40,8 @@ fn copy_text(item: &Bound<'_, PyAny>) -> PyResult<String> {
     Ok(String::from_utf8(bytes.as_bytes().to_vec())?)
 }
 
-/// Send the texts of `iterator` in batches. Python signals are seen between batches, also when the iterator
-/// runs no Python code.
+/// Send the texts of `iterator` in batches. Python signals are checked between batches, because the iterator
+/// may run no Python code.
 fn feed(iterator: &Bound<'_, PyIterator>, buffer_size: usize, sender: &SyncSender<Batch>) -> PyResult<()> {
     let py = iterator.py();
     let mut batch = Batch::new();
@@ -59,12 +59,12 @@ fn feed(iterator: &Bound<'_, PyIterator>, buffer_size: usize, sender: &SyncSende
             }
         }
     }
-    // Nobody receives only if a worker has failed, and its error is the one to report.
+    // Sending fails only if a worker has failed, and the worker's error is the one to report.
     let _ = py.detach(|| sender.send(batch));
     Ok(())
 }
 
-/// A byte-level BPE tokenizer. Before training it knows the 256 bytes.
+/// A byte-level BPE tokenizer. Before training its vocabulary is the 256 bytes.
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
     pattern: String,
@@ -79,7 +79,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Encode on all cores: each takes the next text that nobody has taken.
+    /// Encode on all cores; each worker takes the next text in the list.
     fn encode_texts(&self, texts: &[String]) -> Result<Vec<Vec<Id>>, Error> {
         let next = AtomicUsize::new(0);
         let work = || {
@@ -114,11 +114,11 @@ impl Tokenizer {
         })
     }
 
-    /// Learn a vocabulary of `vocab_size` tokens, fewer if the texts run out of pairs.
+    /// Learn a vocabulary of `vocab_size` tokens, or fewer if the texts have no more pairs to merge.
     ///
-    /// Texts are read ahead in batches of `buffer_size` or 1 MiB, whichever is reached first, and counted
-    /// on all cores. `pattern` is a regular expression whose matches are the chunks that merges stay within;
-    /// None means GPT-4's. A training that fails leaves the tokenizer as it was.
+    /// Texts are read in batches of `buffer_size` texts or 1 MiB, whichever is reached first, and counted on
+    /// all cores. `pattern` is a regular expression whose matches are the chunks; merges do not cross chunks.
+    /// None means GPT-4's pattern. If training fails, the tokenizer does not change.
     #[pyo3(signature = (iterator, vocab_size, buffer_size = 8192, pattern = None))]
     fn train_from_iterator(
         slf: &Bound<'_, Self>,
@@ -158,35 +158,35 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The split pattern.
+    /// Return the split pattern.
     fn get_pattern(&self) -> &str {
         &self.pattern
     }
 
-    /// Every token's bytes and its id, which is also its rank in tiktoken's sense.
+    /// Return every token's bytes and its id, which is also its rank in tiktoken's sense.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, Id)> {
         self.vocabulary.tokens().iter().map(|token| PyBytes::new(py, token)).zip(0..).collect()
     }
 
-    /// Number of tokens, the 256 bytes included.
+    /// Number of tokens, including the 256 bytes.
     #[getter]
     fn vocab_size(&self) -> usize {
         self.vocabulary.tokens().len()
     }
 
-    /// The token ids of a text.
+    /// Return the token ids of a text.
     fn encode(&self, py: Python<'_>, text: &Bound<'_, PyAny>) -> PyResult<Vec<Id>> {
         let text = copy_text(text)?;
         Ok(py.detach(|| self.encode_text(&text))?)
     }
 
-    /// The token ids of each text, on all cores.
+    /// Return the token ids of each text, using all cores.
     fn batch_encode(&self, py: Python<'_>, texts: Vec<Bound<'_, PyAny>>) -> PyResult<Vec<Vec<Id>>> {
         let texts = texts.iter().map(copy_text).collect::<PyResult<Vec<_>>>()?;
         Ok(py.detach(|| self.encode_texts(&texts))?)
     }
 
-    /// The text of token ids. Raises UnicodeDecodeError, a ValueError, where their bytes are not UTF-8.
+    /// Return the text of token ids; raise UnicodeDecodeError, a ValueError, for invalid UTF-8.
     fn decode(&self, py: Python<'_>, ids: Vec<i64>) -> PyResult<String> {
         let tokens = self.vocabulary.tokens();
         let mut bytes = Vec::new();

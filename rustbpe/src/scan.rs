@@ -1,12 +1,11 @@
-//! Pre-tokenisation: where a text is cut into chunks. Merges never cross a cut.
+//! Pre-tokenisation: splitting a text into chunks. Merges never cross a chunk boundary.
 //!
-//! A split pattern is a regular expression whose matches are the chunks. For the pattern that nanochat made
-//! its own (GPT-4's, with numbers cut every `n` digits) a hand-written scanner does the work: one table
-//! lookup per character says letter, number, space, newline or other, and one look ahead decides which
-//! alternative of the pattern applies. It is many times faster than a backtracking engine and gives the same
-//! chunks, which the tests check against that engine. Any other pattern goes through fancy-regex. The
-//! classes come from regex-syntax, which is also where the engine finds its `\p{L}`, `\p{N}` and `\s`: one
-//! Unicode version.
+//! A split pattern is a regular expression whose matches are the chunks. nanochat's pattern (GPT-4's, with
+//! numbers cut every `n` digits) is implemented by a hand-written scanner: one table lookup classifies each
+//! character as letter, number, space, newline or other, and one character of lookahead decides which
+//! alternative of the pattern applies. The scanner is many times faster than a backtracking engine and gives
+//! the same chunks; the tests compare the two. Any other pattern runs on fancy-regex. The classes come from
+//! regex-syntax, the source of the engine's `\p{L}`, `\p{N}` and `\s`, so both use the same Unicode version.
 
 use std::sync::LazyLock;
 
@@ -15,16 +14,16 @@ use regex_syntax::hir::{Class as HirClass, HirKind};
 
 use crate::Error;
 
-/// Cuts numbers every 3 digits, the default of the published `rustbpe`.
+/// GPT-4's pattern, which cuts numbers every 3 digits: the default of the published `rustbpe`.
 pub const DEFAULT_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}",
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 );
 
-/// A split pattern, ready to use.
+/// A compiled split pattern.
 #[derive(Debug)]
 pub enum Splitter {
-    /// `DEFAULT_PATTERN` with numbers cut every `max_digits`.
+    /// `DEFAULT_PATTERN` with numbers cut every `max_digits` digits.
     Scanner {
         max_digits: usize,
     },
@@ -41,7 +40,7 @@ impl Splitter {
         Ok(Self::Regex(Box::new(regex)))
     }
 
-    /// Hand every non-empty chunk of `text` to `emit`, in order.
+    /// Call `emit` with every non-empty chunk of `text`, in order.
     pub fn split<'t>(&self, text: &'t str, mut emit: impl FnMut(&'t [u8])) -> Result<(), Error> {
         match self {
             Self::Scanner { max_digits } => Scanner::new(text, *max_digits).for_each(emit),
@@ -59,7 +58,7 @@ impl Splitter {
     }
 }
 
-/// The `n` of a pattern that equals `DEFAULT_PATTERN` but for its `\p{N}{1,n}`, n from 1 to 9.
+/// Return the `n` of a pattern that differs from `DEFAULT_PATTERN` only in `\p{N}{1,n}`, n from 1 to 9.
 fn scanner_digits(pattern: &str) -> Option<usize> {
     let (head, tail) = DEFAULT_PATTERN.split_once('3')?;
     let digits = pattern.strip_prefix(head)?.strip_suffix(tail)?;
@@ -79,7 +78,7 @@ enum Class {
     End,
 }
 
-/// The class of every character, 1.1 MB made at the first use.
+/// The class of every character: 1.1 MB, built on first use.
 static CLASSES: LazyLock<Box<[Class]>> = LazyLock::new(|| {
     let mut classes = vec![Class::Other; 0x110000];
     for (property, class) in [(r"\p{L}", Class::Letter), (r"\p{N}", Class::Number), (r"\s", Class::Space)] {
@@ -96,7 +95,7 @@ static CLASSES: LazyLock<Box<[Class]>> = LazyLock::new(|| {
     classes.into()
 });
 
-/// Iterator over the chunks of a text under `DEFAULT_PATTERN` with numbers cut every `max_digits`.
+/// Iterator over the chunks of a text under `DEFAULT_PATTERN` with numbers cut every `max_digits` digits.
 struct Scanner<'t> {
     text: &'t str,
     start: usize,
@@ -122,7 +121,7 @@ impl<'t> Scanner<'t> {
         Self { text, start: 0, max_digits, classes: &CLASSES }
     }
 
-    /// Class of the character that starts at byte `at`, and where the next one starts.
+    /// Return the class of the character that starts at byte `at`, and the start of the next character.
     #[inline(always)]
     fn class(&self, at: usize) -> (Class, usize) {
         match self.text.as_bytes().get(at) {
@@ -139,7 +138,7 @@ impl<'t> Scanner<'t> {
         }
     }
 
-    /// End of the run of `wanted` characters that starts at `at`.
+    /// Return the end of the run of `wanted` characters that starts at `at`.
     #[inline]
     fn run_end(&self, mut at: usize, wanted: Class) -> usize {
         loop {
@@ -151,7 +150,8 @@ impl<'t> Scanner<'t> {
         }
     }
 
-    /// The alternatives of the pattern in their order, told apart by the classes of the first two characters.
+    /// Return the end of the chunk at `start`: the classes of its first two characters select the alternative
+    /// of the pattern, in the pattern's order.
     fn chunk_end(&self, start: usize) -> usize {
         let bytes = self.text.as_bytes();
         let (class, second) = self.class(start);
@@ -187,8 +187,9 @@ impl<'t> Scanner<'t> {
         at
     }
 
-    /// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the last newline of the run; else all of it but one character, which
-    /// is left to the word that follows, unless it is the only one or the text ends here.
+    /// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the last newline of the run of whitespace. Without a newline, the
+    /// whole run except its last character, which belongs to the next word; or the whole run, if it has one
+    /// character or the text ends with it.
     fn whitespace_end(&self, start: usize) -> usize {
         let (mut at, mut last, mut newline_end) = (start, start, None);
         loop {
@@ -208,7 +209,7 @@ impl<'t> Scanner<'t> {
     }
 }
 
-/// `(?i:[sdmt]|ll|ve|re)` at `at`. Case folding also takes the long s (U+017F) for an s.
+/// Match `(?i:[sdmt]|ll|ve|re)` at `at` and return its end. Case folding maps the long s (U+017F) to s.
 fn contraction_end(bytes: &[u8], at: usize) -> Option<usize> {
     let rest = &bytes[at..];
     let lower = |index: usize| rest.get(index).map(u8::to_ascii_lowercase);
@@ -230,29 +231,29 @@ mod tests {
         all
     }
 
-    /// The scanner and the regex engine for `DEFAULT_PATTERN` with numbers cut every `max_digits`.
-    fn both(max_digits: usize) -> (Splitter, Splitter) {
+    /// Return the scanner and the regex engine for `DEFAULT_PATTERN` with numbers cut every `max_digits`
+    /// digits.
+    fn scanner_and_regex(max_digits: usize) -> (Splitter, Splitter) {
         let pattern = DEFAULT_PATTERN.replace('3', &max_digits.to_string());
         let scanner = Splitter::new(&pattern).unwrap();
         assert!(matches!(scanner, Splitter::Scanner { max_digits: digits } if digits == max_digits));
         (scanner, Splitter::Regex(Box::new(Regex::new(&pattern).unwrap())))
     }
 
-    /// Every character there is, among neighbours that bring out each alternative of the pattern.
+    /// Every Unicode character, next to characters that trigger each alternative of the pattern.
     #[test]
-    fn every_character_is_cut_like_the_regex_engine_cuts_it() {
-        let (scanner, regex) = both(2);
+    fn the_scanner_splits_every_character_like_the_regex_engine() {
+        let (scanner, regex) = scanner_and_regex(2);
         for c in '\0'..=char::MAX {
             let text = format!("a{c}b {c}{c}.{c}\n{c} 1{c}'{c} {c}\u{3000}{c}\u{301}");
             assert_eq!(chunks(&scanner, &text), chunks(&regex, &text), "{c:?}");
         }
     }
 
-    /// Random strings over characters that hit the pattern's corners: contractions with all that folds to
-    /// their letters, whitespace of every kind, numbers that are not digits, marks, joiners, emoji,
-    /// unassigned.
+    /// Random strings over the pattern's corner cases: contractions with all characters that fold to their
+    /// letters, whitespace of every kind, numbers that are not digits, marks, joiners, emoji, unassigned.
     #[test]
-    fn random_strings_are_cut_like_the_regex_engine_cuts_them() {
+    fn the_scanner_splits_random_strings_like_the_regex_engine() {
         let alphabet: Vec<char> = concat!(
             "''''sStTdDmMlLvVeErRaZ\u{17f}\u{212a}\u{130}\u{df}    \t\r\n\r\n\u{b}\u{c}\u{85}\u{a0}\u{1680}",
             "\u{2003}\u{2028}\u{2029}\u{202f}\u{3000}\u{1c}\u{180e}\u{200b}0123\u{665}\u{bd}\u{2167}",
@@ -263,7 +264,7 @@ mod tests {
         .collect();
         let mut state = 1u64;
         for max_digits in [1, 2, 3, 9] {
-            let (scanner, regex) = both(max_digits);
+            let (scanner, regex) = scanner_and_regex(max_digits);
             for length in (1..40).cycle().take(10_000) {
                 let mut next = || {
                     state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn other_patterns_go_through_the_regex_engine() {
+    fn other_patterns_use_the_regex_engine() {
         for pattern in [&DEFAULT_PATTERN.replace('3', "10"), &DEFAULT_PATTERN.replace('3', "0"), r"\w+|x*"] {
             assert!(matches!(Splitter::new(pattern), Ok(Splitter::Regex(_))), "{pattern}");
         }

@@ -39,14 +39,14 @@ impl Vocabulary {
     /// Append the tokens of one chunk to `ids`.
     pub fn encode_chunk(&self, chunk: &[u8], ids: &mut Vec<Id>) {
         match self.ids.get(chunk) {
-            // Training and encoding join in the same order, so a chunk that equals a token always ends up as
-            // it.
+            // Training and encoding merge in the same order, so a chunk that equals a token is always encoded
+            // as that token.
             Some(id) => ids.push(id),
             None => self.merge(chunk, ids),
         }
     }
 
-    /// Join pairs, the earliest learned first and the leftmost of equals first: O(n log n) for n bytes.
+    /// Merge pairs in the order of training, leftmost first among equal pairs: O(n log n) for n bytes.
     fn merge(&self, chunk: &[u8], ids: &mut Vec<Id>) {
         let mut tags = Vec::with_capacity(chunk.len() + 2);
         tags.push(EDGE);
@@ -99,9 +99,9 @@ mod tests {
         }
     }
 
-    /// Each token has bytes of its own, or an export by bytes would lose some.
+    /// An export by bytes would lose tokens with equal bytes.
     #[test]
-    fn no_two_tokens_are_spelled_alike() {
+    fn no_two_tokens_have_equal_bytes() {
         for seed in 0..60 {
             let mut tokens = Vocabulary::new(train_on(&random_chunks(seed), 10_000)).tokens;
             let n_tokens = tokens.len();
