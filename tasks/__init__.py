@@ -1,1 +1,1 @@
-"""What the model is taught and measured on: each task is a list of conversations and a judge of answers."""
+"""Tasks for training and evaluation: each is a list of conversations that can grade answers to them."""

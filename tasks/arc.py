@@ -1,6 +1,7 @@
 """ARC: questions of American science exams for grades 3 to 9, with three to five choices.
 
-ARC-Challenge holds those that retrieval and word co-occurrence both get wrong, ARC-Easy the others.
+ARC-Challenge contains the questions that retrieval and word co-occurrence both get wrong, ARC-Easy the
+others.
 
 Source: Clark et al. 2018, "Think you have Solved Question Answering? Try ARC, the AI2 Reasoning Challenge"
 (arXiv:1803.05457); allenai/ai2_arc on the hub.
@@ -35,7 +36,7 @@ class ARC(Task):
         return len(self.rows)
 
     def get_example(self, index: int) -> Conversation:
-        """See Task. Some exams number their choices 1, 2, ...: here these too have the letters A, B, ..."""
+        """See Task. Choices that an exam numbers 1, 2, ... get the letters A, B, ... like all others."""
         row = self.rows[index]
         question, choices, key = row["question"], row["choices"], row["answerKey"]
         match choices:
@@ -43,8 +44,8 @@ class ARC(Task):
                 letters = list(ascii_uppercase[: len(labels)])
             case _:
                 raise ValueError(
-                    f"the row of {question!r} has choices={choices!r}, answerKey={key!r}: needs "
-                    '{"text": [...], "label": [...]} of one length, and one of these labels'
+                    f"the row of {question!r} has choices={choices!r}, answerKey={key!r}: choices must be "
+                    '{"text": [...], "label": [...]} of equal lengths, answerKey one of the labels'
                 )
         return {
             "messages": [

@@ -1,11 +1,11 @@
-"""Arithmetic with the calculator: small sums and one-line stories about them, made up on the spot.
+"""Arithmetic with the calculator: generated questions with small numbers, plain or as one-line stories.
 
-The model has to find the expression; the calculator does the rest. Items are drawn with a seed of split and
-index, and the numbers of the test items never occur together in a training item: a pair (a, b) belongs to
-the split that its remainder says.
+The model must find the expression; the calculator evaluates it. Items are drawn with a seed of split and
+index. A pair of numbers (a, b) belongs to one of the splits, by a remainder, so no pair of a test item occurs
+in a training item.
 
-FORMS are taught with their answers, NEW_FORMS never: reinforcement learning has to find out, by trying, how
-what was learned from the others serves for them.
+Midtraining and finetuning use FORMS. NEW_FORMS never come with answers: reinforcement learning has to
+discover how to solve them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from nanochat.calculator import calculate
 from tasks.common import Bounds, Conversation, Task, item_random
-from tasks.gsm8k import is_right_number
+from tasks.gsm8k import is_correct_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# question and expression; c is a small number
+# (question, expression); c is a small number
 FORMS = (
     ("What is {a} + {b}?", "{a}+{b}"),
     ("What is {a} - {b}?", "{a}-{b}"),
@@ -51,7 +51,7 @@ THINGS = ("files", "lines", "strings", "names", "pages", "bytes")
 
 
 class Arithmetic(Task):
-    """Size items of some forms, pairs of question and expression, with numbers from 2 to 99."""
+    """`size` items with numbers from 2 to 99; forms: templates (question, expression)."""
 
     def __init__(
         self, size: int, split: str, forms: Sequence[tuple[str, str]] = FORMS, **bounds: Unpack[Bounds]
@@ -60,11 +60,11 @@ class Arithmetic(Task):
         self.size, self.split, self.forms = size, split, forms
 
     def num_examples(self) -> int:
-        """The size."""
+        """See Task."""
         return self.size
 
     def get_example(self, index: int) -> Conversation:
-        """Return item number index."""
+        """See Task."""
         rng = item_random(self.split, index)
         question, expression = rng.choice(self.forms)
         numbers = dict(zip("ab", self._pair(rng), strict=True))
@@ -86,5 +86,5 @@ class Arithmetic(Task):
                 return a, b
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """See is_right_number."""
-        return is_right_number(conversation, completion)
+        """See is_correct_number."""
+        return is_correct_number(conversation, completion)

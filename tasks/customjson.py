@@ -1,9 +1,9 @@
-"""CustomJSON: conversations of the user's own, a line each; the way to give a model an identity or a trade.
+"""CustomJSON: the user's own conversations, to teach a model an identity or a skill. A line is
 
     {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Iberis."}]}
 
-or the bare list of messages. They keep the order of the file. All are checked when it is opened: what the
-chat format cannot render is told with its line then, not hours into training.
+or the list of messages alone. Conversations keep the order of the file. All are checked when the file is
+opened, so that errors are reported with their line before training, not hours into it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CustomJSON(Task):
                 raise ValueError(f"{path}, line {number}: {error}") from error
             self.conversations.append({"messages": messages})
         if not self.conversations:
-            raise ValueError(f"{path} holds no conversations")
+            raise ValueError(f"{path} has no conversations; write at least one line")
 
     def num_examples(self) -> int:
         """See Task."""
@@ -46,28 +46,28 @@ class CustomJSON(Task):
 
 
 def check_messages(messages: Any) -> None:
-    """Raise ValueError that says what is wrong, if these are not messages to learn from."""
+    """Raise ValueError unless the chat format can render the messages and the last one is a reply."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError('expected {"messages": [{"role": ..., "content": ...}, ...]} or the list alone')
     n_system = int(bool(messages) and messages[0].get("role") == "system")
     for index, message in enumerate(messages):
-        due = ("user", "assistant")[(index - n_system) % 2] if index >= n_system else "system"
-        if message.get("role") != due:
+        expected = ("user", "assistant")[(index - n_system) % 2] if index >= n_system else "system"
+        if message.get("role") != expected:
             raise ValueError(
-                f"message {index} has role {message.get('role')!r} where {due!r} is due: user and assistant "
-                "take turns, after a system message if there is one"
+                f"message {index} has role {message.get('role')!r}, expected {expected!r}: user and "
+                "assistant must alternate, after an optional system message"
             )
         content = message.get("content")
-        has_parts = due == "assistant" and isinstance(content, list) and content
+        has_parts = expected == "assistant" and isinstance(content, list) and content
         for text in map(_part_text, content) if has_parts else [content]:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"message {index} has {text!r} where text is due")
-            text.encode()  # JSON can spell half a surrogate pair, which is no text: UnicodeError
+                raise ValueError(f"message {index} has content {text!r}, expected non-empty text")
+            text.encode()  # JSON can encode lone surrogates, which are not text: UnicodeError
     if len(messages) == n_system or (len(messages) - n_system) % 2:
-        raise ValueError(f"the last of the {len(messages)} messages must be the assistant's")
+        raise ValueError(f"the last of the {len(messages)} messages must be from the assistant")
 
 
 def _part_text(part: Any) -> Any:
     if not isinstance(part, dict) or part.get("type") not in PART_TYPES:
-        raise ValueError(f"part {part!r} has none of the types {', '.join(PART_TYPES)}")
+        raise ValueError(f"the type of part {part!r} must be one of {', '.join(PART_TYPES)}")
     return part.get("text")

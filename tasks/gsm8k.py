@@ -1,8 +1,8 @@
-"""GSM8K: word problems of grade-school mathematics, solved in two to eight steps of arithmetic.
+"""GSM8K: grade-school mathematics problems, solved in two to eight steps of arithmetic.
 
-A solution marks its sums, "so 48/2 = <<48/2=24>>24 clips", and ends in "#### 72". Each sum is learned as a
-call of the calculator and its result, so that the model need not do arithmetic in its head. Only what follows
-the #### counts when an answer is judged.
+A solution annotates its calculations, "so 48/2 = <<48/2=24>>24 clips", and ends in "#### 72". Each annotation
+becomes a call of the calculator and its result, so that the model need not calculate. Only the number after
+#### is graded.
 
 Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems" (arXiv:2110.14168);
 openai/gsm8k on the hub.
@@ -22,12 +22,12 @@ from tasks.hub import check_choice, load_rows
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_SUM = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
+_CALCULATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
 _ANSWER = re.compile(r"[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![\d.,]|-\d|[ \t]*/[ \t]*\d)")
 
 
 class GSM8K(Task):
-    """7473 train, 1319 test. Subset "socratic" asks itself a question before each step."""
+    """7473 train, 1319 test. Solutions of the subset "socratic" ask a question before each step."""
 
     def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
@@ -42,8 +42,8 @@ class GSM8K(Task):
     def get_example(self, index: int) -> Conversation:
         """See Task; the reply is a list of parts."""
         row = self.rows[index]
-        # Split by a pattern of two groups: text, expression, result, text, expression, result, ..., text.
-        pieces = enumerate(_SUM.split(row["answer"]))
+        # a pattern with two groups splits into text, expression, result, text, expression, result, ..., text
+        pieces = enumerate(_CALCULATION.split(row["answer"]))
         parts = [{"type": PART_TYPES[i % 3], "text": piece} for i, piece in pieces if piece]
         return {
             "messages": [
@@ -53,21 +53,21 @@ class GSM8K(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """See is_right_number."""
-        return is_right_number(conversation, completion)
+        """See is_correct_number."""
+        return is_correct_number(conversation, completion)
 
 
-def is_right_number(conversation: Conversation, completion: str) -> bool:
-    """Whether the completion's number after #### has the value of the solution's, which is its last part."""
+def is_correct_number(conversation: Conversation, completion: str) -> bool:
+    """Return True if the number after #### in the completion equals that in the solution's last part."""
     solution = conversation["messages"][-1]["content"][-1]["text"]
     answer = extract_answer(completion)
     return answer is not None and answer == extract_answer(solution)
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """Return the number after the first ####: "#### **$1,080.**" is 1080, as is 1080.0.
+    """Return the number after the first ####, or None: 1080 for "#### **$1,080.**" and "#### 1080.0".
 
-    None if there is none; what goes on as a fraction or a range, "3/4" or "3-4", is none.
+    Fractions and ranges, "3/4" and "3-4", are not numbers.
     """
     match = _ANSWER.match(text.partition("####")[2])
     try:

@@ -1,7 +1,7 @@
-"""HumanEval: 164 Python functions to write, given signature and docstring, each judged by running its tests.
+"""HumanEval: 164 Python functions to write from signature and docstring, graded by running unit tests.
 
-A base model continues the prompt with a body; a chat model writes the whole function again, often fenced as
-Markdown and without the helpers that the prompt defines. Both are taken.
+A base model continues the prompt with the body; a chat model writes the whole function, often in a Markdown
+fence and without the helper functions of the prompt. Both are accepted.
 
 Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (arXiv:2107.03374);
 openai/openai_humaneval on the hub.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
-_FENCED = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)  # it may be cut before its fence ends
+_FENCED = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)  # the end may be missing
 
 
 class HumanEval(Task):
@@ -35,7 +35,7 @@ class HumanEval(Task):
         return len(self.rows)
 
     def get_example(self, index: int) -> Conversation:
-        """See Task; the row itself comes along as "problem"."""
+        """See Task; "problem" is the row of the data set."""
         row = self.rows[index]
         solution = f"```python\n{row['prompt']}{row['canonical_solution']}```"
         return {
@@ -47,17 +47,17 @@ class HumanEval(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the tests pass. Runs the completion, in the sandbox of nanochat/execution/__init__.py."""
+        """Return True if the tests pass; they run the completion in the sandbox nanochat.execution."""
         from nanochat.execution import execute_code
 
         return execute_code(program(conversation["problem"], completion)).success
 
 
 def program(problem: dict[str, Any], completion: str) -> str:
-    """Return the program that fails unless the completion (its first fenced block, if any) is right."""
+    """Return a program that fails unless the completion (its first fenced block, if any) is correct."""
     fenced = _FENCED.search(completion)
     code = fenced[1] if fenced else completion
     prompt, entry_point = problem["prompt"], problem["entry_point"]
     if re.search(rf"^def {entry_point}\b", code, re.MULTILINE):
-        prompt = prompt[: prompt.rindex(f"def {entry_point}")]  # what is left: imports and helpers
+        prompt = prompt[: prompt.rindex(f"def {entry_point}")]  # keep imports and helper functions
     return f"{prompt}{code}\n{problem['test']}\ncheck({entry_point})\n"

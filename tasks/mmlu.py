@@ -1,8 +1,7 @@
-"""MMLU: four-way multiple choice on 57 subjects, from abstract algebra to world religions.
+"""MMLU: multiple choice with four options on 57 subjects, from abstract algebra to world religions.
 
-auxiliary_train, which is there to learn from, holds 99,842 questions of other data sets (ARC, RACE, MC_TEST,
-OBQA). The hub also has it as a subset of its own, whose rows are wrapped once more; it is read as a split of
-the subset "all".
+The training split auxiliary_train has 99,842 questions of other data sets (ARC, RACE, MC_TEST, OBQA). It is
+read as a split of the subset "all"; in the hub's subset auxiliary_train, rows are nested one level deeper.
 
 Source: Hendrycks et al. 2021, "Measuring Massive Multitask Language Understanding" (arXiv:2009.03300);
 cais/mmlu on the hub.
@@ -23,14 +22,14 @@ LETTERS = ("A", "B", "C", "D")
 
 
 class MMLU(Task):
-    """14,042 test, 1531 validation, 285 dev (five a subject), 99,842 auxiliary_train."""
+    """14,042 test, 1531 validation, 285 dev (five per subject), 99,842 auxiliary_train."""
 
     eval_type = "categorical"
 
     def __init__(self, subset: str, split: str, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         if subset == "auxiliary_train":
-            raise ValueError(f'subset={subset!r} is a split here: subset="all", split="auxiliary_train"')
+            raise ValueError(f'subset={subset!r} must be given as subset="all", split="auxiliary_train"')
         check_choice("subset", subset, ("all",))
         check_choice("split", split, ("auxiliary_train", "dev", "validation", "test"))
         self.rows = load_rows("cais/mmlu", subset, split, ("question", "choices", "answer"), path)
@@ -46,8 +45,8 @@ class MMLU(Task):
         has_four = isinstance(choices, list) and len(choices) == len(LETTERS)
         if not (has_four and isinstance(answer, int) and answer in range(len(LETTERS))):
             raise ValueError(
-                f"the row of {question!r} has choices={choices!r}, answer={answer!r}: needs a list of four, "
-                "and which of them is right, from 0 to 3"
+                f"the row of {question!r} has choices={choices!r}, answer={answer!r}: choices must be a list "
+                "of four, answer the index of the correct one, from 0 to 3"
             )
         return {
             "messages": [

@@ -1,14 +1,14 @@
-"""SmolTalk: conversations written by larger models, for small ones to learn how to chat from.
+"""SmolTalk: conversations written by larger models, from which small models learn to chat.
 
-A row that the chat format cannot render (an empty message, roles that do not take turns, no reply at the end)
-is dropped when the data set is opened: the length of a task has to be known, and to be the same everywhere.
-The rule is computed on Arrow's columns, 460 K rows in a tenth of a second; rows that stay keep their order.
+Rows that the chat format cannot render (an empty message, roles that do not alternate, no reply at the end)
+are dropped when the data set is opened, since the length of a task must be known and the same everywhere. The
+rule is computed on Arrow columns, 460 K rows in a tenth of a second; the remaining rows keep their order.
 
 Source: Allal et al. 2025, "SmolLM2: When Smol Goes Big" (arXiv:2502.02737);
-HuggingFaceTB/smol-smoltalk on the hub, the variant that was made for models below a billion parameters.
+HuggingFaceTB/smol-smoltalk on the hub, the variant for models below a billion parameters.
 """
 
-# pyarrow makes most functions of pyarrow.compute when it is imported, where no type checker sees them.
+# pyarrow creates most functions of pyarrow.compute at import, where type checkers do not see them.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SmolTalk(Task):
         rows = load_rows("HuggingFaceTB/smol-smoltalk", "data", split, ("messages",), path)
         self.rows = rows.only(well_formed(rows.table["messages"]))
         if dropped := len(rows) - len(self.rows):
-            logger.info("SmolTalk %s: %d of %d conversations are malformed", split, dropped, len(rows))
+            logger.info("SmolTalk %s: dropped %d of %d conversations, malformed", split, dropped, len(rows))
 
     def num_examples(self) -> int:
         """See Task."""
@@ -51,9 +51,10 @@ class SmolTalk(Task):
 
 
 def well_formed(messages: pa.ChunkedArray) -> np.ndarray:
-    """Return (rows,) bool: a system message or none, then user and assistant in turn, all with text.
+    """Return (rows,) bool: an optional system message, then user and assistant alternate, all with text.
 
-    messages is a column of lists of {role, content}. All messages of all rows are looked at side by side.
+    messages: a column of lists of {role, content}. The computation is vectorized over all messages of all
+    rows.
     """
     import pyarrow.compute as pc
 
@@ -67,10 +68,10 @@ def well_formed(messages: pa.ChunkedArray) -> np.ndarray:
     is_system, is_user, is_assistant = (flags(pc.equal(role, r)) for r in ("system", "user", "assistant"))
 
     row = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its row
+    position = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within the row
     has_system = np.zeros(len(lengths), bool)
-    has_system[row[is_system]] = True  # one that is not the first has no turn, and fails below
-    turn = place - has_system[row]  # -1 is the system message
-    is_good = is_filled & np.where(turn % 2 == 0, is_user, is_assistant | (turn < 0))
+    has_system[row[is_system]] = True  # a system message at a later position fails the check of roles below
+    turn = position - has_system[row]  # -1 for the system message
+    is_valid = is_filled & np.where(turn % 2 == 0, is_user, is_assistant | (turn < 0))
     n_turns = lengths - has_system
-    return (np.bincount(row[~is_good], minlength=len(lengths)) == 0) & (n_turns > 0) & (n_turns % 2 == 0)
+    return (np.bincount(row[~is_valid], minlength=len(lengths)) == 0) & (n_turns > 0) & (n_turns % 2 == 0)

@@ -1,11 +1,11 @@
-"""Spelling: SimpleSpelling asks for the letters of a word, SpellingBee for how often it has one of them.
+"""Spelling: SimpleSpelling asks for the letters of a word, SpellingBee for the number of times one occurs.
 
-A model sees tokens, not letters, so what it spells it must have learned of its tokens; and it counts badly,
-so SpellingBee teaches it to hand word and letter to the calculator. Words are split, not only questions: one
-in eight, by a hash of it, is kept for the tests, and no training item of either task asks about it.
+A model sees tokens, not letters, so it must learn how its tokens are spelled. It counts badly, so SpellingBee
+teaches it to call the calculator with word and letter. The words themselves are split: one in eight, by a
+hash, is a test word, about which no training item of either task asks.
 
-The words are those of the training text (word_list), so there is nothing to download. In the answer's call a
-space comes before the quoted word: there it has the tokens that it has in the question.
+The words come from the training text (word_list), so nothing is downloaded. The call in an answer has a space
+before the quoted word, so that the word has the same tokens as in the question.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.dataset import parquets_iter_batched
 from tasks.common import Bounds, Conversation, Task, item_random
-from tasks.gsm8k import is_right_number
+from tasks.gsm8k import is_correct_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,12 +31,12 @@ COUNT = (
     'Count the "{letter}" in "{word}".',
 )
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MIN_LENGTH = 3  # of a word
-N_BATCHES = 40  # of the training text
+MIN_LENGTH = 3  # letters of a word
+N_BATCHES = 40  # batches of the training text that word_list reads
 
 
 def word_list(data: str, max_length: int = 20) -> list[str]:
-    """Return the lower-case words that the first training text has twice or more, most frequent first."""
+    """Return the lower-case words that the start of the training text has twice or more, by frequency."""
     counts: Counter[str] = Counter()
     for texts in islice(parquets_iter_batched("train", data=data), N_BATCHES):
         for text in texts:
@@ -45,25 +45,25 @@ def word_list(data: str, max_length: int = 20) -> list[str]:
 
 
 class _WordTask(Task):
-    """Size items about the words of a split."""
+    """`size` items about the words of a split."""
 
     def __init__(self, words: Sequence[str], size: int, split: str, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         self.words = [word for word in words if (zlib.crc32(word.encode()) % 8 == 0) is (split == "test")]
         if not self.words:
-            raise ValueError(f"none of the {len(words)} words falls to the split {split!r}; give more words")
+            raise ValueError(f"none of the {len(words)} words is in split={split!r}; give more words")
         self.size, self.split = size, split
 
     def num_examples(self) -> int:
-        """The size."""
+        """See Task."""
         return self.size
 
 
 class SimpleSpelling(_WordTask):
-    """Spell a word: its letters, with spaces between."""
+    """Spell a word: its letters, separated by spaces."""
 
     def get_example(self, index: int) -> Conversation:
-        """Return item number index."""
+        """See Task."""
         rng = item_random(self.split, index)
         word = rng.choice(self.words)
         question = rng.choice(SPELL).format(word=word)
@@ -71,15 +71,15 @@ class SimpleSpelling(_WordTask):
         return {"messages": [{"role": "user", "content": question}, answer]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion is the letters, all of them and nothing else."""
+        """Return True if the completion is the spelled word and nothing else."""
         return completion.strip() == conversation["messages"][-1]["content"]
 
 
 class SpellingBee(_WordTask):
-    """Count a letter in a word, with the calculator; three letters of four are ones that the word has."""
+    """Count a letter in a word with the calculator; in three of four items the letter is from the word."""
 
     def get_example(self, index: int) -> Conversation:
-        """Return item number index."""
+        """See Task."""
         rng = item_random(self.split, index)
         word = rng.choice(self.words)
         letter = rng.choice(word if rng.random() < 0.75 else LETTERS)
@@ -93,5 +93,5 @@ class SpellingBee(_WordTask):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """See is_right_number."""
-        return is_right_number(conversation, completion)
+        """See is_correct_number."""
+        return is_correct_number(conversation, completion)

@@ -1,13 +1,13 @@
-"""Conversations about the standard library, made of the docstrings of the Python that runs this.
+"""Questions about the standard library, generated from the docstrings of the running Python.
 
     DocQuestion    "What does shutil.copytree do?" and the first sentence of its docstring
-    DocChoice      four-way multiple choice: is it a class, an exception, a function or a module that has
-                   this name, or this first sentence?
+    DocChoice      multiple choice: does this name, or this first sentence, belong to a class, an exception, a
+                   function or a module?
 
-One sentence in six, by a hash of it, is kept for the tests, with all names that it describes: tests ask about
-names and sentences that no training question had. The four choices come in random order, so a letter has to
-be read off the question. A small model is long in finding that out, and much sooner if it has first learned,
-from questions with the choices in alphabetical order, what the answers are (dev/LOG.md).
+One sentence in six, by a hash, is in the test split, with all names that it describes, so test items have
+names and sentences of no training item. The four choices are in random order, so the model has to read the
+letter of its answer from the question. A small model learns this much faster if it first learns the answers
+from questions with choices in alphabetical order (dev/LOG.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = ("class", "exception", "function", "module")
 
 
 class Entry(NamedTuple):
-    """What is public and described in 20 to 100 characters."""
+    """A public name, described in 20 to 100 characters."""
 
     name: str
     text: str  # the first sentence of the docstring
@@ -38,10 +38,10 @@ class Entry(NamedTuple):
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """Return all entries of the library, in order of their names."""
+    """Return all entries of the standard library, sorted by name."""
     documented = list(library_entries())
     parents = {heading.split("(")[0].rpartition(".")[0] for heading, _ in documented}
-    found: dict[str, Entry] = {}
+    by_name: dict[str, Entry] = {}
     for heading, docstring in documented:
         name = heading.removeprefix("class ").split("(")[0]
         if any(part.startswith("_") for part in name.split(".")) or len(name) > 40:
@@ -49,8 +49,8 @@ def entries() -> tuple[Entry, ...]:
         paragraph = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
         text = re.split(r"(?<=[.!?])\s", paragraph)[0]
         if 20 <= len(text) <= 100:
-            found.setdefault(name, Entry(name, text, _kind(heading, parents)))
-    return tuple(found[name] for name in sorted(found))
+            by_name.setdefault(name, Entry(name, text, _kind(heading, parents)))
+    return tuple(by_name[name] for name in sorted(by_name))
 
 
 def _kind(heading: str, parents: set[str]) -> str:
@@ -66,27 +66,27 @@ def _split(split: str) -> list[Entry]:
 
 
 class DocQuestion(Task):
-    """What does a name do? One conversation a name."""
+    """A question for each name: what does it do?"""
 
     def __init__(self, split: str, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         self.items = _split(split)
 
     def num_examples(self) -> int:
-        """One a name."""
+        """See Task."""
         return len(self.items)
 
     def get_example(self, index: int) -> Conversation:
-        """Return the question about name number index."""
+        """See Task."""
         entry = self.items[index]
         question = {"role": "user", "content": f"What does {entry.name} do?"}
         return {"messages": [question, {"role": "assistant", "content": entry.text}]}
 
 
 class DocChoice(Task):
-    """Size four-way questions, each kind as often right as the others.
+    """`size` multiple-choice questions; the four kinds are equally often the correct answer.
 
-    alphabetical is the share of questions whose choices are in alphabetical order, not in random order.
+    alphabetical: the fraction of questions whose choices are in alphabetical instead of random order.
     """
 
     eval_type = "categorical"
@@ -94,16 +94,16 @@ class DocChoice(Task):
     def __init__(self, size: int, split: str, *, alphabetical: float = 0.0, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         if not 0 <= alphabetical <= 1:
-            raise ValueError(f"alphabetical={alphabetical} is a share, from 0 to 1")
+            raise ValueError(f"alphabetical={alphabetical} must be a fraction from 0 to 1")
         self.size, self.split, self.alphabetical = size, split, alphabetical
         self.items = {kind: [e for e in _split(split) if e.kind == kind] for kind in KINDS}
 
     def num_examples(self) -> int:
-        """The size."""
+        """See Task."""
         return self.size
 
     def get_example(self, index: int) -> Conversation:
-        """Return question number index."""
+        """See Task."""
         rng = item_random(self.split, index)
         kind = rng.choice(KINDS)
         entry = rng.choice(self.items[kind])

@@ -1,4 +1,4 @@
-"""What stages learn from and are measured on, with the hub's sets in small: their names, columns, splits."""
+"""The tasks of the stages with small copies of the hub's data sets: names, columns, splits."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,7 +7,7 @@ import pytest
 from nanochat.chat_format import render_conversation
 from nanochat.data.shards import write_parquet
 from nanochat.dataset import VAL_SHARD
-from tasks import mixtures as recipes
+from tasks import mixtures
 from tests.helpers.vocabulary import train_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -19,8 +19,8 @@ ARC = {
 MMLU = {"question": "Which?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 3}
 GSM8K = {"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}
 HUMANEVAL = {"prompt": "def f():\n", "canonical_solution": "    pass\n", "test": "", "entry_point": "f"}
-# repository, subset, splits that we read, and a row, as the hub has them
-SETS = [
+# (repository, subset, splits that are used, row), as on the hub
+DATASETS = [
     ("HuggingFaceTB/smol-smoltalk", "data", ["train", "test"], {"messages": TALK, "source": "x"}),
     ("cais/mmlu", "all", ["auxiliary_train", "test"], MMLU),
     ("openai/gsm8k", "main", ["train", "test"], GSM8K),
@@ -32,12 +32,12 @@ SETS = [
 
 @pytest.fixture
 def hub(base_dir):
-    """All that the recipes want of the hub, as it lies once downloaded."""
+    """All data sets of the mixtures, as if downloaded from the hub."""
     texts = [" ".join(f"{a}{b}{a}" for a in "abcdefgh" for b in "stuvwxyz")] * 8
     (base_dir / "base_data").mkdir(parents=True)
     for name in ("shard_00000.parquet", VAL_SHARD):
         write_parquet(base_dir / "base_data" / name, texts)
-    for repo, subset, splits, row in SETS:
+    for repo, subset, splits, row in DATASETS:
         for split in splits:
             folder = base_dir / "task_data" / "--".join([*repo.split("/"), subset, split]) / subset
             folder.mkdir(parents=True)
@@ -45,37 +45,37 @@ def hub(base_dir):
     return base_dir
 
 
-def test_the_sets_of_the_hub(hub, monkeypatch):
-    """What was missing there was found out after pretraining only."""
+def test_datasets_of_the_hub(hub, monkeypatch):
+    """Regression: missing data sets were noticed only after pretraining."""
     tokenizer = train_tokenizer()
-    for (train, val), n in ((recipes.mid_tasks("hub"), 280_009), (recipes.sft_tasks("hub"), 612)):
+    for (train, val), n in ((mixtures.mid_tasks("hub"), 280_009), (mixtures.sft_tasks("hub"), 612)):
         assert len(train) == n
         for task in (train, val):
             for index in [*range(0, len(task), 9973), len(task) - 1]:
                 assert render_conversation(tokenizer, task[index], 2048)[1][-1] == 1
-    assert recipes.main([]) == 0
-    gone = hub / "task_data" / "allenai--ai2_arc--ARC-Challenge--test"
-    gone.rename(hub / "elsewhere")
+    assert mixtures.main([]) == 0
+    missing = hub / "task_data" / "allenai--ai2_arc--ARC-Challenge--test"
+    missing.rename(hub / "elsewhere")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("tasks.hub.RETRY_AFTER_S", ())
     with pytest.raises(OSError, match="cannot download ARC-Challenge/test"):
-        recipes.main([])
+        mixtures.main([])
 
 
 def test_help_and_unknown_arguments_start_no_download(monkeypatch, capsys):
-    """Either began to download."""
-    monkeypatch.setattr(recipes, "mid_tasks", None)
+    """Regression: both started a download."""
+    monkeypatch.setattr(mixtures, "mid_tasks", None)
     with pytest.raises(SystemExit) as end:
-        recipes.main(["--help"])
+        mixtures.main(["--help"])
     assert end.value.code == 0
-    assert "download the hub's sets" in capsys.readouterr().out
+    assert "download the hub's data sets" in capsys.readouterr().out
     with pytest.raises(ValueError, match="Unrecognized options: --data=hub"):
-        recipes.main(["--data=hub"])
+        mixtures.main(["--data=hub"])
 
 
-@pytest.mark.parametrize("make", [recipes.rl_tasks, recipes.eval_tasks])
+@pytest.mark.parametrize("make", [mixtures.rl_tasks, mixtures.eval_tasks])
 @pytest.mark.parametrize("data", ["own.jsonl", "/no/such", "nonsense"])
-def test_conversations_alone_reward_and_measure_nothing(make, data):
-    """RL took any path, or none, for the embedded questions."""
+def test_own_conversations_cannot_grade(make, data):
+    """Regression: RL used the embedded questions for any path."""
     with pytest.raises(ValueError, match=f"data='{data}' must be hub, embedded or auto"):
         make(data)

@@ -31,7 +31,7 @@ from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from nanochat.train.memory import fit
 from scripts import tok_eval
-from tasks import mixtures as recipes
+from tasks import embedded_mixtures
 from tests.helpers.core_bundles import write_bundle
 from tests.helpers.echo_model import echo_config, echo_model
 from tests.helpers.vocabulary import train_tokenizer
@@ -221,8 +221,8 @@ def reader(tmp_path, monkeypatch, model_hub):
     tokenizer = train_tokenizer()
     model = echo_model(echo_config(tokenizer.get_vocab_size()))
     model_hub.repo, model_hub.files = REPO, published(model, tokenizer, tmp_path)
-    embedded = recipes._embedded
-    monkeypatch.setattr(recipes, "_embedded", lambda words, split, size, a: embedded(words, split, 60, a))
+    parts = embedded_mixtures._parts
+    monkeypatch.setattr(embedded_mixtures, "_parts", lambda words, split, size, a: parts(words, split, 60, a))
     for stage in ("tok_train", "base_train"):
         run(f"python -m scripts.{stage}")
     shutil.copytree(checkpoint_dir("base", "d4"), checkpoint_dir("sft", "d4"))

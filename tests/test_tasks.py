@@ -1,4 +1,4 @@
-"""Tasks with an answer, on rows made up here: prompts verbatim, right and wrong answers."""
+"""Tasks with known answers, on rows defined here: exact prompts, correct and wrong answers."""
 
 import json
 from decimal import Decimal
@@ -30,7 +30,7 @@ def rows(tmp_path):
 
 
 def learned(tokenizer, conversation):
-    """What the model has to produce of a conversation, as text."""
+    """Return the text that the model learns to produce in a conversation."""
     ids, mask = tokenizer.render_conversation(conversation)
     return tokenizer.decode([id for id, is_learned in zip(ids, mask, strict=True) if is_learned])
 
@@ -64,7 +64,7 @@ def arc_row(texts, labels, key):
         ),
     ],
 )
-def test_arc_has_letters_whatever_its_labels(tokenizer, rows, texts, labels, key, listed, letters, answer):
+def test_arc_has_letters_for_all_labels(tokenizer, rows, texts, labels, key, listed, letters, answer):
     task = ARC("ARC-Easy", "train", path=rows(arc_row(texts, labels, key)))
     conversation = task[0]
     assert conversation == {
@@ -83,7 +83,7 @@ def test_arc_checks_its_settings_and_rows(rows):
     bad = [{**arc_row((), (), "A"), "choices": ["iron", "cork"]}, arc_row(("iron", "cork"), "A", "A")]
     for row in (arc_row(("iron", "cork"), "AB", "C"), *bad):
         path = rows(row)
-        with pytest.raises(ValueError, match=r"of 'Which floats\?' has choices=.*iron.*, answerKey='.': n"):
+        with pytest.raises(ValueError, match=r"of 'Which floats\?' has choices=.*iron.*, answerKey='.': c"):
             ARC("ARC-Challenge", "test", path=path)[0]
     with pytest.raises(ValueError, match="subset='ARC' must be one of ARC-Easy, ARC-Challenge"):
         ARC("ARC", "test", path=path)
@@ -112,18 +112,20 @@ def test_mmlu_by_hand(tokenizer, rows):
     ("choices", "answer"),
     [("wxyz", "B"), ("wxyz", -1), ("wxyz", 4), ("wxyz", 1.0), ("wxyz", None), ("wxy", 1), ("vwxyz", 1)],
 )
-def test_a_row_of_mmlu_without_an_answer_is_told(rows, choices, answer):
-    """-1 was silently D, and others were a TypeError, an IndexError or a word about zip."""
+def test_mmlu_row_without_an_answer_is_an_error(rows, choices, answer):
+    """Regression: -1 was silently D; other values were a TypeError, an IndexError or an error of zip."""
     path = rows({"question": "Which?", "choices": list(choices), "answer": answer})
-    with pytest.raises(ValueError, match=f"row of 'Which\\?' has choices=.*, answer={answer!r}: needs a"):
+    with pytest.raises(
+        ValueError, match=f"row of 'Which\\?' has choices=.*, answer={answer!r}: choices must"
+    ):
         MMLU("all", "test", path=path)[0]
     path = rows({"question": "Which?", "choices": choices, "answer": 0})
-    with pytest.raises(ValueError, match=f"choices='{choices}', answer=0: needs a list of four"):
+    with pytest.raises(ValueError, match=f"choices='{choices}', answer=0: choices must be a list of four"):
         MMLU("all", "test", path=path)[0]
 
 
 def test_mmlu_auxiliary_train_is_a_split(rows):
-    """A11: the hub's subset of that name has rows that are wrapped once more."""
+    """Regression: in the hub's subset of that name, rows are nested one level deeper."""
     with pytest.raises(ValueError, match='subset="all", split="auxiliary_train"'):
         MMLU("auxiliary_train", "train", path=rows())
     with pytest.raises(ValueError, match="subset='anatomy' must be one of all"):
@@ -143,26 +145,26 @@ def test_mmlu_auxiliary_train_is_a_split(rows):
     ],
 )
 def test_names_on_the_hub(monkeypatch, make, repo, subset, split):
-    asked = []
+    calls = []
 
     def load_rows(*args):
-        asked.append((*args[:3], args[4]))
+        calls.append((*args[:3], args[4]))
         return []
 
     for module in ("arc", "mmlu", "gsm8k", "humaneval"):
         monkeypatch.setattr(f"tasks.{module}.load_rows", load_rows)
     make()
-    assert asked == [(repo, subset, split, None)]
+    assert calls == [(repo, subset, split, None)]
 
 
 def test_slices_of_a_task(rows):
     path = rows(*({"question": str(i), "answer": "#### 1"} for i in range(10)))
 
-    def asked(**bounds):
+    def questions(**bounds):
         return [c["messages"][0]["content"] for c in GSM8K("main", "train", path=path, **bounds)]
 
-    assert asked() == list("5607324918"), "the order is not that of the datasets library"
-    assert asked(start=1, stop=6, step=2) == list("672")
+    assert questions() == list("5607324918"), "the order is not that of the datasets library"
+    assert questions(start=1, stop=6, step=2) == list("672")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def gsm8k(rows, answer):
     return GSM8K("main", "train", path=rows({"question": "How many?", "answer": answer}))
 
 
-def test_gsm8k_sums_become_calls(tokenizer, rows):
+def test_gsm8k_calculations_become_calls(tokenizer, rows):
     task = gsm8k(rows, "She sold 48/2 = <<48/2=24>>24 in May.\nIn all <<48+24=72>>72.\n#### 72")
     parts = [
         {"type": "text", "text": "She sold 48/2 = "},
@@ -235,7 +237,7 @@ def test_gsm8k_has_no_empty_parts(tokenizer, rows, answer, types):
     ],
 )
 def test_answers_are_numbers(text, number):
-    """L7: "18." was not "18", so that right answers at the end of a sentence counted as wrong."""
+    """Regression: "18." was not "18", so correct answers at the end of a sentence were wrong."""
     assert extract_answer(text) == Decimal(number)
 
 
@@ -250,11 +252,11 @@ def test_no_answer(text):
     assert extract_answer(text) is None
 
 
-def test_gsm8k_judges_by_the_value(rows):
+def test_gsm8k_compares_values(rows):
     task = gsm8k(rows, "It is <<500*2+80=1080>>1,080.\n#### 1,080")
-    right = ["#### 1080", "So it is:\n#### $1,080.", "#### 1080.00 dollars"]
+    correct = ["#### 1080", "So it is:\n#### $1,080.", "#### 1080.00 dollars"]
     wrong = ["1080", "#### 108", "#### -1080", "#### 1080.5", "#### ?", ""]
-    assert [task.evaluate(task[0], text) for text in right] == [True] * 3
+    assert [task.evaluate(task[0], text) for text in correct] == [True] * 3
     assert [task.evaluate(task[0], text) for text in wrong] == [False] * 6
     assert [task.reward(task[0], text) for text in ("#### 1080", "#### 1")] == [1.0, 0.0]
     unanswered = gsm8k(rows, "Nobody knows.")

@@ -1,4 +1,4 @@
-"""Conversations to learn from: which rows of SmolTalk go, and what is wrong with a file of your own."""
+"""Training conversations: rows that SmolTalk drops, and errors in files of your own."""
 
 import json
 
@@ -18,7 +18,7 @@ def tokenizer():
 
 
 def chat(*turns):
-    """Messages of "u:text", "a:text" and "s:text"."""
+    """Return messages, given as "u:text", "a:text", "s:text" and "t:text"."""
     roles = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
@@ -57,7 +57,7 @@ def column(*chunks):
 # SmolTalk
 
 
-def test_well_formed_by_hand():
+def test_well_formed():
     assert well_formed(column(GOOD)).tolist() == [True] * len(GOOD)
     assert well_formed(column(BAD)).tolist() == [False] * len(BAD)
     assert well_formed(column([None, [None], GOOD[0]])).tolist() == [False, False, True]
@@ -66,25 +66,25 @@ def test_well_formed_by_hand():
 def test_well_formed_does_not_depend_on_chunks():
     rng = np.random.default_rng(0)
     pool = [(messages, True) for messages in GOOD] * 4 + [(messages, False) for messages in BAD]
-    picks = [pool[i] for i in rng.integers(len(pool), size=200)]
-    rows, expected = [messages for messages, _ in picks], [is_good for _, is_good in picks]
+    drawn = [pool[i] for i in rng.integers(len(pool), size=200)]
+    rows, expected = [messages for messages, _ in drawn], [is_good for _, is_good in drawn]
     assert well_formed(column(rows)).tolist() == expected
     assert well_formed(column(rows[:1], [], rows[1:90], rows[90:])).tolist() == expected
     assert well_formed(column(rows).slice(7, 100)).tolist() == expected[7:107]
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_smoltalk_drops_malformed_rows_and_keeps_the_order(tokenizer, tmp_path, caplog, form):
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_smoltalk_drops_malformed_rows_and_keeps_the_order(tokenizer, tmp_path, caplog, file_format):
     numbered = [chat(f"u:{i}", f"a:{i}" if i not in (0, 9) else "a:") for i in range(10)]
-    path = tmp_path / f"rows.{form}"
-    if form == "jsonl":
+    path = tmp_path / f"rows.{file_format}"
+    if file_format == "jsonl":
         path.write_text("".join(json.dumps({"messages": m, "source": "x"}) + "\n" for m in numbered))
     else:
         pq.write_table(pa.table({"source": ["x"] * 10, "messages": column(numbered)}), path, row_group_size=3)
     with caplog.at_level("INFO"):
         task = SmolTalk("train", path=path)
-    assert "2 of 10 conversations are malformed" in caplog.text
-    # 5 6 0 7 3 2 4 9 1 8 is the order of the datasets library
+    assert "dropped 2 of 10 conversations" in caplog.text
+    # the order of the datasets library is 5 6 0 7 3 2 4 9 1 8
     assert list(task) == [{"messages": numbered[i]} for i in (5, 6, 7, 3, 2, 4, 1, 8)]
     assert len(SmolTalk("train", path=path, stop=3)) == 3
     for conversation in task:
@@ -101,16 +101,16 @@ def test_smoltalk_keeps_the_system_message(tokenizer, tmp_path):
 
 
 def test_smoltalk_on_the_hub(monkeypatch):
-    class Asked(Exception):
+    class Called(Exception):
         pass
 
     def load_rows(*args):
-        raise Asked(*args)
+        raise Called(*args)
 
     monkeypatch.setattr("tasks.smoltalk.load_rows", load_rows)
-    with pytest.raises(Asked) as asked:
+    with pytest.raises(Called) as call:
         SmolTalk("test")
-    assert asked.value.args == ("HuggingFaceTB/smol-smoltalk", "data", "test", ("messages",), None)
+    assert call.value.args == ("HuggingFaceTB/smol-smoltalk", "data", "test", ("messages",), None)
     with pytest.raises(ValueError, match="split='val' must be one of train, test"):
         SmolTalk("val")
 
@@ -125,17 +125,17 @@ def write(tmp_path, *values):
     return path
 
 
-def test_customjson_takes_both_forms_in_the_order_of_the_file(tokenizer, tmp_path):
+def test_customjson_accepts_both_formats_and_keeps_the_order(tokenizer, tmp_path):
     parts = [
         {"type": "text", "text": "It is "},
         {"type": "python", "text": "1+1"},
         {"type": "python_output", "text": "2"},
     ]
-    calling = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": parts}]
-    path = write(tmp_path, {"messages": GOOD[0], "id": 1}, GOOD[1], GOOD[2], {"messages": calling})
+    with_call = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": parts}]
+    path = write(tmp_path, {"messages": GOOD[0], "id": 1}, GOOD[1], GOOD[2], {"messages": with_call})
     task = CustomJSON(path)
-    assert list(task) == [{"messages": messages} for messages in (*GOOD, calling)]
-    assert list(CustomJSON(str(path), start=1, step=2)) == [{"messages": GOOD[1]}, {"messages": calling}]
+    assert list(task) == [{"messages": messages} for messages in (*GOOD, with_call)]
+    assert list(CustomJSON(str(path), start=1, step=2)) == [{"messages": GOOD[1]}, {"messages": with_call}]
     for conversation in task:
         tokenizer.render_conversation(conversation)
 
@@ -152,25 +152,28 @@ def test_customjson_refuses_what_smoltalk_drops(tmp_path, messages):
         ({"conversation": GOOD[0]}, r'expected {"messages": \[{"role": ..., "content": ...}'),
         ("Hi", "expected"),
         (["Hi"], "expected"),
-        (chat("u:Hi", "u:Hi"), "message 1 has role 'user' where 'assistant' is due"),
-        (chat("s:Be brief.", "a:Hi"), "message 1 has role 'assistant' where 'user' is due"),
-        (chat("u:Hi", "a:"), "message 1 has '' where text is due"),
-        ([{"role": "user", "content": ["Hi"]}], r"message 0 has \['Hi'\] where text is due"),
+        (chat("u:Hi", "u:Hi"), "message 1 has role 'user', expected 'assistant'"),
+        (chat("s:Be brief.", "a:Hi"), "message 1 has role 'assistant', expected 'user'"),
+        (chat("u:Hi", "a:"), "message 1 has content '', expected non-empty text"),
+        ([{"role": "user", "content": ["Hi"]}], r"message 0 has content \['Hi'\], expected non-empty text"),
         ([{"role": "user", "content": "\ud800"}], "surrogates not allowed"),
-        (chat("u:Hi", "a:Hello", "u:Bye"), "the last of the 3 messages must be the assistant's"),
-        ([*chat("u:Hi"), {"role": "assistant", "content": []}], r"message 1 has \[\] where text is due"),
-        ([*chat("u:Hi"), {"role": "assistant", "content": ["Hi"]}], "part 'Hi' has none of the types text, "),
+        (chat("u:Hi", "a:Hello", "u:Bye"), "the last of the 3 messages must be from the assistant"),
+        ([*chat("u:Hi"), {"role": "assistant", "content": []}], r"message 1 has content \[\], expected non"),
+        (
+            [*chat("u:Hi"), {"role": "assistant", "content": ["Hi"]}],
+            "type of part 'Hi' must be one of text, ",
+        ),
         (
             [*chat("u:Hi"), {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
-            "has none of the types",
+            "must be one of text, python",
         ),
         (
             [*chat("u:Hi"), {"role": "assistant", "content": [{"type": "text", "text": ""}]}],
-            "message 1 has '' where text is due",
+            "message 1 has content '', expected non-empty text",
         ),
     ],
 )
-def test_customjson_says_what_is_wrong(tmp_path, value, message):
+def test_customjson_errors(tmp_path, value, message):
     with pytest.raises(ValueError, match=rf"line 1: .*{message}"):
         CustomJSON(write(tmp_path, value))
 
@@ -178,7 +181,7 @@ def test_customjson_says_what_is_wrong(tmp_path, value, message):
 def test_customjson_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         CustomJSON(tmp_path / "missing.jsonl")
-    with pytest.raises(ValueError, match="holds no conversations"):
+    with pytest.raises(ValueError, match="has no conversations"):
         CustomJSON(write(tmp_path))
     path = write(tmp_path, GOOD[0])
     path.write_text(path.read_text() + "\n{")

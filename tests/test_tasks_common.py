@@ -1,4 +1,4 @@
-"""Slices, rows and mixtures of tasks, by hand."""
+"""Slices, sequences and mixtures of tasks."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tasks.common import Task, TaskMixture, TaskSequence, item_random, render_mc
 
 
 class Numbers(Task):
-    """Conversations that are a letter and a number."""
+    """Conversations whose id is a name and a number."""
 
     def __init__(self, name, size, **bounds):
         super().__init__(**bounds)
@@ -19,8 +19,8 @@ class Numbers(Task):
         return {"id": f"{self.name}{index}"}
 
 
-class Judged(Numbers):
-    """Right is what begins with the name."""
+class Graded(Numbers):
+    """A completion is correct if it starts with the name."""
 
     def evaluate(self, conversation, completion):
         return completion.startswith(self.name)
@@ -30,7 +30,7 @@ def ids(task):
     return [conversation["id"] for conversation in task]
 
 
-def test_slices_are_those_of_python():
+def test_slices_equal_slices_of_lists():
     assert ids(Numbers("a", 5)) == ["a0", "a1", "a2", "a3", "a4"]
     for start in (0, 1, 4, 7):
         for stop in (None, 7, 9):
@@ -44,14 +44,14 @@ def test_slices_are_those_of_python():
 
 
 @pytest.mark.parametrize("bounds", [{"start": -1}, {"step": 0}, {"step": -1}, {"start": 3, "stop": 2}])
-def test_bad_slices_are_told(bounds):
-    with pytest.raises(ValueError, match="needs 0 <= start <= stop and step >= 1"):
+def test_invalid_slices(bounds):
+    with pytest.raises(ValueError, match="must satisfy 0 <= start <= stop and step >= 1"):
         Numbers("a", 5, **bounds)
 
 
 @pytest.mark.parametrize("index", [-1, 2])
-def test_an_index_outside_is_told(index):
-    with pytest.raises(IndexError, match=f"index {index} of a task of 2"):
+def test_index_out_of_range(index):
+    with pytest.raises(IndexError, match=f"index {index} is out of range for a task of 2"):
         Numbers("a", 5, start=1, step=2)[index]
 
 
@@ -66,35 +66,35 @@ def test_a_sequence_keeps_its_order_and_repeats():
 def test_a_mixture_is_a_fixed_permutation():
     tasks = [Numbers("a", 100), Numbers("b", 50, stop=30), Numbers("a", 100)]
     mixed = ids(TaskMixture(tasks))
-    # a run that is resumed, elsewhere or with another version, goes on in this order
+    # a run that is resumed, on another machine or with another version, continues in this order
     assert mixed[:8] == ["a87", "a73", "a77", "a0", "a3", "b1", "a51", "a67"]
     assert mixed == ids(TaskMixture(tasks))
     assert sorted(mixed) == sorted(ids(TaskSequence(tasks)))
     assert mixed != ids(TaskSequence(tasks))
     assert mixed != ids(TaskMixture(tasks, seed=43))
-    assert "b" in "".join(mixed[:40]), "the tasks follow one another"
+    assert "b" in "".join(mixed[:40]), "the tasks are not mixed"
     mixture = TaskMixture(tasks)
     assert [mixture[i]["id"] for i in reversed(range(230))] == mixed[::-1], "the order of access matters"
 
 
-def test_each_task_of_a_mixture_judges_its_own():
-    """Also one in a mixture in a mixture, and by its own reward."""
+def test_each_task_of_a_mixture_grades_its_own_conversations():
+    """Also in a sequence in a mixture, and with its own reward."""
 
-    class Half(Judged):
+    class Half(Graded):
         def reward(self, conversation, completion):
             return self.evaluate(conversation, completion) / 2
 
-    mixture = TaskMixture([TaskSequence([Judged("a", 5), Half("b", 5)]), Judged("c", 5)])
+    mixture = TaskMixture([TaskSequence([Graded("a", 5), Half("b", 5)]), Graded("c", 5)])
     for conversation in mixture:
         name = conversation["id"][0]
         assert mixture.evaluate(conversation, f"{name}!")
         assert not mixture.evaluate(conversation, "d")
         assert mixture.reward(conversation, f"{name}!") == (0.5 if name == "b" else 1)
-    assert [type(part).__name__ for part in mixture.parts()] == ["Judged", "Half", "Judged"]
+    assert [type(part).__name__ for part in mixture.parts()] == ["Graded", "Half", "Graded"]
 
 
 def test_items_of_train_and_test_share_no_generator():
-    """A10: Random(-n) is Random(n), so that test item i was train item i + 1."""
+    """Regression: Random(-n) is Random(n), so test item i was train item i + 1."""
     drawn = {split: [item_random(split, i).random() for i in range(3000)] for split in ("train", "test")}
     assert len({*drawn["train"], *drawn["test"]}) == 6000
     assert drawn["test"][7] == item_random("test", 7).random()
@@ -102,14 +102,15 @@ def test_items_of_train_and_test_share_no_generator():
         item_random("val", 0)
 
 
-def test_multiple_choice_verbatim():
+def test_render_mc():
     assert render_mc("Which is a bird?", "ABC", ["a cat", "an owl", "a cod"]) == (
         "Which is a bird?\nA) a cat\nB) an owl\nC) a cod"
     )
+    assert render_mc("Which?", "AB", ["one", "two"]) == "Which?\nA) one\nB) two"
     with pytest.raises(ValueError, match="zip"):
         render_mc("?", "ABCD", ["one", "two"])
 
 
-def test_a_task_to_learn_from_has_no_verdict():
-    with pytest.raises(NotImplementedError, match="Numbers is there to learn from"):
+def test_a_training_task_cannot_be_evaluated():
+    with pytest.raises(NotImplementedError, match="Numbers cannot be evaluated"):
         Numbers("a", 1).evaluate({"messages": []}, "a")

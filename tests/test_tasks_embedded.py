@@ -1,4 +1,4 @@
-"""Tasks that need no network: splits that share nothing, answers by hand, judges that can say no."""
+"""Tasks that need no network: disjoint splits, exact answers, wrong answers that are refused."""
 
 import json
 import re
@@ -7,9 +7,8 @@ from collections import defaultdict
 import pytest
 
 from nanochat.calculator import calculate
-from tasks import mixtures as recipes
+from tasks import embedded_mixtures, mixtures
 from tasks.arithmetic import Arithmetic
-from tasks.common import render_mc
 from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
 from tasks.stdlib import KINDS, DocChoice, DocQuestion, entries
 from tests.helpers.vocabulary import train_tokenizer
@@ -30,8 +29,8 @@ def words_of(task):
 
 
 @pytest.mark.parametrize("task_class", [SimpleSpelling, SpellingBee])
-def test_no_word_is_asked_about_in_both_splits(task_class):
-    """Upstream's test items were its training items, one place on: random.Random(-n) is random.Random(n)."""
+def test_no_word_is_in_both_splits(task_class):
+    """With negative seeds, test items would be shifted training items: Random(-n) is Random(n)."""
     train, test = (words_of(task_class(WORDS, 300, split)) for split in ("train", "test"))
     assert min(len(train), len(test)) > 10
     assert not train & test
@@ -62,9 +61,9 @@ def test_letters_are_counted_by_the_calculator():
     banana = [reply(SpellingBee(["banana"], 50, "train")[i]) for i in range(50)]
     assert {output["text"] for call, output, _ in banana if '"a"' in call["text"]} == {"3"}
     assert {output["text"] for _, output, _ in banana} == {"0", "1", "2", "3"}
-    right = reply(task[0])[1]["text"]
-    assert task.evaluate(task[0], f"#### {right}")
-    assert not task.evaluate(task[0], f"#### {int(right) + 1}")
+    correct = reply(task[0])[1]["text"]
+    assert task.evaluate(task[0], f"#### {correct}")
+    assert not task.evaluate(task[0], f"#### {int(correct) + 1}")
     assert not task.evaluate(task[0], "I do not know")
 
 
@@ -78,7 +77,7 @@ def test_a_word_has_the_same_tokens_in_the_question_and_in_the_call():
     assert call[: len(quote) + len(word)] == quote + word
 
 
-def test_word_list_is_of_the_training_text(monkeypatch):
+def test_word_list_comes_from_the_training_text(monkeypatch):
     monkeypatch.setattr(
         "tasks.spellingbee.parquets_iter_batched",
         lambda split, data: iter([["the cat and the dog", "a cat; The dog"], ["the cat and x2y Zed zed"]]),
@@ -102,9 +101,9 @@ def test_arithmetic():
         assert task.evaluate(task[i], text["text"])
         assert not task.evaluate(task[i], text["text"] + "1")
         assert not task.evaluate(task[i], "")
-    by_hand = next(task[i] for i in range(400) if re.fullmatch(r"What is \d+ minus \d+\?", user(task[i])))
-    a, b = (int(n) for n in re.findall(r"\d+", user(by_hand)))
-    assert reply(by_hand)[1]["text"] == str(a - b)
+    minus = next(task[i] for i in range(400) if re.fullmatch(r"What is \d+ minus \d+\?", user(task[i])))
+    a, b = (int(n) for n in re.findall(r"\d+", user(minus)))
+    assert reply(minus)[1]["text"] == str(a - b)
 
 
 def test_no_pair_of_numbers_is_in_both_splits():
@@ -115,8 +114,8 @@ def test_no_pair_of_numbers_is_in_both_splits():
     assert not pairs[0] & pairs[1]
 
 
-def test_documentation_questions_of_the_splits_share_no_name_and_no_sentence():
-    """76 names of the test split had the sentence of a training name: threading.Barrier.wait, say."""
+def test_splits_of_documentation_questions_share_no_name_and_no_sentence():
+    """Regression: 76 test names, such as threading.Barrier.wait, had the sentence of a training name."""
     train, test = DocQuestion("train"), DocQuestion("test")
     for part in (user, reply):
         texts = [{part(task[i]) for i in range(len(task))} for task in (train, test)]
@@ -133,9 +132,9 @@ def test_documentation_questions_of_the_splits_share_no_name_and_no_sentence():
     ]
 
 
-def test_multiple_choice_is_balanced_and_its_letter_is_right():
+def test_multiple_choice_is_balanced_and_its_letter_is_correct():
     task = DocChoice(400, "test")
-    kinds = defaultdict(set)  # of a name one, of a first sentence some
+    kinds = defaultdict(set)  # one for a name, possibly several for a sentence
     for entry in entries():
         kinds[f"What is {entry.name}?"].add(entry.kind)
         kinds[f"What is this? {entry.text}"].add(entry.kind)
@@ -159,12 +158,8 @@ def test_alphabetical_choices():
         user(task[i]).split("\n")[1:] == ["A) class", "B) exception", "C) function", "D) module"]
         for i in range(50)
     )
-    with pytest.raises(ValueError, match="share"):
+    with pytest.raises(ValueError, match="must be a fraction"):
         DocChoice(50, "train", alphabetical=2)
-
-
-def test_render_mc():
-    assert render_mc("Which?", "AB", ["one", "two"]) == "Which?\nA) one\nB) two"
 
 
 def test_items_do_not_depend_on_the_order_of_access():
@@ -173,12 +168,12 @@ def test_items_do_not_depend_on_the_order_of_access():
     assert backwards[::-1] == [task[i] for i in range(10)]
 
 
-def test_recipes_of_a_file_of_your_own(tmp_path):
+def test_tasks_of_your_own_file(tmp_path):
     path = tmp_path / "chat.jsonl"
     roles = (("user", "q"), ("assistant", "a"))
     chats = [[{"role": role, "content": f"{x}{i}"} for role, x in roles] for i in range(41)]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    for make in (recipes.mid_tasks, recipes.sft_tasks):
+    for make in (mixtures.mid_tasks, mixtures.sft_tasks):
         train, val = make(str(path))
         questions = [{user(task[i]) for i in range(len(task))} for task in (train, val)]
         assert questions[1] == {"q0", "q20", "q40"}
@@ -195,55 +190,55 @@ def questions(task):
     return sorted(user(task[i]) for i in range(len(task)))
 
 
-def test_a_folder_or_glob_of_your_own_conversations(tmp_path):
+def test_your_own_conversations_in_a_folder_or_glob(tmp_path):
     write_chats(tmp_path / "chats" / "a.jsonl", "abc")
     write_chats(tmp_path / "chats" / "b.jsonl", "de")
     (tmp_path / "chats" / "notes.txt").write_text("no conversation")
     for data in (tmp_path / "chats", tmp_path / "*" / "*.jsonl"):
-        train, val = recipes.sft_tasks(str(data))
+        train, val = mixtures.sft_tasks(str(data))
         assert (questions(train), questions(val)) == (list("bcde"), ["a"])
     with pytest.raises(
         FileNotFoundError, match=r"none of auto, hub and embedded, and no file, folder or glob"
     ):
-        recipes.sft_tasks(str(tmp_path / "chats" / "notes.txt"))
+        mixtures.sft_tasks(str(tmp_path / "chats" / "notes.txt"))
     (tmp_path / "chats" / "b.jsonl").write_text('["d"]\n')
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: expected"):
-        recipes.mid_tasks(str(tmp_path / "chats"))
+        mixtures.mid_tasks(str(tmp_path / "chats"))
     write_chats(tmp_path / "one.jsonl", "a")
-    with pytest.raises(ValueError, match=r"one\.jsonl holds one conversation; two are needed"):
-        recipes.mid_tasks(str(tmp_path / "one.jsonl"))
+    with pytest.raises(ValueError, match=r"one\.jsonl has only one conversation; give at least two"):
+        mixtures.mid_tasks(str(tmp_path / "one.jsonl"))
 
 
-def test_conversations_of_your_own_beside_others(tmp_path):
-    """--data=PATH alone would make the model forget all else."""
+def test_your_own_conversations_with_others(tmp_path):
+    """--data=PATH alone would make the model forget everything else."""
     write_chats(tmp_path / "others.jsonl", [f"other {i}" for i in range(40)])
     write_chats(tmp_path / "own.jsonl", "abcde")
-    others = recipes.sft_tasks(str(tmp_path / "others.jsonl"))
-    assert recipes.with_own(others, "") == others
-    train, val = recipes.with_own(others, str(tmp_path / "own.jsonl"))
+    others = mixtures.sft_tasks(str(tmp_path / "others.jsonl"))
+    assert mixtures.with_own(others, "") == others
+    train, val = mixtures.with_own(others, str(tmp_path / "own.jsonl"))
     assert questions(train) == sorted([*questions(others[0]), *"bcde"])
     assert questions(val) == ["a", "other 0", "other 20"]
     with pytest.raises(FileNotFoundError, match=r"add='nowhere' is no file, folder or glob"):
-        recipes.with_own(others, "nowhere")
+        mixtures.with_own(others, "nowhere")
 
 
 def test_an_identity_is_learned_with_the_embedded_data(monkeypatch, base_dir):
-    monkeypatch.setattr(recipes, "word_list", lambda data, max_length: WORDS)
-    without, val = recipes.sft_tasks("embedded")
+    monkeypatch.setattr(embedded_mixtures, "word_list", lambda data, max_length: WORDS)
+    without, val = mixtures.sft_tasks("embedded")
     write_chats(base_dir / "identity_conversations.jsonl", ["Who are you?", "What is your name?"])
-    train, same_val = recipes.sft_tasks("embedded")
+    train, same_val = mixtures.sft_tasks("embedded")
     assert len(train) == len(without) + 2
     assert "Who are you?" in questions(train)
     assert questions(same_val) == questions(val)
 
 
-def test_recipes_of_the_embedded_data(monkeypatch):
-    monkeypatch.setattr(recipes, "word_list", lambda data, max_length: WORDS)
+def test_tasks_of_the_embedded_data(monkeypatch):
+    monkeypatch.setattr(embedded_mixtures, "word_list", lambda data, max_length: WORDS)
     tokenizer = train_tokenizer()
-    for make in (recipes.mid_tasks, recipes.sft_tasks):
+    for make in (mixtures.mid_tasks, mixtures.sft_tasks):
         train, val = make("embedded")
         assert len(train) > 10_000 > len(val) > 500
         for i in range(50):
             tokenizer.render_conversation(train[i])
-    tasks = recipes.eval_tasks("embedded")
+    tasks = mixtures.eval_tasks("embedded")
     assert all(len(make()) >= 500 for make in tasks.values())

@@ -1,4 +1,4 @@
-"""HumanEval on a problem made up here: what is run for a completion, right and wrong ones."""
+"""HumanEval on a problem defined here: correct and wrong completions."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ PROBLEM = {
 
 @pytest.fixture
 def humaneval(tmp_path, monkeypatch):
-    """The task, with a sandbox that is none: it runs what this file has made up."""
+    """The task without a sandbox, since all completions are from this file."""
 
     def execute_code(code):
         try:
@@ -68,7 +68,7 @@ def test_conversation(humaneval):
         "import math\n\ndef double_floor(number: float) -> int:\n    return math.floor(double(number))",
     ],
 )
-def test_takes_a_body_or_a_function_bare_or_fenced(humaneval, completion):
+def test_accepts_a_body_or_a_function_bare_or_fenced(humaneval, completion):
     assert humaneval.evaluate(humaneval[0], completion)
 
 
@@ -83,5 +83,5 @@ def test_takes_a_body_or_a_function_bare_or_fenced(humaneval, completion):
         "def double_floors(x):\n    return floor(2 * x)\n",
     ],
 )
-def test_fails_what_is_wrong(humaneval, completion):
+def test_refuses_wrong_completions(humaneval, completion):
     assert not humaneval.evaluate(humaneval[0], completion)
