@@ -56,6 +56,14 @@ class ConvState:
     window: Tensor
 
 
+def state_bytes(config: GPTConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Return the decode state's bytes per token (keys, values) and per sequence (conv windows)."""
+    c = config
+    kv = 2 * c.n_kv_head * c.head_dim * c.layer_kinds.count("attention") * dtype.itemsize
+    conv = (c.n_kernel - 1) * c.n_embd * c.layer_kinds.count("slc2") * dtype.itemsize
+    return {"per_token": kv, "per_sequence": conv}
+
+
 class HybridCache:
     """Decode state of `batch_size` sequences of at most `max_len` tokens each, one entry a layer."""
 

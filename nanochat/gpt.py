@@ -392,10 +392,3 @@ class GPT(nn.Module):
         c = self.config
         weights = sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
         return 6 * weights + 12 * c.n_embd * c.sequence_len * c.layer_kinds.count("attention")
-
-    def state_bytes(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-        """Return the decode state's bytes a token (keys, values) and bytes a sequence (conv windows)."""
-        c = self.config
-        kv = 2 * c.n_kv_head * c.head_dim * c.layer_kinds.count("attention") * dtype.itemsize
-        conv = (c.n_kernel - 1) * c.n_embd * c.layer_kinds.count("slc2") * dtype.itemsize
-        return {"per_token": kv, "per_sequence": conv}

@@ -95,8 +95,10 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def step_bytes(model: GPT, batch_size: int, context: int) -> int:
     """What a step must read: each weight but the embedding once, and the state of each sequence."""
+    from nanochat.cache import state_bytes
+
     parts = model.num_parameters()
-    state = model.state_bytes(model.activation_dtype)
+    state = state_bytes(model.config, model.activation_dtype)
     weights = (parts["total"] - parts["wte"]) * model.activation_dtype.itemsize
     return weights + batch_size * (context * state["per_token"] + state["per_sequence"])
 

@@ -40,7 +40,7 @@ def model(device, monkeypatch):
 
 
 def check_training(model):
-    check_ops(model, fused_ops(model.device), BOUNDS[model.activation_dtype])
+    check_ops(model, fused_ops(), BOUNDS[model.activation_dtype])
 
 
 def check_decoding(model):

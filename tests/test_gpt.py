@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.cache import HybridCache
+from nanochat.cache import HybridCache, state_bytes
 from nanochat.gpt import GPT, GPTConfig, apply_rotary, head_logits, head_loss, rotary_tables
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
@@ -68,7 +68,7 @@ def test_accounting_counts_attention_only_where_there_is_attention():
         "mlp": 262_144_000,
         "total": 542_035_200,
     }
-    assert model.state_bytes() == {"per_token": 35_840, "per_sequence": 66_560}
+    assert state_bytes(model.config) == {"per_token": 35_840, "per_sequence": 66_560}
 
 
 @pytest.mark.parametrize("slc_rate", [0, 1, 2, 3, 4])

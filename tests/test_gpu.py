@@ -12,7 +12,7 @@ from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from nanochat.sampling import GREEDY
-from nanochat.train import fused as fused_module
+from nanochat.train import accelerate as acceleration
 from nanochat.train.accelerate import accelerate, why_not_fused
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
 from tasks import mixtures as recipes
@@ -43,7 +43,7 @@ def loss_and_gradients(model, idx):
 def test_bf16_loss_and_gradients_against_float64(slc_rate, compiled, fused, has_large_tiles, monkeypatch):
     """Head counts that are no power of two and odd lengths, with random non-zero weights; a smaller card."""
     if not has_large_tiles:
-        monkeypatch.setattr(fused_module, "has_large_tiles", lambda device: False)
+        monkeypatch.setattr(acceleration, "has_large_tiles", lambda device: False)
     config = GPTConfig(64, 200, 4, 3, 3, 3 * 64, 3, slc_rate)
     model = random_model(config)
     idx = torch.randint(0, 200, (2, 38))

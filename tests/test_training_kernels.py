@@ -10,7 +10,7 @@ from nanochat.gpt import GPT, NORM_EPS, PLAIN, SOFTCAP, GPTConfig
 from nanochat.gpt import head_loss as plain_head_loss
 from nanochat.kernels.train import cross_entropy, fp8, mlp, norm
 from nanochat.kernels.train.slc2 import PACKED_ALIGN, slc2_mix, slc2_reference
-from nanochat.train import chunked_loss, fused
+from nanochat.train import chunked_loss
 from nanochat.train.accelerate import accelerate, why_not_fused
 from nanochat.train.fused import fused_ops
 from tests.helpers.kernels import error, on_gpu, poison
@@ -309,9 +309,8 @@ def test_mlp_fp8(device, emulated_fp8, M, E):
 
 
 @pytest.mark.parametrize("has_large_tiles", [True, False])
-def test_fused_model_is_the_plain_one(has_large_tiles, small_tiles, monkeypatch):
+def test_fused_model_is_the_plain_one(has_large_tiles, small_tiles):
     """Loss and gradients of every parameter, in float32; the decode state is kept as before."""
-    monkeypatch.setattr(fused, "has_large_tiles", lambda device: has_large_tiles)
     torch.manual_seed(0)
     model = random_model(GPTConfig(16, 50, 3, 2, 2, 32, 3, 3))
     idx = torch.randint(0, 50, (2, 6))
@@ -324,7 +323,7 @@ def test_fused_model_is_the_plain_one(has_large_tiles, small_tiles, monkeypatch)
 
     plain_loss, plain_gradients = run()
     logits = model(idx).detach()
-    model.use(fused_ops(model.device))
+    model.use(fused_ops(large_tiles=has_large_tiles))
     assert (model.ops.mlp is mlp.mlp) == has_large_tiles
     loss, grads = run()
     assert error(loss, plain_loss) < 1e-5

@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.config import GPTConfig
 from nanochat.decode.decoder import Decoder
-from nanochat.gpt import GPT, SOFTCAP, norm, rotary_tables
+from nanochat.gpt import GPT, SOFTCAP, GPTConfig, norm, rotary_tables
 from nanochat.kernels.decode import sampling
 from nanochat.kernels.decode.attention import attend, attend_causal, rope_append
 from nanochat.kernels.decode.linear import (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from nanochat.cache import state_bytes
 from nanochat.config import GPTConfig
 from nanochat.dataset import REPO_ID, source
 from nanochat.gpt import GPT
@@ -86,7 +87,7 @@ def _origin(meta: dict[str, Any]) -> str:
 
 
 def _architecture(model: GPT) -> str:
-    config, parameters, state = model.config, model.num_parameters(), model.state_bytes()
+    config, parameters, state = model.config, model.num_parameters(), state_bytes(model.config)
     kinds = config.layer_kinds
     layers = [str(i) for i, kind in enumerate(kinds) if kind == "attention"]
     attention = f"{len(layers)} attention ({', '.join(layers)})"

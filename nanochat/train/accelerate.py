@@ -58,7 +58,7 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
     if fused:
         from nanochat.train.fused import fused_ops  # Triton is not installed everywhere
 
-        ops = fused_ops(model.device, fp8)
+        ops = fused_ops(large_tiles=has_large_tiles(model.device), in_8_bits=fp8)
         check_ops(model, ops, BOUND_8_BITS if fp8 else BOUNDS[model.activation_dtype])
         model.use(ops)
     elif asked is None and model.device.type == "cpu":

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.gpt import NORM_EPS, SOFTCAP, CausalSelfAttention, Ops
-from nanochat.hardware import has_large_tiles
 from nanochat.kernels.train import cross_entropy, fp8, mlp
 from nanochat.kernels.train.rope import rope
 from nanochat.kernels.train.slc2 import PACKED_ALIGN, slc2_mix
@@ -46,8 +45,8 @@ def fused_slc2_mix(layer: SLC2, h: Tensor, window: None = None, *, product: Prod
     return slc2_mix(packed, layer.conv1d.weight, h.size(1), layer.n_head).view_as(h)
 
 
-def fused_ops(device: torch.device, in_8_bits: bool = False) -> Ops:
-    """Return the kernels that train a model on this device."""
+def fused_ops(*, large_tiles: bool = True, in_8_bits: bool = False) -> Ops:
+    """Return the training kernels; those of the MLP only where a card has memory for large tiles."""
     product = fp8.linear if in_8_bits else F.linear
     loss = partial(
         head_loss,
@@ -60,6 +59,6 @@ def fused_ops(device: torch.device, in_8_bits: bool = False) -> Ops:
         slc2_mix=partial(fused_slc2_mix, product=product),
         loss=loss,
     )
-    if has_large_tiles(device):
+    if large_tiles:
         ops = replace(ops, mlp=fp8.mlp if in_8_bits else mlp.mlp)
     return ops
