@@ -1,12 +1,13 @@
-"""Time rustbpe against the published wheel of that name, and its encoding against tiktoken's.
+"""Compare the speed of rustbpe: training with the published wheel of that name, encoding with tiktoken.
 
-Both train on the same text, each time in a fresh process that has read the text before the clock starts. They
-take turns, and medians are printed. The wheel gets an environment of its own, $NANOCHAT_BASE_DIR/bench_venv.
+Both train on the same text, alternately, each time in a new process that reads the text before the timer
+starts; the medians are printed. The wheel is installed in a separate environment,
+$NANOCHAT_BASE_DIR/bench_venv.
 
-    python -m scripts.bench_tokenizer                          # the embedded text, over and over
+    python -m scripts.bench_tokenizer                          # the embedded text, repeated
     python -m scripts.bench_tokenizer --data=PATH --vocab_size=65536
 
-"growth" is the peak of resident memory above the peak before training, when the text was already there.
+"growth" is the increase of peak resident memory during training, after the text has been loaded.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from nanochat.common import base_dir, parse, run
 
 WHEEL = "rustbpe==0.1.0"
 
-# Runs in either environment. Arguments: file of texts, file for the ranks, vocabulary size, pattern.
+# Runs in both environments. Arguments: file of texts, file for the ranks, vocabulary size, pattern.
 TRAINING = """
 import json, resource, sys, time
 import rustbpe
 def peak_kb():
-    try:  # Linux gives a process the ru_maxrss of the one that started it
+    try:  # on Linux a process inherits the ru_maxrss of its parent
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    except FileNotFoundError:  # macOS, which counts bytes
+    except FileNotFoundError:  # macOS, where the unit is bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 with open(sys.argv[1], encoding="utf-8") as file:
     texts = [json.loads(line) for line in file]
@@ -52,18 +53,18 @@ print(json.dumps({"seconds": seconds, "peak_kb": peak, "growth_kb": peak - peak_
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTokenizerConfig:
-    """What text, how much of it, and how often."""
+    """The text, the vocabulary and the number of runs."""
 
     data: str = "embedded"
-    """Where the text comes from: auto, hub, embedded, or a path of your own."""
+    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
     max_chars: int = 100_000_000
-    """Characters to train on; less text than that is repeated."""
+    """number of characters to train on; shorter text is repeated"""
     vocab_size: int = 32_768
-    """Number of tokens to train, the 256 bytes included."""
+    """number of tokens to train, including the 256 bytes"""
     encode_chars: int = 20_000_000
-    """Characters to encode, from the end of the text."""
+    """number of characters to encode, from the end of the text"""
     repeats: int = 3
-    """Runs of each, of which the median counts."""
+    """number of runs; the median is printed"""
 
     def __post_init__(self) -> None:
         for name in ("max_chars", "encode_chars", "repeats"):
@@ -72,7 +73,7 @@ class BenchTokenizerConfig:
 
 
 def read_texts(data: str, max_chars: int) -> list[str]:
-    """Return documents of `max_chars` characters in all, from the start again where the text ends."""
+    """Return documents of `max_chars` characters in total; shorter text is repeated."""
     from nanochat.dataset import parquets_iter_batched
 
     texts: list[str] = []
@@ -84,14 +85,14 @@ def read_texts(data: str, max_chars: int) -> list[str]:
             if n_chars == max_chars:
                 break
         if n_chars == 0:
-            raise ValueError(f"data={data!r} holds no text")
+            raise ValueError(f"data={data!r} has no text; give files with text")
     return texts
 
 
 def wheel_python() -> Path:
-    """Return the Python of an environment that holds the published wheel, made on first use."""
-    home = base_dir() / "bench_venv"
-    python = home / "bin" / "python"
+    """Return the Python of an environment with the published wheel, which is created on first use."""
+    environment = base_dir() / "bench_venv"
+    python = environment / "bin" / "python"
     if (
         python.exists()
         and subprocess.run([python, "-c", "import rustbpe"], capture_output=True).returncode == 0
@@ -99,18 +100,21 @@ def wheel_python() -> Path:
         return python
     if shutil.which("uv"):
         commands = [
-            ["uv", "venv", "--clear", "--python", sys.executable, home],
+            ["uv", "venv", "--clear", "--python", sys.executable, environment],
             ["uv", "pip", "install", "--python", python, WHEEL],
         ]
     else:
-        commands = [[sys.executable, "-m", "venv", "--clear", home], [python, "-m", "pip", "install", WHEEL]]
+        commands = [
+            [sys.executable, "-m", "venv", "--clear", environment],
+            [python, "-m", "pip", "install", WHEEL],
+        ]
     for command in commands:
         subprocess.run(command, check=True, capture_output=True, text=True)
     return python
 
 
 def train(python: Path, texts: Path, ranks: Path, config: BenchTokenizerConfig) -> dict[str, float]:
-    """Train once in a process of its own; leaves the ranks and returns seconds and memory."""
+    """Train once in a new process and write the ranks; return seconds, peak_kb and growth_kb."""
     from nanochat.tokenizer import SPLIT_PATTERN
 
     command = [python, "-c", TRAINING, texts, ranks, str(config.vocab_size), SPLIT_PATTERN]
@@ -121,7 +125,7 @@ def train(python: Path, texts: Path, ranks: Path, config: BenchTokenizerConfig) 
 
 
 def bench_training(texts: list[str], config: BenchTokenizerConfig) -> None:
-    """Print one row for rustbpe and one for the wheel, and whether their merges are the same."""
+    """Print a row for rustbpe and one for the wheel; raise ValueError if their merges differ."""
     pythons = {"rustbpe": Path(sys.executable)}
     try:
         pythons["wheel"] = wheel_python()
@@ -155,7 +159,7 @@ def bench_training(texts: list[str], config: BenchTokenizerConfig) -> None:
 
 
 def bench_encoding(texts: list[str], config: BenchTokenizerConfig) -> None:
-    """Print the encoding speed of rustbpe and of tiktoken with the same vocabulary."""
+    """Print the encoding speed of rustbpe and of tiktoken; raise ValueError if their tokens differ."""
     import tiktoken
 
     import rustbpe
@@ -172,19 +176,19 @@ def bench_encoding(texts: list[str], config: BenchTokenizerConfig) -> None:
         encoded.append(text[: config.encode_chars - n_chars])
         n_chars += len(encoded[-1])
 
-    ways: dict[str, Callable[[], Any]] = {
+    encoders: dict[str, Callable[[], Any]] = {
         "rustbpe.encode": lambda: [tokenizer.encode(text) for text in encoded],
         "rustbpe.batch_encode": lambda: tokenizer.batch_encode(encoded),
         "tiktoken.encode_ordinary_batch": lambda: encoding.encode_ordinary_batch(encoded),
     }
     megabytes = sum(len(text.encode()) for text in encoded) / 1e6
     print(f"encoding   {megabytes:.1f} MB, median of {config.repeats}")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in encoders}
     outputs = {}
     for _ in range(config.repeats):
-        for name, way in ways.items():
+        for name, encode in encoders.items():
             start = time.perf_counter()
-            outputs[name] = way()
+            outputs[name] = encode()
             seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():
         print(f"{name:32} {megabytes / median(times):6.1f} MB/s")
@@ -194,7 +198,7 @@ def bench_encoding(texts: list[str], config: BenchTokenizerConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time training, then encoding."""
+    """Measure training, then encoding."""
     config = parse(BenchTokenizerConfig, argv)
     texts = read_texts(config.data, config.max_chars)
     bench_training(texts, config)

@@ -1,8 +1,8 @@
-r"""Measure how well the tokenizer compresses: bytes of text per token, beside GPT-2 and GPT-4.
+r"""Measure the compression of the tokenizer, in bytes of text per token, and compare it with GPT-2 and GPT-4.
 
-More bytes per token are more text in the same context and for the same compute. The comparison is fair for
-vocabularies of like size only: GPT-2 has 50,257 tokens and GPT-4 has 100,277. tiktoken keeps both in
-TIKTOKEN_CACHE_DIR or downloads them; one that cannot be had is left out. Leaves report/tok_eval.json.
+More bytes per token mean more text for the same context length and compute. The comparison is fair only
+between vocabularies of similar size: GPT-2 has 50,257 tokens, GPT-4 has 100,277. tiktoken reads both from
+TIKTOKEN_CACHE_DIR or downloads them; an unavailable one is skipped. Write report/tok_eval.json.
 
     python -m scripts.tok_eval
 """
@@ -46,7 +46,7 @@ def running_median(values: Iterable[float], width: int = 5) -> Iterator[float]:
 for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; }  // dot product
 '''
 
-# On the Korean alphabet, and that children learn it with a song.
+# About the Korean alphabet, which children learn with a song.
 KOREAN = (
     "\ud55c\uae00\uc740 \uc138\uc885\ub300\uc655\uc774 1443\ub144\uc5d0 \ub9cc\ub4e0 \uae00\uc790\uc774"
     "\ub2e4. \uc18c\ub9ac\ub97c \ub0b4\ub294 \uc785\uacfc \ud600\uc758 \ubaa8\uc591\uc744 \ubcf8\ub5a0 "
@@ -55,7 +55,7 @@ KOREAN = (
     "\uae30\ub97c \uc775\ud78c\ub2e4."
 )
 
-# On spring in a village: the snow melts, the rice is planted, the frogs are heard at night.
+# About spring in a village: snow melts, rice is planted, frogs call at night.
 JAPANESE = (
     "\u6625\u306b\u306a\u308b\u3068\u3001\u5c71\u306e\u96ea\u304c\u6eb6\u3051\u3066\u5ddd\u306e\u6c34\u304c"
     "\u5897\u3048\u308b\u3002\u6751\u306e\u4eba\u3005\u306f\u7530\u306b\u6c34\u3092\u5f15\u304d\u3001\u82d7"
@@ -92,21 +92,23 @@ TEXTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TokEvalConfig:
+    """The text to encode, and a limit on downloads."""
+
     data: str = "auto"
-    """Where the training and validation text come from: auto, hub, embedded, or a path of your own."""
+    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
     max_chars: int = 1_000_000
-    """How many characters of each of the two to encode."""
+    """number of characters to encode, of the training and of the validation text"""
     download_timeout: float = 15.0
-    """Seconds to wait for a vocabulary of tiktoken's before it is left out."""
+    """seconds to wait for a vocabulary of tiktoken before it is skipped"""
 
     def __post_init__(self) -> None:
         require_at_least(self, max_chars=1)
         if not 0 < self.download_timeout < math.inf:
-            raise ValueError(f"download_timeout={self.download_timeout} must be above 0 and finite")
+            raise ValueError(f"download_timeout={self.download_timeout} must be finite and above 0")
 
 
 def first_documents(batches: Iterable[list[str]], max_chars: int) -> Iterator[str]:
-    """Yield documents until max_chars are spent, the last one cut."""
+    """Yield documents of max_chars characters in total; the last one is truncated."""
     for text in chain.from_iterable(batches):
         yield text[:max_chars]
         max_chars -= len(text)
@@ -115,9 +117,9 @@ def first_documents(batches: Iterable[list[str]], max_chars: int) -> Iterator[st
 
 
 def load_pretrained(name: str, timeout: float) -> RustBPETokenizer:
-    """Load an encoding of tiktoken's; OSError where it cannot be had within `timeout` seconds.
+    """Return an encoding of tiktoken; raise OSError if it is not available within `timeout` seconds.
 
-    tiktoken downloads without any time limit, so it does so on a thread that we can leave behind.
+    tiktoken downloads without a time limit, so this uses a daemon thread, which is abandoned at the timeout.
     """
     from nanochat.tokenizer import RustBPETokenizer
 
@@ -126,21 +128,24 @@ def load_pretrained(name: str, timeout: float) -> RustBPETokenizer:
     def load() -> None:
         try:
             outcome.put(RustBPETokenizer.from_pretrained(name))
-        except OSError as error:  # what requests raises, too
+        except OSError as error:  # includes the errors of requests
             outcome.put(error)
 
     Thread(target=load, daemon=True).start()
     try:
         result = outcome.get(timeout=timeout)
     except Empty:
-        raise TimeoutError(f"nothing within {timeout:g} s") from None
+        raise TimeoutError(f"no download within {timeout:g} s") from None
     if isinstance(result, OSError):
         raise result
     return result
 
 
 def table(sizes: dict[str, int], texts: dict[str, dict]) -> str:
-    """Lay out bytes per token, a row a text and a column a tokenizer, with each one's distance from ours."""
+    """Return a table of bytes per token: a row for each text, a column for each tokenizer.
+
+    Cells of other tokenizers also show the relative difference from ours.
+    """
     lines = [f"{'bytes per token':16}{'bytes':>10}" + "".join(f"{name:>20}" for name in sizes)]
     lines.append(f"{'vocabulary':16}{'':10}" + "".join(f"{size:20,}" for size in sizes.values()))
     for kind, row in texts.items():
@@ -152,6 +157,7 @@ def table(sizes: dict[str, int], texts: dict[str, dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Encode the texts, print the table and write report/tok_eval.json."""
     config = parse(TokEvalConfig, argv)
     from nanochat.dataset import parquets_iter_batched
     from nanochat.tokenizer import get_tokenizer
@@ -161,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             tokenizers[name] = load_pretrained(name, config.download_timeout)
         except OSError as error:
-            print(f"{name} is left out: {type(error).__name__}, not in TIKTOKEN_CACHE_DIR and no download")
+            reason = f"not in TIKTOKEN_CACHE_DIR, and the download failed ({type(error).__name__})"
+            print(f"skipped {name}: {reason}")
 
     samples = {kind: [text] for kind, text in TEXTS.items()}
     for split in ("train", "val"):

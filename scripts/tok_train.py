@@ -1,7 +1,7 @@
-"""Learn the tokenizer's vocabulary from the training text.
+"""Train the tokenizer on the training text.
 
-It reads documents, each cut at doc_cap characters, until max_chars are together, and leaves the tokenizer in
-$NANOCHAT_BASE_DIR/tokenizer and what it measured in report/tok_train.json.
+Read documents, each truncated to doc_cap characters, up to max_chars characters in total. Write the tokenizer
+to $NANOCHAT_BASE_DIR/tokenizer and its statistics to report/tok_train.json.
 
     python -m scripts.tok_train                          # the published recipe: 65,536 tokens
     python -m scripts.tok_train --data=embedded --vocab_size=4096
@@ -20,8 +20,8 @@ from nanochat.common import base_dir, parse, require_at_least, run, write_report
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# What tokenizers trip over: contractions, numbers, code, both line ends, CJK, Cyrillic, emoji of several code
-# points, a no-break space, what looks like a special token, a combining mark alone, spaces at the end.
+# Difficult text: contractions, numbers, code, both line endings, CJK, Cyrillic, emoji of several code points,
+# a no-break space, spelled-out special tokens, a lone combining mark, trailing spaces.
 HARD_TEXT = (
     "I've said: don't!! 1234567 3.14e-10\r\n\tdef f(x):\n        return x**2  # \n\n\n"
     "\ud55c\uad6d\uc5b4 \u65e5\u672c\u8a9e \u4e2d\u6587 \u0440\u0443\u0441 \U0001f469\u200d\U0001f680\u00a0"
@@ -31,14 +31,16 @@ HARD_TEXT = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokTrainConfig:
+    """The training text and the size of the vocabulary."""
+
     data: str = "auto"
-    """Where the text comes from: auto, hub, embedded, or a path of your own."""
+    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
     max_chars: int = 2_000_000_000
-    """Read no more characters than this."""
+    """maximum number of characters to read"""
     doc_cap: int = 10_000
-    """Read no more than this many characters of one document."""
+    """maximum number of characters to read from one document"""
     vocab_size: int = 65_536
-    """Number of tokens, the 256 bytes and 9 special tokens included."""
+    """number of tokens, including the 256 bytes and the 9 special tokens"""
 
     def __post_init__(self) -> None:
         require_at_least(self, max_chars=1, doc_cap=1)
@@ -47,7 +49,7 @@ class TokTrainConfig:
 def capped(
     texts: Iterable[str], config: TokTrainConfig, progress: tqdm, counts: dict[str, int]
 ) -> Iterator[str]:
-    """Yield documents cut to doc_cap until max_chars are spent, and keep `counts` of what was yielded."""
+    """Yield documents truncated to doc_cap, up to max_chars in total; add the yielded amounts to `counts`."""
     for text in texts:
         text = text[: min(config.doc_cap, config.max_chars - counts["characters"])]
         counts["characters"] += len(text)
@@ -61,6 +63,7 @@ def capped(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train, check that the tokenizer is lossless, save it and write report/tok_train.json."""
     config = parse(TokTrainConfig, argv)
     from tqdm import tqdm
 
@@ -76,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     seconds = time.perf_counter() - start
 
-    if (found := tokenizer.decode(tokenizer.encode(HARD_TEXT))) != HARD_TEXT:
-        raise ValueError(f"the tokenizer makes {found!r} of {HARD_TEXT!r}; it is not saved")
+    if (decoded := tokenizer.decode(tokenizer.encode(HARD_TEXT))) != HARD_TEXT:
+        raise ValueError(
+            f"the tokenizer is not saved, since it is not lossless: it decodes {HARD_TEXT!r} as {decoded!r}"
+        )
     tokenizer.save(base_dir() / "tokenizer")
 
     lengths = tokenizer.token_bytes()

@@ -1,4 +1,4 @@
-"""scripts.tok_train and scripts.tok_eval, run through their main on a small corpus of our own."""
+"""scripts.tok_train and scripts.tok_eval, run by their main functions on a small corpus."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ VAL = ["The sea is cold in the winter, and the river is not.\n" * 5] * 10
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A folder of two training shards and a validation shard."""
+    """A folder with two training shards and a validation shard."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number, texts in enumerate([TRAIN[:120], TRAIN[120:], VAL]):
@@ -64,7 +64,7 @@ def test_tok_train_reads_the_training_split_up_to_max_chars(corpus, base_dir):
 
 
 @pytest.mark.parametrize("flag", ["--vocab_size=264", "--max_chars=0", "--doc_cap=-1"])
-def test_bad_settings_leave_the_old_tokenizer(corpus, capsys, flag):
+def test_invalid_settings_keep_the_old_tokenizer(corpus, capsys, flag):
     tok_train.main([f"--data={corpus}", "--vocab_size=300"])
     with pytest.raises((ValueError, SystemExit)) as error:
         tok_train.main([f"--data={corpus}", flag])
@@ -72,25 +72,25 @@ def test_bad_settings_leave_the_old_tokenizer(corpus, capsys, flag):
     assert get_tokenizer().get_vocab_size() == 300
 
 
-def test_a_tokenizer_that_loses_text_is_not_saved(corpus, base_dir, monkeypatch):
-    """Said by an assert, which was no sentence and which python -O leaves out."""
+def test_a_lossy_tokenizer_is_not_saved(corpus, base_dir, monkeypatch):
+    """Regression: this was an assert, without a message and not checked by python -O."""
     tok_train.main([f"--data={corpus}", "--vocab_size=300"])
     monkeypatch.setattr(RustBPETokenizer, "decode", lambda self, ids: "lost")
-    with pytest.raises(ValueError, match=r"the tokenizer makes 'lost' of .*; it is not saved"):
+    with pytest.raises(ValueError, match=r"the tokenizer is not saved, .* it decodes .* as 'lost'"):
         tok_train.main([f"--data={corpus}", "--vocab_size=310"])
     assert get_tokenizer().get_vocab_size() == 300
 
 
 @pytest.mark.parametrize("flag", ["max_chars=0", "download_timeout=0", "download_timeout=nan"])
-def test_bad_settings_of_tok_eval(flag):
-    """Nothing was measured, by a division by zero, or nothing of tiktoken's."""
+def test_invalid_settings_of_tok_eval(flag):
+    """Regression: a division by zero, or no vocabulary of tiktoken was measured."""
     with pytest.raises(ValueError, match=f"{flag}(.0)? must be"):
         tok_eval.main([f"--{flag}"])
 
 
 def test_tok_eval(corpus, base_dir, capsys, monkeypatch):
     tok_train.main([f"--data={corpus}", "--vocab_size=300"])
-    pretrained = RustBPETokenizer.train_from_iterator(TRAIN, 265)  # one token a byte
+    pretrained = RustBPETokenizer.train_from_iterator(TRAIN, 265)  # one token per byte
 
     def from_pretrained(name):
         if name == "gpt2":
@@ -120,20 +120,21 @@ def test_tok_eval(corpus, base_dir, capsys, monkeypatch):
     assert val["bytes_per_token"] == {"ours": pytest.approx(1000 / n_tokens), "gpt2": 1.0}
 
     lines = capsys.readouterr().out.splitlines()
-    assert "cl100k_base is left out: ConnectionError, not in TIKTOKEN_CACHE_DIR and no download" in lines
+    reason = "not in TIKTOKEN_CACHE_DIR, and the download failed (ConnectionError)"
+    assert f"skipped cl100k_base: {reason}" in lines
     row = next(line for line in lines if line.startswith("val"))
     assert row.split() == ["val", "1,000", f"{1000 / n_tokens:.2f}", "1.00", f"({n_tokens / 1000 - 1:.1%})"]
     assert lines[-1] == f"bytes per token on the validation text: ours {1000 / n_tokens:.2f}, gpt2 1.00"
 
 
-def test_tok_eval_does_not_wait_for_a_network_that_swallows_packets(monkeypatch):
+def test_tok_eval_does_not_wait_for_an_unresponsive_network(monkeypatch):
     """tiktoken downloads without a time limit."""
-    is_there, downloads = threading.Event(), []
-    monkeypatch.setattr(RustBPETokenizer, "from_pretrained", lambda name: downloads.append(is_there.wait(60)))
-    with pytest.raises(TimeoutError, match=r"nothing within 0\.1 s"):
+    response, downloads = threading.Event(), []
+    monkeypatch.setattr(RustBPETokenizer, "from_pretrained", lambda name: downloads.append(response.wait(60)))
+    with pytest.raises(TimeoutError, match=r"no download within 0\.1 s"):
         tok_eval.load_pretrained("gpt2", timeout=0.1)
-    assert downloads == []  # it still waits
-    is_there.set()
+    assert downloads == []  # it is still waiting
+    response.set()
 
 
 def test_tok_eval_without_tokenizer(corpus):
