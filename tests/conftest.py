@@ -1,4 +1,4 @@
-"""Every test gets a base directory of its own; none may touch the home directory or the network."""
+"""Fixtures of all tests. Each test has its own base directory and uses neither home directory nor network."""
 
 import atexit
 import os
@@ -12,25 +12,23 @@ import torch
 
 from nanochat.data import embedded
 
-pytest.register_assert_rewrite(
-    "tests.helpers.sandboxes"
-)  # whose fixtures assert, and which is imported first
+pytest.register_assert_rewrite("tests.helpers.sandboxes")  # its fixtures assert; before its first import
 
-# models in tests are tiny: threads would only wait for one another
+# The models of the tests are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: torch has read it here
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; torch has read it in this one
 
-# else each of them would compile the same libraries again
+# Without bytecode files every child process would compile the same libraries again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# where transformers and datasets put what they load; read when they are imported
+# The cache of transformers and datasets, which read this variable on import.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nanochat-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 def interpret_kernels():
-    """Let Triton's kernels run on the CPU: its interpreter, with its way to read an index mended."""
+    """Run Triton's kernels on the CPU, by its interpreter with a fix for indices in one-element tensors."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
@@ -57,13 +55,13 @@ def base_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """Scripts that a test has run leave the GPU with products in TF32."""
+    """Disable TF32, which scripts run by an earlier test have enabled."""
     torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def library_is_parsed_once():
-    """Python's own library, for all tests that make text or tasks of it."""
+    """Parse Python's own library once for all tests that derive text or tasks from it."""
     parse = embedded._source_modules
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "_source_modules", cache(lambda: [list(entries) for entries in parse()]))
@@ -72,30 +70,30 @@ def library_is_parsed_once():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where a kernel runs: interpreted on a CPU, compiled on a GPU."""
+    """The device of a kernel test: interpreted on a CPU, compiled on a GPU."""
     if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels are compiled on this machine, and run by -m gpu")
+        pytest.skip("this machine has a GPU: -m gpu tests the compiled kernels")
     torch.manual_seed(0)
     return request.param
 
 
-# the interpreter cuts bfloat16 off instead of rounding it
+# The interpreter truncates to bfloat16 instead of rounding.
 @pytest.fixture(
     params=[torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=["float32", "bfloat16"]
 )
 def dtype(request):
-    """What a kernel computes with."""
+    """The dtype of a kernel test."""
     return request.param
 
 
 @pytest.fixture
 def model_hub(tmp_path, monkeypatch):
-    """A hub without repositories that huggingface_hub talks to, here and in processes started from here."""
+    """A hub without repositories, used by huggingface_hub in this process and in child processes."""
     from huggingface_hub import close_session, constants
 
     from tests.helpers.model_hub import ModelHub
 
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # else files go by another protocol
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # it would bypass the plain HTTP of this hub
     settings = {"NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
     with ModelHub() as server:
         for name, value in {**settings, "HF_ENDPOINT": server.endpoint}.items():

@@ -30,7 +30,7 @@ def test_text_appears_before_the_answer_ends(page, server):
     expect(answers(page)).to_have_text("One two")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     expect(page.locator("#live")).to_have_text("")  # nothing is read out before the end
-    server.go_on()
+    server.resume()
     expect(answers(page)).to_have_text("One two three")
     finish(page)
     expect(page.locator("#live")).to_have_text("Answer: One two three")
@@ -164,7 +164,7 @@ def test_the_end_of_an_answer_leaves_what_the_reader_holds(page, server):
     answers(page).first.locator("p").evaluate("(p) => getSelection().selectAllChildren(p)")
     copy = page.locator("article").nth(1).get_by_role("button", name="Copy").last
     copy.focus()
-    server.go_on()
+    server.resume()
     expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
     expect(answers(page).last).to_have_text("Slow end")
     expect(copy).to_be_focused()
@@ -209,7 +209,7 @@ def test_lost_connection_keeps_the_beginning(page, server):
     server.replies = [[*tokens("Half an"), WAIT, HANG_UP]]
     say(page, "Hello")
     expect(answers(page)).to_have_text("Half an")
-    server.go_on()
+    server.resume()
     expect(page.locator("#notice span")).to_have_text(
         "The connection was lost before the answer was complete."
     )

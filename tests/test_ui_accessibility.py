@@ -115,7 +115,7 @@ def test_escape_of_an_input_method_stops_nothing(page, server):
     expect(answers(page)).to_have_text("Slow")
     box(page).evaluate(ESCAPES)
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    server.go_on()
+    server.resume()
     finish(page)
     page.get_by_role("button", name="Edit").click()
     box(page).evaluate(ESCAPES)
@@ -164,11 +164,11 @@ def test_view_follows_until_the_reader_scrolls_up(page, server):
     page.mouse.wheel(0, -400)
     expect(page.get_by_role("button", name="To the latest message")).to_be_visible()
     top = page.locator("#scroller").evaluate("(node) => node.scrollTop")
-    server.go_on()
+    server.resume()
     expect(answers(page).get_by_text("line 59")).to_have_count(2)
     assert abs(page.locator("#scroller").evaluate("(node) => node.scrollTop") - top) < 2
     page.get_by_role("button", name="To the latest message").click()
-    server.go_on()
+    server.resume()
     expect(answers(page).get_by_text("line 59")).to_have_count(3)
     expect(answers(page).get_by_text("line 59").last).to_be_in_viewport()
     finish(page)
@@ -267,7 +267,7 @@ def test_reduced_motion(open_page, server):
     server.replies = [[WAIT]]
     say(page, "Hello")
     assert page.locator(".waiting").evaluate("(node) => getComputedStyle(node).animationName") == "none"
-    server.go_on()
+    server.resume()
 
 
 def test_japanese(open_page, server):

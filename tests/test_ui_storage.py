@@ -44,7 +44,7 @@ def test_an_answer_goes_on_while_another_conversation_is_open(page, server):
     page.get_by_role("button", name="New chat").click()
     exchange(page, "second")
     expect(answers(page)).to_have_text("Quick")
-    server.go_on()
+    server.resume()
     chat_button(page, "first").click()
     expect(answers(page)).to_have_text("Slow but sure")
 
@@ -85,7 +85,7 @@ def test_the_list_keeps_the_focus(page, server):
     page.get_by_role("button", name="New chat").click()
     exchange(page, "second")
     chat_button(page, "second").focus()
-    server.go_on()
+    server.resume()
     expect(page.locator("#chats .title")).to_have_text(["first", "second"])
     expect(chat_button(page, "second")).to_be_focused()
 
@@ -117,7 +117,7 @@ def test_a_failure_out_of_sight_says_where_and_leaves_undo(page, server):
     say(page, "second")
     chat_button(page, "first").click()
     page.get_by_role("button", name="Delete").last.click()
-    server.go_on()
+    server.resume()
     expect(page.locator("#notice span")).to_have_text("Deleted: first \u00b7 second: the worker died")
     page.get_by_role("button", name="Undo").click()
     expect(answers(page)).to_have_text("A.")
@@ -167,7 +167,7 @@ def test_two_tabs_see_each_other(page, server):
     other.get_by_role("button", name="Rename").click()
     other.keyboard.type("Flowers")
     other.keyboard.press("Enter")
-    server.go_on()
+    server.resume()
     expect(answers(page)).to_have_text(["Fine.", "Fine.", "Slow but sure"])  # an answer on its way stays
     expect(answers(other)).to_have_count(3)
     for tab in (page, other):  # and so does the new name, which the end of the answer used to undo

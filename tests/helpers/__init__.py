@@ -1,1 +1,1 @@
-"""What tests share: models, servers, browsers, and whole small runs."""
+"""Helpers that test modules share: models, servers, a browser, and short training runs."""

@@ -1,6 +1,6 @@
-"""Fixtures of the chat page's tests: a real browser, and a server that answers by script.
+"""Fixtures for tests of the chat page: a real browser and a server with scripted answers.
 
-A test module takes them with `pytest_plugins = "tests.helpers.chat_browser"`.
+A test module enables them with `pytest_plugins = "tests.helpers.chat_browser"`.
 """
 
 import os
@@ -30,7 +30,7 @@ def browser():
 
 @pytest.fixture
 def server():
-    """Each test has one of its own, and thereby an origin of its own: what the browser keeps is apart."""
+    """A server per test. Its port gives each test its own origin, so browser storage is not shared."""
     with FakeChatServer() as server:
         yield server
 
@@ -42,9 +42,9 @@ def context(browser):
 
 @pytest.fixture
 def open_page(browser, context, server):
-    """Opens the page, with options in a profile of its own.
+    """Return a function that opens the page; with options, in a browser context of its own.
 
-    What its console calls an error fails the test, except for refused requests.
+    Errors on the page's console fail the test, except for refused requests.
     """
     opened, errors = [], []
 

@@ -1,4 +1,4 @@
-"""What the tests of the chat page do in it and look for, and an answer with all of its Markdown."""
+"""Actions and locators for tests of the chat page, and an answer with every kind of Markdown it draws."""
 
 import json
 from contextlib import contextmanager
@@ -23,19 +23,19 @@ def answers(page):
 
 
 def finish(page):
-    """Wait until no answer is under way."""
+    """Wait until no answer is in progress."""
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
 def exchange(page, text, number=0):
-    """Send, and wait for the answer."""
+    """Send a message and wait for the answer."""
     say(page, text)
     expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
     expect(answers(page)).to_have_count(number + 1)
 
 
 def ask(page, server, reply):
-    """Return the answer, drawn, to one question."""
+    """Ask one question; return the locator of the rendered answer."""
     server.replies = [reply]
     exchange(page, "Go")
     return answers(page)
@@ -50,7 +50,7 @@ def chat_button(page, title):
 
 
 def stored_chat(chat_id, num_messages):
-    """What the browser would have kept of a conversation."""
+    """Return the entry of a conversation in the browser's storage."""
     messages = []
     for i in range(0, num_messages, 2):
         messages.append({"role": "user", "content": f"question {i}"})
@@ -61,7 +61,7 @@ def stored_chat(chat_id, num_messages):
 
 @contextmanager
 def at_most(seconds, page):
-    """So long may the page compute; the time in which it waits for a core does not count."""
+    """Require that the page computes for at most `seconds`; waiting for a CPU core does not count."""
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
 

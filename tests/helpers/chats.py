@@ -1,4 +1,4 @@
-"""For tests of midtraining and finetuning: a base model to start from, conversations to learn, short runs."""
+"""Tests of midtraining and finetuning: a base checkpoint, conversations to learn, short runs."""
 
 import random
 
@@ -25,7 +25,7 @@ both_stages = pytest.mark.parametrize("stage", ["mid", "sft"])
 
 
 class ColourTask(Task):
-    """What colour has a thing? Answered by a letter, or at greater or lesser length; some need two rows."""
+    """Questions about words, answered by a letter. Every fourth conversation has three exchanges."""
 
     eval_type = "categorical"
 
@@ -48,7 +48,7 @@ class ColourTask(Task):
 
 
 class Unanswered(ColourTask):
-    """The same, and every other time nobody answers: there is nothing to learn from."""
+    """The same task, but every other conversation has no answer to learn."""
 
     def get_example(self, index):
         conversation = super().get_example(index)
@@ -56,7 +56,7 @@ class Unanswered(ColourTask):
 
 
 def write_base_checkpoint(base_dir, tag="d2", with_optimizer=True):
-    """Three steps of a model whose n_kernel and slc_rate are not the usual ones, on random tokens."""
+    """Save a model with unusual n_kernel and slc_rate after three training steps on random tokens."""
     tokenizer = train_tokenizer()
     tokenizer.save(base_dir / "tokenizer")
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def write_base_checkpoint(base_dir, tag="d2", with_optimizer=True):
 
 
 def learn(monkeypatch, task):
-    """Let both stages learn from a task."""
+    """Replace the training task of both stages."""
     for name in ("mid_tasks", "sft_tasks"):
         monkeypatch.setattr(recipes, name, lambda data: (task, ColourTask(5, seed=1)))
 
@@ -89,7 +89,7 @@ def records(stage, tag="d2"):
 
 
 def untimed_records(stage, tag="d2"):
-    """The lines of metrics.jsonl, but for what is measured by the clock."""
+    """Return the records of metrics.jsonl without the values that depend on the clock."""
     return [{key: r[key] for key in r if "second" not in key and key != "mfu"} for r in records(stage, tag)]
 
 

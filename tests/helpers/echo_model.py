@@ -1,19 +1,19 @@
-"""A model whose answer to a prompt is known: each answer depends on its own decode state and on nothing else.
+"""A model with a known answer to every prompt, which depends on the whole decode state of its own row.
 
-A prompt has one capital letter of KEYS somewhere, and 3 tokens or more. Tokens have a class, id % 26, and the
-answer consists of small letters, one for each class: after tokens of the classes a, b, c comes the letter of
-class a + stride, where the stride, 1 to 16, is the key's. So a row must keep what the first layer's
-convolution saw two tokens ago and where in its own prompt the key was. Another row's, or that of the slot's
-last occupant, leads to other letters for the rest of the answer. All quantities are far apart: rounding to
-bfloat16 changes nothing. The first ids of the tokenizer must be the bytes.
+A prompt has at least 3 tokens and contains one capital letter of KEYS. The class of a token is id % 26, and
+the answer consists of lowercase letters, one for each class: tokens of classes a, b, c are followed by the
+letter of class a + stride, where the key determines the stride, 1 to 16. So a row needs the input of the
+first layer's convolution two tokens ago, and the key in its own prompt. With the state of another row, or of
+the previous request in its slot, the rest of the answer has other letters. The values are far apart, so that
+rounding to bfloat16 changes nothing. The first ids of the tokenizer must be the bytes.
 
-Layers 0 (SLC2) and 1 (attention) do the work, whatever the size of the model. Parts of the residual stream:
+Layers 0 (SLC2) and 1 (attention) compute the answer in a model of any size. The residual stream holds:
 
-    class       one-hot, the token's own        embedding
+    class       one-hot, of the token           embedding
     one, is_key 1; 1 where the token is a key, else -1
-    before      one-hot, class two tokens ago   layer 0: only the oldest tap of the convolution is not zero
+    before      one-hot, class two tokens ago   layer 0: only the oldest tap of the convolution is nonzero
     key         one-hot, class of the key       layer 1: q = one, k = is_key, in the slowest plane of RoPE
-    next        one-hot, class to come          MLP of layer 1: a unit for each pair of before and key
+    next        one-hot, class to come          MLP of layer 1: one unit per pair of before and key
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ WIDTH = 106
 
 
 def echo_config(vocab_size: int, **changes: int) -> GPTConfig:
-    """Return a small shape that will do; any other with these two layers and no less width does as well."""
+    """Return a small shape that the model fits; `changes` may add layers and width."""
     shape = {"n_layer": 2, "n_head": 1, "n_kv_head": 1, "n_embd": 128, "sequence_len": 1024}
     return GPTConfig(vocab_size=vocab_size, **{**shape, **changes})
 
 
 @torch.no_grad()
 def echo_model(config: GPTConfig) -> GPT:
-    """Return the model, on the CPU and in eval mode; ValueError for a shape that it does not fit."""
+    """Return the model on the CPU in eval mode; raise ValueError if it does not fit the shape."""
     if config.layer_kinds[:2] != ("slc2", "attention") or config.n_embd < WIDTH or config.head_dim < 64:
         raise ValueError(f"{config}: layers slc2, attention, ..., {WIDTH} wide, heads of 64 are needed")
     model = GPT(config).eval()
@@ -63,7 +63,7 @@ def echo_model(config: GPTConfig) -> GPT:
     embedding[:, ONE] = 1
     embedding[:, IS_KEY] = -1
     embedding[[ord(key) for key in KEYS], IS_KEY] = 1
-    unit = (E / 3) ** 0.5  # what these ones are in the residual stream, which the norm makes E long
+    unit = (E / 3) ** 0.5  # the value of these ones after the norm
 
     slc2 = model.transformer.h[0].attn
     slc2.alpha_proj.weight[:, ONE] = 4 / unit
@@ -93,10 +93,10 @@ def echo_model(config: GPTConfig) -> GPT:
 
 
 def echo(tokenizer: RustBPETokenizer, tokens: list[int], length: int) -> str:
-    """Return what the model says after a prompt; ValueError for one that it has no answer to."""
+    """Return the model's answer to a prompt; raise ValueError if the prompt has none."""
     keys = [token % CLASSES for token in tokens if token in map(ord, KEYS)]
     if len(tokens) < 3 or len(keys) != 1:
-        raise ValueError(f"{tokenizer.decode(tokens)!r} must be 3 tokens, and one of the letters {KEYS}")
+        raise ValueError(f"{tokenizer.decode(tokens)!r} must have 3 tokens or more and exactly one of {KEYS}")
     classes = [token % CLASSES for token in tokens]
     for _ in range(length):
         classes.append((classes[-3] + STRIDES[keys[0]]) % CLASSES)
@@ -104,14 +104,14 @@ def echo(tokenizer: RustBPETokenizer, tokens: list[int], length: int) -> str:
 
 
 def questions(tokenizer: RustBPETokenizer, count: int, longest: int, seed: int = 0) -> list[dict]:
-    """Return requests to chat, of up to `longest` words, with answers, as bench_serve --expect reads them."""
+    """Return chat requests of up to `longest` words with answers, in the format of bench_serve --expect."""
     rng = random.Random(seed)
     words = [word for word in WORDS if word.strip()]
     found = []
     for i in range(count):
-        said = rng.choices(words, k=longest * i // count)
-        said.insert(rng.randrange(len(said) + 1), rng.choice(KEYS))
-        messages = [{"role": "user", "content": " ".join(said)}]
+        prompt = rng.choices(words, k=longest * i // count)
+        prompt.insert(rng.randrange(len(prompt) + 1), rng.choice(KEYS))
+        messages = [{"role": "user", "content": " ".join(prompt)}]
         max_tokens = rng.randint(5, 100)
         tokens = render_for_completion(tokenizer, {"messages": messages}, 1 << 20)
         answer = echo(tokenizer, tokens, max_tokens)
@@ -120,9 +120,9 @@ def questions(tokenizer: RustBPETokenizer, count: int, longest: int, seed: int =
 
 
 def save_echo(longest: int = 150, **changes: int) -> Path:
-    """Leave tokenizer and SFT checkpoint "echo" in the base directory; return the file for --expect.
+    """Save the tokenizer and an SFT checkpoint "echo" to the base directory; return the file for --expect.
 
-    To check a GPU, where rounding depends on who else is served:
+    To check a GPU, where rounding depends on the other rows of a batch:
 
         python -c "from tests.helpers.echo_model import save_echo; print(save_echo(sequence_len=2048))"
         python -m scripts.chat_web -g echo &

@@ -1,4 +1,4 @@
-"""A backend that says what it is told to, and a server of it on a free port."""
+"""A backend with scripted answers, and a server for it on a free port."""
 
 import itertools
 import threading
@@ -15,7 +15,7 @@ PATIENCE_S = 60
 
 
 class Pause:
-    """In a script: go on when the test says so."""
+    """In a script: wait until the test calls `end`."""
 
     def __init__(self):
         self.is_over = threading.Event()
@@ -23,7 +23,7 @@ class Pause:
 
 
 class FakeHandle:
-    """A request under way."""
+    """A running request."""
 
     gpu = 0
 
@@ -35,11 +35,11 @@ class FakeHandle:
 
 
 class FakeBackend:
-    """Plays a script to each request, from a thread of its own; without a script it says "the river".
+    """Answers each request by a script, in a thread of its own; without a script the answer is "the river".
 
-    A script is a list of texts, names of special tokens, ids, Tokens, Ends and Pauses. Texts and ids are said
-    by every sample, unless they come as (sample, text). What has no End in the script ends as "stop", or at
-    max_tokens as "length". An exception instead of a script is raised by submit.
+    A script is a list of texts, names of special tokens, ids, Tokens, Ends and Pauses. Every sample emits the
+    texts and ids, except for those given as (sample, text). A sample without an End in the script ends with
+    "stop", or with "length" at max_tokens. If the script is an exception, submit raises it.
     """
 
     name = "d2-fake"
@@ -48,11 +48,11 @@ class FakeBackend:
     def __init__(self, tokenizer, context=200):
         self.tokenizer, self.context = tokenizer, context
         self.scripts, self.requests, self.handles, self.threads = [], [], [], []
-        self.closed_with = None  # how: drain
+        self.closed_with = None  # the argument of close
         self.tokens_generated = 0
 
     def prepare(self, *scripts):
-        """Forget what was, and take the scripts of the requests to come."""
+        """Clear the record and set the scripts of the next requests."""
         self.scripts, self.requests, self.handles = list(scripts), [], []
 
     def submit(self, request, emit):
@@ -68,7 +68,7 @@ class FakeBackend:
         return handle
 
     def _play(self, script, request, emit, handle):
-        running = dict.fromkeys(range(request.n), 0)  # tokens that each sample has said
+        running = dict.fromkeys(range(request.n), 0)  # tokens that each sample has emitted
 
         def end(sample, reason, message=""):
             if running.pop(sample, None) is not None:
@@ -134,7 +134,7 @@ class FakeBackend:
 
 @contextmanager
 def serve(backend, **settings):
-    """Serve a backend; yields a client, whose `server` is uvicorn's."""
+    """Serve a backend and yield a client; its attribute `server` is the uvicorn server."""
     app = create_app(backend, Settings(**settings))
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=PATIENCE_S)
     server = uvicorn.Server(config)
@@ -154,7 +154,7 @@ def serve(backend, **settings):
 
 
 def wait_for(condition):
-    """Wait until a condition holds."""
+    """Wait until a condition is true."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

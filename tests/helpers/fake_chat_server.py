@@ -1,10 +1,10 @@
-"""A stand-in for the chat server on 127.0.0.1: sends the page and answers by script.
+"""A substitute for the chat server on 127.0.0.1: serves the page and gives scripted answers.
 
 Each POST of chat/completions takes the next of `replies`: a Refusal, or a list of steps. A step is a dict
-(sent as one event), bytes (sent as they are), WAIT (until the test calls `go_on`, or the page hangs up) or
-HANG_UP (the connection ends in the middle). Unless its last step is an event that ends it, or HANG_UP, a
-list ends with "done". With no replies left it says "Fine.". `requests` and `keys` have the JSON and the
-Authorization of each request; `client_left` tells that a page hung up.
+(sent as one event), bytes (sent unchanged), WAIT (until the test calls `resume` or the page disconnects) or
+HANG_UP (the server disconnects). "done" is sent at the end, unless the last step is HANG_UP or an event that
+ends the answer. Without replies the answer is "Fine.". `requests` and `keys` record the JSON and the
+Authorization of each request; `client_left` is set when a page disconnects.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGE = Path(__file__).parents[2] / "nanochat" / "serve" / "ui.html"
 
 @dataclass
 class Refusal:
-    """An answer that is not a stream."""
+    """A response with an error status instead of a stream."""
 
     status: int
     body: dict[str, Any] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class Refusal:
 
 
 def tokens(*texts: str) -> list[dict[str, Any]]:
-    """One event a text."""
+    """Return one event per text."""
     return [{"token": text, "gpu": 0} for text in texts]
 
 
 class FakeChatServer(ThreadingHTTPServer):
-    """Start with `with`; `url` is where the page is, in a folder, since its addresses are to be relative."""
+    """A context manager. `url` has a folder, because the page has to use relative addresses."""
 
     daemon_threads = True
 
@@ -52,12 +52,12 @@ class FakeChatServer(ThreadingHTTPServer):
         self.steps_allowed = threading.Semaphore(0)
         self.client_left = threading.Event()
 
-    def go_on(self) -> None:
-        """End a WAIT, now or in the future."""
+    def resume(self) -> None:
+        """End the current or the next WAIT."""
         self.steps_allowed.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that disconnect."""
 
     def __enter__(self) -> FakeChatServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeChatServer
 
     def log_message(self, *args: object) -> None:
-        """Keep quiet."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         if self.path == "/chat-page/":
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _wait(self) -> None:
         while not self.server.steps_allowed.acquire(timeout=0.02):
             readable, _, _ = select.select([self.connection], [], [], 0)
-            if readable:  # a page that waits for an answer says nothing more: this is the end
+            if readable:  # end of file: a page sends nothing while it waits for an answer
                 raise BrokenPipeError
 
     def _event(self, event: dict) -> None:

@@ -1,20 +1,20 @@
-"""A stand-in for the Hugging Face hub on 127.0.0.1: one repository, and faults on request.
+"""A substitute for the Hugging Face hub on 127.0.0.1: one repository, with injected faults.
 
-As the hub does, it answers /datasets/{repo}/resolve/{revision}/{name} for a large file with its size, its
-SHA-256 and a redirect to another host, here `localhost`; a small file it sends itself, with the SHA-1 that
-git gives it. `localhost` is also an ordinary web server of all files, with ETags.
+Like the hub, it answers /datasets/{repo}/resolve/{revision}/{name} for a large file with its size, its
+SHA-256 and a redirect to another host, here `localhost`; it sends a small file itself, with the SHA-1 of its
+git blob. `localhost` is also an ordinary web server of all files, with ETags.
 
-`faults[name]` lists what happens to the next transfers of a file. A number is the percentage of the bytes
-that are sent first, 50 if it is left out:
+`faults[name]` lists the faults of the next transfers of a file. N is the percentage of the bytes that are
+sent first, 50 by default:
 
     503          an error
-    truncate N   the connection ends
-    stall N      silence
+    truncate N   the connection is closed
+    stall N      nothing more is sent
     reset N      the connection is reset
     short        half the bytes, declared to be the whole file
     corrupt      one bit flipped
 
-/api/datasets/{repo}/tree/main/{folder} lists a folder, and with it `listed_only`: files that do not exist.
+/api/datasets/{repo}/tree/main/{folder} lists a folder, including `listed_only`: files that do not exist.
 """
 
 from __future__ import annotations

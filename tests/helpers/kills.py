@@ -1,9 +1,9 @@
-"""Kill a rank of a run again and again, and see that nothing is lost but the steps since the last checkpoint.
+"""Kill a rank of a run repeatedly and check that only the steps since the last checkpoint are lost.
 
     python -m tests.helpers.kills 70
 
-Four stages of 70 steps are killed until one run gets through: about 70 times, a week's worth of bad luck in
-some minutes. The suite runs a short form.
+Kills four stages of 70 steps until a run completes, about 70 times, which takes some minutes. The test suite
+runs a short version.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def prepare(folder):
-    """Make a tokenizer in the base directory and return a text to learn from."""
+    """Save a tokenizer to the base directory; return the path of a training text."""
     train_tokenizer().save(Path(os.environ["NANOCHAT_BASE_DIR"]) / "tokenizer")
     rng = random.Random(0)
     lines = [" ".join(rng.choices(["file", "list", "reads", "a", "the"], k=12)) for _ in range(4000)]
@@ -47,7 +47,7 @@ def launch(text, num_steps, *tags):
 
 
 def rank_pids(launcher):
-    """Process ids of the ranks that a launcher has started, by rank."""
+    """Return the process id of each rank that a launcher has started."""
     found = {}
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
         with contextlib.suppress(OSError):
@@ -58,43 +58,44 @@ def rank_pids(launcher):
 
 
 def steps_done():
-    """How many steps each stage has told of."""
+    """Return the number of steps that each stage has logged."""
     paths = [checkpoint_dir(stage, "killed") / "metrics.jsonl" for stage in STAGES]
     records = [read_metrics(path) if path.exists() else [] for path in paths]
     return [max((r["step"] + 1 for r in lines if "loss" in r), default=0) for lines in records]
 
 
 def steps_saved():
-    """The checkpoints that count, by stage."""
+    """Return the complete checkpoints of each stage."""
     return [complete_steps(checkpoint_dir(stage, "killed")) for stage in STAGES]
 
 
 def kill_once(text, num_steps, target, rng):
-    """Start or go on, kill a random rank when the stages have done `target` steps in all, check what is left.
+    """Start or resume, kill a random rank after `target` steps of all stages together, check the files.
 
-    Returns what that is, or None if the run got through before. A target of 0 is some moment after the start.
+    Return a description of their state, or None if the run completed first. A target of 0 means a random
+    moment after the start.
     """
-    begun, before = sum(steps_done()), steps_saved()
+    first, before = sum(steps_done()), steps_saved()
     launcher = launch(text, num_steps, "killed")
     deadline = time.monotonic() + 120
     while len(pids := rank_pids(launcher)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     if target == 0:
-        time.sleep(rng.uniform(0, 5))  # perhaps before the first step
+        time.sleep(rng.uniform(0, 5))  # possibly before the first step
     else:
-        while launcher.poll() is None and not begun < sum(steps_done()) >= target:
+        while launcher.poll() is None and not first < sum(steps_done()) >= target:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.06))
     victim = rng.randrange(2)
-    with contextlib.suppress(ProcessLookupError):  # it may have ended
+    with contextlib.suppress(ProcessLookupError):  # it has ended
         os.kill(pids[victim], signal.SIGKILL)
     output, _ = launcher.communicate(timeout=60)
     assert "trying the checkpoint before" not in output, output
     if launcher.returncode == 0:
         return None
-    assert "SIGKILL" in output, output  # it was the kill that ended the run
+    assert "SIGKILL" in output, output  # the run ended because of the kill
     done, saved = steps_done(), steps_saved()
     for stage, last, steps, old in zip(STAGES, done, saved, before, strict=True):
         assert not old or (steps and steps[-1] >= old[-1]), (stage, old, steps)
@@ -105,7 +106,7 @@ def kill_once(text, num_steps, target, rng):
 
 
 def check_end(text, num_steps):
-    """Let the run end; it must end where one that was never killed does, bit for bit."""
+    """Let the run complete; its weights and metrics must equal those of an uninterrupted run."""
     launcher = launch(text, num_steps, "killed", "whole")
     output, _ = launcher.communicate(timeout=600)
     assert launcher.returncode == 0, output
@@ -117,7 +118,7 @@ def check_end(text, num_steps):
         assert records == untimed_records(stage, "killed")
         losses = [record["loss"] for record in records if "loss" in record]
         assert len(losses) == num_steps
-        assert len(set(losses)) > num_steps / 2  # there was something to learn
+        assert len(set(losses)) > num_steps / 2  # the loss did change
         assert not list(killed.glob(".*.partial"))
 
 

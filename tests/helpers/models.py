@@ -1,4 +1,4 @@
-"""Small models with random weights everywhere: the zeros of init_weights would hide every mistake."""
+"""Small models without zero weights: the zeros of init_weights would hide errors."""
 
 import torch
 
@@ -11,7 +11,7 @@ def small_config(**changes) -> GPTConfig:
 
 
 def random_model(config: GPTConfig, seed: int = 0) -> GPT:
-    """A model whose weights are all normal, of a size that keeps activations near one."""
+    """Return a model with normal weights, scaled to keep activations near one."""
     torch.manual_seed(seed)
     model = GPT(config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What test_ranks.py runs under torchrun: training and evaluation, the same work for any number of ranks."""
+"""The program of test_ranks.py under torchrun: the same training and evaluation for any number of ranks."""
 
 import json
 import logging
@@ -20,18 +20,18 @@ SHORT = [*QUIET, f"--num-iterations={NUM_STEPS}", "--device-batch-size=1"]
 
 
 def pretrain(corpus, *flags):
-    """Twelve micro-batches a step, which 1, 2, 3 and 4 ranks can share."""
+    """Pretrain with 12 micro-batches per step, a multiple of 1, 2, 3 and 4 ranks."""
     shape = ["--depth=2", "--max-seq-len=16", "--total-batch-size=192", "--eval-tokens=800"]
     base_train.main([*SHORT, *shape, f"--data={corpus}", f"--save-every={HALF}", "--keep-last=0", *flags])
 
 
-def work(corpus, tag, begun):
-    """Train each stage under `tag`, go on with the base model `begun`, evaluate; leaves eval_<tag>.json."""
-    stack.BUCKET_BYTES = 100_000  # several buckets a stack, even of matrices so small
+def work(corpus, tag, partial_tag):
+    """Train each stage under `tag`, resume the base model `partial_tag`, evaluate into eval_<tag>.json."""
+    stack.BUCKET_BYTES = 100_000  # several buckets per stack, even for small matrices
     recipes.mid_tasks = recipes.sft_tasks = lambda data: TASK
     pretrain(corpus, f"--model-tag={tag}")
-    if begun:
-        pretrain(corpus, f"--model-tag={begun}", "--resume")
+    if partial_tag:
+        pretrain(corpus, f"--model-tag={partial_tag}", "--resume")
     mid_train.main([*SHORT, f"--model-tag={tag}", "--total-batch-size=192", "--warmdown-ratio=1"])
     chat_sft.main([*SHORT, f"--model-tag={tag}", "--conversations-per-step=12", "--init-lr-frac=0.1"])
     runtime = common.setup_runtime("cpu")

@@ -1,7 +1,7 @@
-"""What kills.py runs under torchrun: the four training stages, one after the other, each by --resume.
+"""The program of kills.py under torchrun: the four training stages in sequence, each with --resume.
 
-A stage starts from the model of the one before. All go on wherever they stand, so the command is the same
-after a kill in any of them.
+A stage starts from the model of the previous one. All resume from their last checkpoint, so the command is
+the same after a kill in any stage.
 """
 
 import sys
@@ -17,7 +17,7 @@ STAGES = ("base", "mid", "sft", "rl")
 
 
 def work(text: str, num_steps: str, tag: str) -> int:
-    """Take each stage of this tag to so many steps; base learns the text, the others tasks of a few words."""
+    """Train each stage of a tag for `num_steps`: base on the text, the others on tasks of a few words."""
     recipes.mid_tasks = recipes.sft_tasks = lambda data: (ColourTask(20), ColourTask(5, seed=1))
     recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=4))
     usual = [*QUIET, f"--save-every={SAVE_EVERY}", "--log-every=1000000", "--resume", f"--model-tag={tag}"]
@@ -26,9 +26,9 @@ def work(text: str, num_steps: str, tag: str) -> int:
     base_train.main([*learn, *shape, "--total-batch-size=64", f"--data={text}"])
     mid_train.main([*learn, "--total-batch-size=64"])
     chat_sft.main([*learn, "--conversations-per-step=8"])
-    try_out = ["--examples-per-step=4", "--num-samples=4", "--max-new-tokens=4", "--eval-examples=4"]
-    # hot, or else a model that is sure of its answers would have nothing to learn from them
-    return chat_rl.main([*usual, *try_out, "--temperature=9", f"--num-steps={num_steps}"])
+    sampling = ["--examples-per-step=4", "--num-samples=4", "--max-new-tokens=4", "--eval-examples=4"]
+    # high temperature: equal answers have no advantage to learn from them
+    return chat_rl.main([*usual, *sampling, "--temperature=9", f"--num-steps={num_steps}"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""For tests of reinforcement learning: an easy task, rollouts of it, and a model to start from."""
+"""Tests of reinforcement learning: an easy task, its rollouts, and an SFT checkpoint."""
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.decode.row import Completion
@@ -10,7 +10,7 @@ from tests.helpers.vocabulary import train_tokenizer
 
 
 class WordTask(Task):
-    """Say something short about a number: rewarded if it has the letter e."""
+    """Answers to a number; the reward is 1 for an answer that contains the letter e."""
 
     def __init__(self, size: int = 10, **bounds):
         super().__init__(**bounds)
@@ -31,7 +31,7 @@ def small_chat_model(tokenizer):
 
 
 class FakeEngine(Engine):
-    """Says "e 7" to everything, where 7 is a result of the calculator; the last sample is cut off."""
+    """Answers "e7", where 7 is output of the calculator; the last sample has no end token."""
 
     def complete(self, prompts, *, num_samples, **settings):
         e, seven, end = [*self.tokenizer.encode("e7"), self.special["<|assistant_end|>"]]
