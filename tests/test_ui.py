@@ -1,4 +1,4 @@
-"""The chat page in a real browser: what it asks, shows and keeps."""
+"""The chat page in a real browser: requests, answers, errors and settings."""
 
 import pytest
 from playwright.sync_api import expect
@@ -21,7 +21,7 @@ from tests.helpers.fake_chat_server import HANG_UP, WAIT, FakeChatServer, Refusa
 pytest_plugins = "tests.helpers.chat_browser"
 
 
-# ---- Asking
+# ---- Requests
 
 
 def test_text_appears_before_the_answer_ends(page, server):
@@ -29,7 +29,7 @@ def test_text_appears_before_the_answer_ends(page, server):
     say(page, "Count")
     expect(answers(page)).to_have_text("One two")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    expect(page.locator("#live")).to_have_text("")  # nothing is read out before the end
+    expect(page.locator("#live")).to_have_text("")  # nothing is announced before the end
     server.resume()
     expect(answers(page)).to_have_text("One two three")
     finish(page)
@@ -37,14 +37,14 @@ def test_text_appears_before_the_answer_ends(page, server):
     assert sent(server) == [("user", "Count")]
 
 
-def test_events_may_be_cut_anywhere(page, server):
-    """Network reads end in the middle of lines and of characters."""
+def test_events_may_be_split_anywhere(page, server):
+    """Network reads can end in the middle of a line or a character."""
     line = 'data: {"token": "na\u00efve \U0001f338"}\r\n\r\n'.encode()
     reply = [b": a comment\n\n", *(line[i : i + 1] for i in range(len(line))), b'data: {"done": true}\n\n']
     expect(ask(page, server, [*reply, {"done": True}])).to_have_text("na\u00efve \U0001f338")
 
 
-def test_history_goes_along_without_the_calls(page, server):
+def test_history_is_sent_without_the_calls(page, server):
     call = {"tool": {"expression": "12*7", "result": "84"}}
     server.replies = [[*tokens("It is "), call, *tokens("84.")]]
     exchange(page, "What is 12*7?")
@@ -53,7 +53,7 @@ def test_history_goes_along_without_the_calls(page, server):
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])
-def test_stop_keeps_what_came(page, server, how):
+def test_stop_keeps_the_partial_answer(page, server, how):
     server.replies = [[*tokens("Once upon"), WAIT]]
     say(page, "Tell a story")
     expect(answers(page)).to_have_text("Once upon")
@@ -62,13 +62,13 @@ def test_stop_keeps_what_came(page, server, how):
     else:
         page.keyboard.press("Escape")
     finish(page)
-    assert server.client_left.wait(PATIENCE_S)  # so that the server can stop too
+    assert server.client_left.wait(PATIENCE_S)  # the server can stop, too
     expect(answers(page)).to_have_text("Once upon")
     page.reload()
     expect(answers(page)).to_have_text("Once upon")
 
 
-def test_stop_before_anything_came_gives_the_text_back(page, server):
+def test_stop_before_the_answer_restores_the_text(page, server):
     server.replies = [[WAIT]]
     say(page, "Wait")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
@@ -96,7 +96,7 @@ def test_failed_regenerate_keeps_the_old_answer(page, server):
     expect(answers(page)).to_have_text(["Fine."])
 
 
-def test_edit_cuts_what_follows(page, server):
+def test_edit_replaces_later_messages(page, server):
     server.replies = [tokens("A."), tokens("B."), tokens("C.")]
     exchange(page, "one")
     exchange(page, "two", 1)
@@ -111,7 +111,7 @@ def test_edit_cuts_what_follows(page, server):
     expect(box(page)).to_have_value("a draft")
 
 
-def test_escape_ends_an_edit_and_brings_the_draft_back(page):
+def test_escape_cancels_an_edit_and_restores_the_draft(page):
     exchange(page, "one")
     box(page).fill("a draft")
     page.get_by_role("button", name="Edit").click()
@@ -133,7 +133,7 @@ def test_failed_edit_loses_nothing(page, server):
 
 
 def test_a_double_click_sends_and_does_not_stop(page, server):
-    """The second click found the answer under way, and ended it."""
+    """The second click hit the stop button of the started answer."""
     server.replies = [[*tokens("Once"), WAIT]]
     box(page).fill("Hello")
     page.get_by_role("button", name="Send").dblclick()
@@ -142,8 +142,8 @@ def test_a_double_click_sends_and_does_not_stop(page, server):
     expect(box(page)).to_have_value("")
 
 
-def test_an_example_leaves_the_draft(page, server):
-    """It was asked through the box, in place of what stood there."""
+def test_an_example_keeps_the_draft(page, server):
+    """It was sent through the box, and replaced its text."""
     box(page).fill("a draft")
     page.get_by_role("button", name="Why is the sky blue?").click()
     expect(answers(page)).to_have_text("Fine.")
@@ -151,8 +151,8 @@ def test_an_example_leaves_the_draft(page, server):
     assert sent(server) == [("user", "Why is the sky blue?")]
 
 
-def test_the_end_of_an_answer_leaves_what_the_reader_holds(page, server):
-    """The whole thread was drawn anew: selection, focus and the scrolling of code were lost."""
+def test_the_end_of_an_answer_keeps_selection_and_focus(page, server):
+    """The whole thread was rendered again: selection, focus and the scroll position of code were lost."""
     server.replies = [
         tokens("```\n" + "wide " * 100 + "\n```\nRead me."),
         [*tokens("Slow"), WAIT, *tokens(" end")],
@@ -174,7 +174,7 @@ def test_the_end_of_an_answer_leaves_what_the_reader_holds(page, server):
     expect(page.locator("#thread")).to_have_attribute("aria-busy", "false")
 
 
-# ---- What goes wrong
+# ---- Errors
 
 
 @pytest.mark.parametrize(
@@ -187,13 +187,13 @@ def test_the_end_of_an_answer_leaves_what_the_reader_holds(page, server):
         (Refusal(422, {"detail": [{"msg": "top_k too large"}]}), "top_k too large"),
         (Refusal(404, {"detail": "no such model"}), "no such model"),
         ([HANG_UP], "The connection was lost before the answer was complete."),
-        ([b"data: {oops\n\n"], "The server said something that this page does not understand."),
+        ([b"data: {oops\n\n"], "The server sent a response that this page does not understand."),
         ([{"error": "the worker died"}], "the worker died"),
         ([{"error": {"message": "the model failed"}}], "the model failed"),
         ([], "The answer was empty."),
     ],
 )
-def test_errors_are_shown_and_leave_the_text(page, server, reply, message):
+def test_errors_are_shown_and_keep_the_text(page, server, reply, message):
     server.replies = [reply]
     say(page, "Hello")
     expect(page.locator("#notice span")).to_have_text(message)
@@ -205,7 +205,7 @@ def test_errors_are_shown_and_leave_the_text(page, server, reply, message):
     expect(page.locator("#notice")).to_be_hidden()
 
 
-def test_lost_connection_keeps_the_beginning(page, server):
+def test_lost_connection_keeps_the_partial_answer(page, server):
     server.replies = [[*tokens("Half an"), WAIT, HANG_UP]]
     say(page, "Hello")
     expect(answers(page)).to_have_text("Half an")
@@ -227,7 +227,7 @@ def test_no_server_at_all(open_page):
     expect(box(page)).to_have_value("Hello")
 
 
-def test_key_is_asked_for_and_remembered(page, server):
+def test_key_is_requested_and_remembered(page, server):
     server.replies = [Refusal(401, {"error": {"message": "a key is needed"}})]
     say(page, "Hello")
     page.get_by_label("API key").fill("secret")
@@ -238,21 +238,21 @@ def test_key_is_asked_for_and_remembered(page, server):
     assert server.keys == [None, "Bearer secret", "Bearer secret"]
 
 
-def test_a_wrong_key_is_asked_for_again(page, server):
+def test_a_wrong_key_is_requested_again(page, server):
     server.replies = [Refusal(401), Refusal(401)]
     say(page, "Hello")
-    expect(page.get_by_text("It did not accept the last one.")).to_be_hidden()
+    expect(page.get_by_text("The server did not accept the last key.")).to_be_hidden()
     page.get_by_label("API key").fill("wrong")
     page.keyboard.press("Enter")
-    expect(page.get_by_text("It did not accept the last one.")).to_be_visible()
+    expect(page.get_by_text("The server did not accept the last key.")).to_be_visible()
     page.get_by_label("API key").fill("right")
     page.keyboard.press("Enter")
     expect(answers(page)).to_have_text("Fine.")
     assert server.keys == [None, "Bearer wrong", "Bearer right"]
 
 
-def test_a_key_that_no_header_can_carry(page, server):
-    """With one in full width, fetch failed from then on, and the key was never asked for again."""
+def test_a_key_that_is_invalid_in_a_header(page, server):
+    """After a key in full-width letters every fetch failed, and the key was never requested again."""
     server.replies = [Refusal(401)]
     say(page, "Hello")
     key = page.get_by_label("API key")
@@ -275,8 +275,8 @@ def test_no_key_given(page, server):
     expect(box(page)).to_have_value("Hello")
 
 
-def test_no_more_is_sent_than_the_server_takes(page, server):
-    """32,000 characters in all and 8,000 a message; the oldest exchanges go, and no character is halved."""
+def test_requests_respect_the_servers_limits(page, server):
+    """32,000 characters in total, 8,000 per message: drop the oldest exchanges, split no character."""
     long_answer = "a" * 7999 + "\U0001f338" * 10
     server.replies = [tokens(long_answer) for _ in range(5)]
     for i in range(5):
@@ -287,22 +287,22 @@ def test_no_more_is_sent_than_the_server_takes(page, server):
     asked = [message["content"] for message in messages[::2]]
     assert asked == ["Question 2", "Question 3", "Question 4", "Last"]
     assert messages[1]["content"] == "a" * 7999 + "\ufffd"
-    note = page.get_by_text("Too long: what is above is no longer sent.")
+    note = page.get_by_text("Too long: the messages above are no longer sent.")
     expect(note.locator("xpath=following-sibling::article").first).to_contain_text("Question 2")
 
 
-def test_what_the_model_may_not_see_is_marked(open_page, server):
-    """Its context ends far sooner than the characters that the server takes, and nothing said so."""
-    server.stats |= {"context": 1024, "max_tokens": 512}  # 512 tokens are left for what was said
+def test_messages_beyond_the_context_are_marked(open_page, server):
+    """The model's context is much shorter than the server's limit of characters; the page did not show it."""
+    server.stats |= {"context": 1024, "max_tokens": 512}  # leaves 512 tokens for the conversation
     server.replies = [tokens("word " * 120) for _ in range(5)]
     page = open_page()
-    note = page.get_by_text("The model may no longer see what is above.")
+    note = page.get_by_text("The model may not see the messages above.")
     for i in range(5):
         exchange(page, f"Question {i}", i)
         expect(note).to_have_count(int(i > 2))
     page.reload()
     expect(note.locator("xpath=following-sibling::article").first).to_contain_text("Question 2")
-    assert len(server.requests[-1]["messages"]) == 9  # what falls away is the server's choice
+    assert len(server.requests[-1]["messages"]) == 9  # the server decides which messages to drop
 
 
 def test_very_long_conversation(page, server):
@@ -313,11 +313,11 @@ def test_very_long_conversation(page, server):
     with at_most(3, page):
         exchange(page, "Last", 300)
     expect(answers(page).last).to_be_in_viewport()
-    assert len(server.requests[0]["messages"]) == 499  # the first is the user's: one less than 500
-    expect(page.get_by_text("Too long: what is above is no longer sent.")).to_have_count(1)
+    assert len(server.requests[0]["messages"]) == 499  # the first must be the user's: one less than 500
+    expect(page.get_by_text("Too long: the messages above are no longer sent.")).to_have_count(1)
 
 
-def test_too_long_a_message(page, server):
+def test_a_message_that_is_too_long(page, server):
     server.replies = [Refusal(400, {"error": {"message": "8000 characters is the most"}})]
     box(page).fill("\U0001f338" * 7200)
     expect(page.locator("#count")).to_have_text("")
@@ -333,17 +333,17 @@ def test_too_long_a_message(page, server):
 # ---- Settings
 
 
-def test_settings_reach_the_request_and_last(page, server):
-    """Only what the reader chose is sent: for the rest the server's own settings hold."""
+def test_settings_are_sent_and_stored(page, server):
+    """Only the user's choices are sent; the server's settings apply to the rest."""
     exchange(page, "before")
     page.get_by_role("button", name="Sampling settings").click()
     page.get_by_label("Temperature").fill("0.3")
     expect(page.get_by_text("0.30")).to_be_visible()
     page.get_by_label("Top-p").fill("0.9")
     page.get_by_label("Top-k").fill("7")
-    page.get_by_label("Longest answer").fill("99")
+    page.get_by_label("Maximum answer length").fill("99")
     page.get_by_label("Seed").fill("42")
-    page.get_by_label("Top-k").fill("777")  # not allowed: the last allowed value stays
+    page.get_by_label("Top-k").fill("777")  # invalid: the last valid value remains
     page.keyboard.press("Escape")
     page.reload()
     exchange(page, "after", 1)
@@ -362,12 +362,13 @@ def test_settings_reach_the_request_and_last(page, server):
     assert server.requests == [{}, {**chosen, "seed": 42}, chosen, {}]
 
 
-def test_settings_start_from_those_of_the_server(open_page, server):
+def test_settings_default_to_the_servers(open_page, server):
     server.stats |= {"temperature": 0.62, "top_k": 20, "max_tokens": 300}
     page = open_page()
     expect(page.locator("#status")).to_contain_text("d20-sft")
     page.get_by_role("button", name="Sampling settings").click()
-    for name, value in {"Temperature": "0.62", "Top-k": "20", "Top-p": "1", "Longest answer": "300"}.items():
+    shown = {"Temperature": "0.62", "Top-k": "20", "Top-p": "1", "Maximum answer length": "300"}
+    for name, value in shown.items():
         expect(page.get_by_label(name)).to_have_value(value)
     page.get_by_label("Top-k").fill("33")
     page.reload()

@@ -1,4 +1,4 @@
-"""The chat page for hands, eyes and ears: screens, keyboards, contrast, languages."""
+"""Accessibility of the chat page: screen sizes, keyboards, contrast, languages."""
 
 import re
 
@@ -22,7 +22,7 @@ SIZES = """() => [...document.querySelectorAll("button, input, textarea")].filte
 
 
 def check_controls(page):
-    """Whatever can be touched has a name, is as large as a finger, and lies on the screen."""
+    """Check that every control has a name, is large enough to touch, and is within the screen."""
     controls = page.evaluate(SIZES)
     width = page.viewport_size["width"]
     assert len(controls) >= 3
@@ -63,7 +63,7 @@ def test_screens(open_page, server, width):
     assert dialog["y"] + dialog["height"] <= 568
 
 
-def test_box_grows_and_shift_enter_is_a_new_line(page, server):
+def test_box_grows_and_shift_enter_inserts_a_line(page, server):
     height = box(page).bounding_box()["height"]
     box(page).press("a")
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_enter_of_an_input_method_does_not_send(page, server):
     expect(answers(page)).to_have_text("Fine.")
 
 
-# Chromium says isComposing; Safari, after the composition has ended, only 229
+# Chromium reports isComposing; Safari, after the composition has ended, only key code 229
 ESCAPES = """(node) => {
   const escape = (more) =>
     node.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true, ...more }));
@@ -109,7 +109,7 @@ ESCAPES = """(node) => {
 
 
 def test_escape_of_an_input_method_stops_nothing(page, server):
-    """What gives up a conversion also ended the answer, the edit or the rename."""
+    """The Escape that cancels a conversion also stopped the answer, the edit or the rename."""
     server.replies = [[*tokens("Slow"), WAIT]]
     say(page, "Hello")
     expect(answers(page)).to_have_text("Slow")
@@ -128,12 +128,12 @@ def test_escape_of_an_input_method_stops_nothing(page, server):
 
 
 def test_keyboard_only(page, server):
-    """Every control can be reached by Tab, in the order of the page, and shows that it has the focus."""
+    """Tab reaches every control in the order of the page, and each shows that it has the focus."""
     expect(box(page)).to_be_focused()
     page.keyboard.type("Hello")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
-    page.get_by_text("Saint Iberis").first.click()  # Tab goes on from there
+    page.get_by_text("Saint Iberis").first.click()  # Tab continues from here
     seen = []
     while "Send" not in seen and len(seen) < 30:
         page.keyboard.press("Tab")
@@ -155,7 +155,7 @@ def test_keyboard_only(page, server):
     ]
 
 
-def test_view_follows_until_the_reader_scrolls_up(page, server):
+def test_view_follows_until_the_user_scrolls_up(page, server):
     lines = tokens(*(f"line {i}\n\n" for i in range(60)))
     server.replies = [[*lines, WAIT, *lines, WAIT, *lines]]
     say(page, "Go")
@@ -190,7 +190,7 @@ def test_dark_and_light(open_page):
     assert luminance(page) > 200
 
 
-# Contrast by WCAG 2.2 of every text in sight against what is painted behind it, as [ratio, text]
+# Contrast by WCAG 2.2 of every visible text against its background, as [ratio, text]
 CONTRAST = r"""() => {
   const rgba = (css) => {
     const [r, g, b, a = 1] = css.match(/[\d.]+/g).map(Number);
@@ -204,7 +204,7 @@ CONTRAST = r"""() => {
   const ratio = (a, b) => Math.max(luminance(a), luminance(b)) / Math.min(luminance(a), luminance(b));
   const paper = (node) => {
     const { rgb, a } = rgba(getComputedStyle(node).backgroundColor);
-    return a === 1 ? rgb : over(rgb, a, paper(node.parentElement)); // that of the root is opaque
+    return a === 1 ? rgb : over(rgb, a, paper(node.parentElement)); // the root's background is opaque
   };
   const opacity = (node) => (node ? Number(getComputedStyle(node).opacity) * opacity(node.parentElement) : 1);
   const found = [];
@@ -228,8 +228,8 @@ CONTRAST = r"""() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read(open_page, server, scheme):
-    """WCAG AA: 4.5 to 1 wherever there is text, 3 to 1 for the edges of what can be written in."""
+def test_contrast(open_page, server, scheme):
+    """WCAG AA: at least 4.5 to 1 for text, 3 to 1 for the borders of input fields."""
     page = open_page(color_scheme=scheme)
     seen = {}
 
@@ -278,8 +278,8 @@ def test_japanese(open_page, server):
     expect(answers(page)).to_have_text("Fine.")
 
 
-def test_messages_are_not_said_to_be_japanese(open_page):
-    """The whole page was, and a Japanese voice read the English answers."""
+def test_messages_are_not_marked_as_japanese(open_page):
+    """The language of the whole page was Japanese, so a Japanese voice read the English answers."""
     page = open_page(locale="ja-JP")
     page.locator("#box").fill("Hello")
     page.keyboard.press("Enter")
@@ -288,7 +288,7 @@ def test_messages_are_not_said_to_be_japanese(open_page):
         expect(page.locator(place)).to_have_attribute("lang", "")
 
 
-def test_every_word_has_its_translation(open_page):
+def test_every_text_is_translated(open_page):
     page = open_page(locale="ja-JP")
     words = page.evaluate(
         """() => [...document.querySelectorAll("[data-words], [aria-label]")].map(

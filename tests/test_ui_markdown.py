@@ -1,4 +1,4 @@
-"""The chat page: what answers look like, and that nothing in them is more than text."""
+"""The chat page: rendering of answers, and safety against hostile text."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def test_a_call_that_the_calculator_refused(page, server):
     expect(answer.locator(".chip")).to_have_text("1/0 = ?")
 
 
-def test_text_cannot_pose_as_a_call(page, server):
+def test_text_cannot_imitate_a_call(page, server):
     answer = ask(page, server, [{"tool": {"expression": "1+1", "result": "2"}}, *tokens(" \ue000 \ue001")])
     expect(answer.locator(".chip")).to_have_count(1)
     expect(answer).to_have_text("1+1 = 2 \ufffd \ufffd")
@@ -55,8 +55,8 @@ def test_code_is_copied(page, server):
     assert page.evaluate("() => navigator.clipboard.readText()") == "x = 1\ny = 2"
 
 
-def test_code_is_copied_where_the_page_is_not_secure(page, server):
-    """Over plain http from another machine there is no navigator.clipboard."""
+def test_code_is_copied_from_an_insecure_page(page, server):
+    """navigator.clipboard does not exist over plain http from another machine."""
     page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     page.evaluate("() => addEventListener('copy', () => { window.copied = String(getSelection()) })")
     answer = ask(page, server, tokens("```\nx = 1\n```"))
@@ -113,7 +113,7 @@ def test_hostile_storage_stays_text(page):
 
 
 def test_browser_refuses_html_even_from_the_page_itself(browser, server):
-    """The policy is the second wall: HTML sinks throw, no other origin is in reach."""
+    """The policy is the second line of defence: HTML sinks throw, other origins are unreachable."""
     page = browser.new_page()
     page.goto(server.url)
     attempts = {
@@ -132,7 +132,7 @@ def test_browser_refuses_html_even_from_the_page_itself(browser, server):
         refused = f"""() => new Promise((resolve) => {{
           addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
           {foreign};
-          setTimeout(resolve, 20000, "nobody");
+          setTimeout(resolve, 20000, "not refused");
         }})"""
         assert page.evaluate(refused) == directive
     page.close()
@@ -141,7 +141,7 @@ def test_browser_refuses_html_even_from_the_page_itself(browser, server):
 
 
 @pytest.mark.parametrize("text", ["*a " * 3000, "`" * 9000, "[" * 9000, "**" * 4500, "_a" * 4500])
-def test_pathological_text_is_quick(page, server, text):
+def test_pathological_text_is_fast(page, server, text):
     server.replies = [tokens(text)]
     with at_most(2, page):
         exchange(page, "Go")
@@ -150,8 +150,8 @@ def test_pathological_text_is_quick(page, server, text):
 @pytest.mark.parametrize(
     "line", ["# a" + " " * 8000 + "b", "# a" + " #" * 4000 + "b", "``` " + " " * 8000 + "`", "~" * 8000 + "`"]
 )
-def test_pathological_lines_are_quick(page, line):
-    """Each frame of an answer reads all its lines; some of these took 100 ms."""
+def test_pathological_lines_are_fast(page, line):
+    """Each frame of an answer parses all its lines; some of these took 100 ms."""
     with at_most(1, page):
         page.evaluate("(line) => { for (let i = 0; i < 40; i++) blocksOf(line) }", line)
 

@@ -1,4 +1,4 @@
-"""The chat page: what the browser keeps of conversations, and two tabs that share it."""
+"""The chat page: storage of conversations in the browser, and two tabs that share it."""
 
 import json
 
@@ -30,14 +30,14 @@ def test_reload_in_the_middle_of_an_answer(page, server):
     expect(answers(page)).to_have_text("Half")
     page.reload()
     expect(answers(page)).to_have_text("Half")
-    say(page, "second")  # of which nothing comes
+    say(page, "second")  # nothing of this answer arrives
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.reload()
     expect(answers(page)).to_have_text(["Half"])
     expect(box(page)).to_have_value("second")
 
 
-def test_an_answer_goes_on_while_another_conversation_is_open(page, server):
+def test_an_answer_continues_while_another_conversation_is_open(page, server):
     server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")], tokens("Quick")]
     say(page, "first")
     expect(answers(page)).to_have_text("Slow")
@@ -65,8 +65,8 @@ def test_rename_delete_undo(page):
     expect(page.locator("#chats li")).to_have_count(0)
 
 
-def test_a_click_elsewhere_ends_a_rename_and_counts(page):
-    """The list was drawn anew between the press and the release: the click hit nothing."""
+def test_a_click_elsewhere_ends_a_rename_and_takes_effect(page):
+    """The list was rendered again between press and release: the click hit nothing."""
     exchange(page, "first")
     page.get_by_role("button", name="New chat").click()
     exchange(page, "second")
@@ -78,7 +78,7 @@ def test_a_click_elsewhere_ends_a_rename_and_counts(page):
 
 
 def test_the_list_keeps_the_focus(page, server):
-    """When an answer ended elsewhere, the list was drawn anew and the focus fell to the page."""
+    """When an answer ended elsewhere, the list was rendered again and lost the focus."""
     server.replies = [[*tokens("Slow"), WAIT]]
     say(page, "first")
     expect(answers(page)).to_have_text("Slow")
@@ -90,8 +90,8 @@ def test_the_list_keeps_the_focus(page, server):
     expect(chat_button(page, "second")).to_be_focused()
 
 
-def test_a_deleted_answer_is_silent(page, server):
-    """What had come of it was read out in place of "Deleted"."""
+def test_a_deleted_answer_is_not_announced(page, server):
+    """The partial answer was announced instead of "Deleted"."""
     server.replies = [[*tokens("Half an"), WAIT]]
     say(page, "first")
     expect(answers(page)).to_have_text("Half an")
@@ -110,7 +110,7 @@ def test_a_deleted_answer_is_silent(page, server):
     expect(page.get_by_role("button", name="Undo")).to_be_visible()
 
 
-def test_a_failure_out_of_sight_says_where_and_leaves_undo(page, server):
+def test_a_failure_elsewhere_names_the_conversation_and_keeps_undo(page, server):
     server.replies = [tokens("A."), [WAIT, {"error": "the worker died"}]]
     exchange(page, "first")
     page.get_by_role("button", name="New chat").click()
@@ -123,7 +123,7 @@ def test_a_failure_out_of_sight_says_where_and_leaves_undo(page, server):
     expect(answers(page)).to_have_text("A.")
 
 
-def test_corrupt_storage_is_passed_over(page):
+def test_corrupt_storage_is_ignored(page):
     exchange(page, "good")
     broken = {
         "iberis:chat:1": "{oops",
@@ -139,7 +139,7 @@ def test_corrupt_storage_is_passed_over(page):
     exchange(page, "still works", 1)
 
 
-def test_full_storage_is_said(page):
+def test_full_storage_is_reported(page):
     page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
     exchange(page, "Hello")
     expect(page.locator("#notice")).to_contain_text("storage is full")
@@ -147,7 +147,7 @@ def test_full_storage_is_said(page):
 
 @pytest.mark.parametrize("storage", ["localStorage", "sessionStorage"])
 def test_forbidden_storage(open_page, storage):
-    """Browsers that block the data of sites throw as soon as the page looks at it."""
+    """Browsers that block site data throw on any access to storage."""
     page = open_page(f"Object.defineProperty(window, '{storage}', {{ get() {{ throw new Error('no') }} }})")
     exchange(page, "Hello")
     exchange(page, "Again", 1)
@@ -168,15 +168,15 @@ def test_two_tabs_see_each_other(page, server):
     other.keyboard.type("Flowers")
     other.keyboard.press("Enter")
     server.resume()
-    expect(answers(page)).to_have_text(["Fine.", "Fine.", "Slow but sure"])  # an answer on its way stays
+    expect(answers(page)).to_have_text(["Fine.", "Fine.", "Slow but sure"])  # an answer in progress is kept
     expect(answers(other)).to_have_count(3)
-    for tab in (page, other):  # and so does the new name, which the end of the answer used to undo
+    for tab in (page, other):  # so is the new name, which the end of the answer used to undo
         expect(chat_button(tab, "Flowers")).to_be_visible()
 
 
 @pytest.fixture
 def twins(page, server):
-    """Two tabs with the same conversation open, as after duplicating one."""
+    """Two tabs showing the same conversation, as after duplicating a tab."""
     exchange(page, "first")
     other = page.context.new_page()
     other.goto(server.url)
@@ -185,11 +185,11 @@ def twins(page, server):
     other.close()
 
 
-HIDE = "() => window.dispatchEvent(new Event('pagehide'))"  # whereupon a tab saves its draft
+HIDE = "() => window.dispatchEvent(new Event('pagehide'))"  # a tab then saves its draft
 
 
-def test_two_tabs_with_drafts_leave_each_other_alone(twins):
-    """Each took the other's save for news, and saved its own draft back, without end."""
+def test_two_tabs_with_drafts_do_not_respond_to_each_other(twins):
+    """Each answered the other's save by saving its own draft, endlessly."""
     one, two = twins
     box(one).fill("draft one")
     box(two).fill("draft two")
@@ -205,7 +205,7 @@ def test_two_tabs_with_drafts_leave_each_other_alone(twins):
     expect(box(two)).to_have_value("draft two")
 
 
-def test_a_foreign_save_leaves_the_notice(twins):
+def test_a_save_by_another_tab_keeps_the_notice(twins):
     one, two = twins
     one.get_by_role("button", name="New chat").click()
     exchange(one, "second")
@@ -227,8 +227,8 @@ def test_deleted_in_the_other_tab(twins):
     expect(box(one)).to_have_value("a draft")
 
 
-def test_a_rename_keeps_what_the_other_tab_has_said(twins):
-    """It saved the conversation as it was when the rename began, which deleted it."""
+def test_a_rename_keeps_the_other_tabs_messages(twins):
+    """It saved the conversation as of the start of the rename, which deleted newer messages."""
     one, two = twins
     one.get_by_role("button", name="Rename").click()
     one.keyboard.type("Flowers")
@@ -241,7 +241,7 @@ def test_a_rename_keeps_what_the_other_tab_has_said(twins):
         expect(answers(page)).to_have_count(2)
 
 
-def test_a_rename_of_what_the_other_tab_has_deleted(twins):
+def test_a_rename_of_a_conversation_deleted_in_the_other_tab(twins):
     one, two = twins
     one.get_by_role("button", name="Rename").click()
     one.keyboard.type("Flowers")
@@ -253,8 +253,8 @@ def test_a_rename_of_what_the_other_tab_has_deleted(twins):
     expect(one.locator("#chats li")).to_have_count(0)
 
 
-def test_an_edit_keeps_what_the_other_tab_has_said(twins):
-    """While a message was edited, the other's news was passed over, and then overwritten."""
+def test_an_edit_keeps_the_other_tabs_messages(twins):
+    """During an edit the other tab's changes were ignored, and then overwritten."""
     one, two = twins
     one.get_by_role("button", name="Edit").click()
     box(one).fill("uno")
