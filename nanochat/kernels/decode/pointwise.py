@@ -43,7 +43,7 @@ def embed(
 ) -> None:
     """Write rms_norm(wte[tokens]) to x (R,E), and mark the tokens in seen (slots,V) uint8.
 
-    tokens (R,) holds R/S tokens of each of S sequences; a negative one stands for latest[slot]. slots (S,) is
+    tokens (R,) holds R/S tokens of each of S sequences; a negative one means latest[slot]. slots (S,) is
     the slot of each sequence, counts (S,) its number of tokens without padding, latest (slots,) the token
     sampled last in each slot. All of these are int32.
     """
