@@ -205,9 +205,8 @@ def check_memory(config: GPTConfig, device_type: str, batch_size: int, n_ranks: 
         accelerate(model, compile=True, fused=None)
         idx = torch.zeros((batch_size, config.sequence_len), dtype=torch.int64, device=device)
         model(idx, idx, loss_reduction="sum").backward()
-        peak = (
-            torch.cuda.max_memory_allocated(device) + weights // 2
-        )  # gradients of the previous backward pass
+        gradients = weights // 2  # those of the previous backward pass
+        peak = torch.cuda.max_memory_allocated(device) + gradients
     except torch.cuda.OutOfMemoryError:
         peak = total
     except ValueError as error:  # one row does not fit

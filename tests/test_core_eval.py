@@ -243,7 +243,7 @@ def slow_core(model, tokenizer, bundle):
     return tasks
 
 
-@pytest.mark.parametrize("sequence_len", [256, 24])  # nothing is cropped; nearly unlimited is
+@pytest.mark.parametrize("sequence_len", [256, 24])  # nothing is cropped; nearly everything is
 def test_core_equals_a_slow_evaluation(tokenizer, bundle, sequence_len, caplog):
     config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=sequence_len)
     results = [

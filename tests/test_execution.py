@@ -57,10 +57,8 @@ def test_exception():
         ("import atexit, os; atexit.register(os._exit, 3)", "ended early by exit status 3"),
         ("import os; os.abort()", "ended early by signal SIGABRT"),
         ("import os; os.kill(os.getpid(), 9)", "ended early by signal SIGKILL"),
-        (
-            "import os; os.kill(os.getpid(), 40)",
-            "ended early by signal",
-        ),  # a signal without a name; regression: a ValueError
+        # regression: a signal without a name was a ValueError
+        ("import os; os.kill(os.getpid(), 40)", "ended early by signal"),
         ("import sys; sys.stdout.close(); sys.stderr.close(); 1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )

@@ -14,10 +14,10 @@ Guarantees by platform:
     Linux 5.13             reads only Python and system libraries, writes only its directory
     Linux, x86-64, arm64   a single process, no network, no signals to others: also as root and in containers
 
-A warning, logged once, names the protections that this system lacks. On no platform is there a limit on the
-number of files that a program writes before its timeout, and a program can forge its success, because it is
-reported by the process that it runs in. The sandbox is meant for faulty programs and does not protect from
-kernel bugs: run programs of a hostile author in a virtual machine.
+A warning, logged once, names the protections that this system lacks. No platform limits the number of files
+that a program writes before its timeout, and a program can forge its success, because the process that it
+runs in reports it. The sandbox is meant for faulty programs and does not protect from kernel bugs: run
+programs of a hostile author in a virtual machine.
 """
 
 import contextlib

@@ -148,8 +148,8 @@ def chat_tasks(results: dict[str, dict]) -> Figure | None:
             for key in ("accuracy", "standard_error")
         )
         errors = [error if error >= 0 else math.nan for error in errors]
-        centres = [i + width * (number - (len(stages) - 1) / 2) for i in range(len(tasks))]
-        axis.bar(centres, heights, width, yerr=errors, label=label, color=COLORS[label], capsize=3)
+        centers = [i + width * (number - (len(stages) - 1) / 2) for i in range(len(tasks))]
+        axis.bar(centers, heights, width, yerr=errors, label=label, color=COLORS[label], capsize=3)
     ends = ([i + side * 0.45 for i in range(len(tasks))] for side in (-1, 1))
     guesses = [_or_nan(chance(results, task)) for task in tasks]
     axis.hlines(guesses, *ends, colors="black", linestyles="--", label="chance")
@@ -181,7 +181,7 @@ def compare(runs: Sequence[str], out: Path) -> None:
         records = read_metrics(path)
         curves = [series(records, x, y) for x, y, _ in panels]
         if not any(xs for xs, _ in curves):
-            raise ValueError(f"{path} has no steps and no evaluations to plot; give the run of a training")
+            raise ValueError(f"{path} has no steps and no evaluations to plot; choose another run")
         for axis, curve, (_, y, _) in zip(axes, curves, panels, strict=True):
             if curve[0]:
                 style = {"marker": "."} if y == "val_bpb" else {}

@@ -227,7 +227,7 @@ def elapsed(results: dict[str, dict], dollars_per_hour: float) -> str:
 
 
 def section(stage: str, result: dict[str, Any]) -> str:
-    """Return the section of a stage: key figures, tables of its own, and its settings, folded."""
+    """Return the section of a stage: key figures, stage-specific tables, and the settings, folded."""
     rows = [
         (label, show(dig(result, *path.split(".")), formatter)) for label, path, formatter in FIGURES[stage]
     ]
