@@ -1,16 +1,16 @@
 """The calculator that the model may call while it writes.
 
-What the model writes between <|python_start|> and <|python_end|> is an expression; its value is forced into
-the stream between <|output_start|> and <|output_end|>. Two things can be said:
+The model writes an expression between <|python_start|> and <|python_end|>; the engine puts its value into the
+stream between <|output_start|> and <|output_end|>. There are two kinds of expression:
 
     arithmetic         12 * (3.5 - 1) / 1,000
     counting letters   "strawberry".count("r")
 
-The text comes from a model, and through it from whoever talks to the model, so nothing of it is ever run:
-Python parses it and a walk over the tree computes the few kinds of node that it knows. No timer is needed, as
-there is no power operator and the length of the expression bounds every step; any thread may call.
+The text comes from a model, and through it from anyone who talks to the model, so none of it is ever run:
+Python parses it, and a walk over the tree evaluates the few kinds of node in a whitelist. No timeout is
+needed, as there is no power operator and the length of the expression bounds every step. It is thread-safe.
 
-Numbers are exact fractions and are rounded once, in the result: 0.1 + 0.2 is 0.3, and 1 / 3 * 3 is 1.
+Numbers are exact fractions, and only the result is rounded: 0.1 + 0.2 is 0.3, and 1 / 3 * 3 is 1.
 """
 
 import ast
@@ -20,13 +20,13 @@ import warnings
 from decimal import Context, Decimal
 from fractions import Fraction
 
-MAX_LENGTH = 500  # characters of an expression; bounds the nesting and the work too
-LARGEST = 10**30  # of any number on the way
+MAX_LENGTH = 500  # characters of an expression; this bounds the nesting and the work too
+LARGEST = 10**30  # absolute value of any intermediate result
 MAX_DIGITS = 50  # characters of a result
-SIGNIFICANT_DIGITS = 12  # of a result with a fraction, whose whole part is always exact
+SIGNIFICANT_DIGITS = 12  # of a result with a fraction; its integer part is always exact
 
-_NAME = "<calculator>"  # of the file that Python takes an expression to be
-# Advice on how to write it would go to stderr. For good, as to ignore for a while is not thread-safe.
+_NAME = "<calculator>"  # file name in Python's messages about an expression
+# Python's warnings about an expression would go to stderr. A filter for a while would not be thread-safe.
 warnings.filterwarnings("ignore", module=_NAME)
 
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -35,7 +35,7 @@ _TEXT_OR_COMMA = re.compile(r"""("[^"]*"|'[^']*')|(?<=\d),(?=\d{3}(?!\d))""")
 
 
 def calculate(expression: str) -> str | None:
-    """Return the value of an expression as text, or None if it has none: not ours, too large, undefined."""
+    """Return the value of an expression as text; None if it is not supported, too large or undefined."""
     if len(expression) > MAX_LENGTH:
         return None
     without_commas = _TEXT_OR_COMMA.sub(lambda match: match[1] or "", expression)  # 1,234 but not "1,234"
@@ -49,7 +49,7 @@ def calculate(expression: str) -> str | None:
 def _evaluate(node: ast.expr) -> Fraction:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            value = Fraction(repr(number))  # the decimal that was written, not the binary float beside it
+            value = Fraction(repr(number))  # the decimal as written, not the nearest binary float
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             value = _BINARY[type(op)](_evaluate(left), _evaluate(right))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:

@@ -1,9 +1,9 @@
-"""Decoders: the model as those see it who serve many sequences at once.
+"""The interface through which engine and server decode many sequences at once.
 
-A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, `fork` it for more
-samples of the same prompt. Each `launch` then takes the last token of every running sequence, and
-`collect` returns the next ones, drawn by each sequence's own settings and seed, whoever else is there.
-`PlainDecoder` runs the model as it is, anywhere; nanochat/decode/graph_decoder.py does the same on NVIDIA
+A sequence has a slot: `open` it, `feed` it all of its prompt but the last token, and `fork` it for more
+samples of the same prompt. Each `launch` then appends the last token of every running sequence, and `collect`
+returns the next tokens, drawn by each sequence's own settings and seed, independently of the others.
+`PlainDecoder` calls the model and runs anywhere; nanochat/decode/graph_decoder.py does the same on NVIDIA
 GPUs without Python in the loop.
 """
 
@@ -23,12 +23,12 @@ from nanochat.sampling import SamplingParams, sample_rows
 
 
 class Decoder(ABC):
-    """Slots for sequences, and a model that moves them on. For one thread."""
+    """A number of slots for sequences, and the model that continues them. Not thread-safe."""
 
     slots: int
-    context: int  # tokens a slot has room for
+    context: int  # largest number of tokens in a slot
     device: torch.device
-    overlaps: bool  # whether launch returns before its work is done
+    overlaps: bool  # launch returns before its work is done
     logits: Tensor  # (B,V) float32, soft-capped, of the last launch, in its order
 
     @abstractmethod
@@ -41,13 +41,13 @@ class Decoder(ABC):
 
     @abstractmethod
     def fork(self, slot: int, params: SamplingParams) -> int:
-        """Return the slot of a new sequence that has been fed what this one has."""
+        """Return the slot of a new sequence that has been fed the same tokens as this one."""
 
     @abstractmethod
     def launch(self, last: Mapping[int, int | None]) -> None:
-        """Begin to append a token to each slot, None: the one drawn for it last, and to draw the next.
+        """Start to append a token to each slot and to draw the next; None appends the one drawn last.
 
-        A slot that has been launched takes part in all launches until it is closed.
+        A slot that has been launched must take part in every launch until it is closed.
         """
 
     @abstractmethod
@@ -60,10 +60,10 @@ class Decoder(ABC):
 
     @abstractmethod
     def load(self, model: GPT) -> None:
-        """Go on with the weights of a model of the same shape."""
+        """Use the weights of a model of the same shape from now on."""
 
-    def warm_up(self) -> None:  # noqa: B027 - most have nothing to do
-        """Do now what would else be done when it is first needed."""
+    def warm_up(self) -> None:  # noqa: B027 - most decoders need none
+        """Do the work that would otherwise delay the first launches."""
 
     def step(self, last: Mapping[int, int | None]) -> list[int]:
         """Launch and collect."""
@@ -74,14 +74,14 @@ class Decoder(ABC):
 @dataclass
 class _Sequence:
     params: SamplingParams
-    cache: HybridCache | None  # of its own, until the first step
+    cache: HybridCache | None  # its own until the first launch, then a row of the decoder's
     tokens: list[int] = field(default_factory=list)
-    fed: int = 0
-    drawn: int = 0  # the latest
+    fed: int = 0  # how many of them
+    drawn: int = 0  # token of the last launch
 
 
 class PlainDecoder(Decoder):
-    """A Decoder over GPT.next_logits: the rows that run are the first of one cache."""
+    """A Decoder that calls GPT.next_logits; running sequences are the first rows of one cache."""
 
     overlaps = False
 
@@ -97,7 +97,7 @@ class PlainDecoder(Decoder):
 
     def open(self, params: SamplingParams) -> int:
         """See Decoder."""
-        sequence = _Sequence(params, self.model.new_cache(1, self.context))  # first: memory may not suffice
+        sequence = _Sequence(params, self.model.new_cache(1, self.context))  # first: it may run out of memory
         slot = self._free.pop()
         self._sequences[slot] = sequence
         return slot
@@ -115,6 +115,8 @@ class PlainDecoder(Decoder):
         """See Decoder."""
         source, copy = self._sequences[slot], self.open(params)
         sequence = self._sequences[copy]
+        assert sequence.cache is not None
+        assert source.cache is not None, "a fork of a sequence that has been launched"
         sequence.cache.copy_row(0, source.cache, 0)
         sequence.tokens, sequence.fed = [*source.tokens], source.fed
         return copy
@@ -126,7 +128,7 @@ class PlainDecoder(Decoder):
             sequence = self._sequences[slot]
             self._join(slot, sequence)
             sequence.tokens.append(sequence.drawn if token is None else token)
-        assert set(last) == set(self._running), "a launch without some of those that run"
+        assert set(last) == set(self._running), "a launch without some of the running sequences"
         rows = self._cache.first(len(last))
         tokens = [self._sequences[slot].tokens[-1] for slot in self._running]
         logits = self.model.next_logits(torch.tensor(tokens, device=self.device)[:, None], rows)
@@ -152,7 +154,7 @@ class PlainDecoder(Decoder):
         """See Decoder."""
         del self._sequences[slot]
         self._free.append(slot)
-        if slot in self._running:  # the last row takes its place
+        if slot in self._running:  # the last row moves into the gap
             row, end = self._running.index(slot), len(self._running) - 1
             if row != end:
                 self._cache.copy_row(row, self._cache, end)

@@ -1,10 +1,10 @@
-"""Token ids in, text out, while the ids are still coming.
+"""Decode a stream of token ids to text while the ids are still coming.
 
-A token is a run of bytes, and a character of UTF-8 has up to four of them, so a token may end in the
-middle of one: an emoji decoded token by token shows as two or three U+FFFD. To decode all ids anew after each
-would be right but quadratic. An incremental decoder is both: it holds back the bytes, three at most, that
-may still become a character, and only those, as bytes that never can are U+FFFD at once. What it says in all
-is what tokenizer.decode says of all the ids.
+A token is a run of bytes, and a character of UTF-8 has up to four bytes, so that a token may end within a
+character: an emoji that is decoded token by token shows as two or three U+FFFD. Decoding all ids again after
+each one would be right but quadratic. An incremental decoder is both right and linear: it holds back only the
+bytes, three at most, that may still become a character. Bytes that cannot are U+FFFD at once. The whole text
+is the one that tokenizer.decode returns for all ids.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class StreamDecoder:
-    """Decodes one stream of ids. Special tokens are the caller's to catch: their names would be text here."""
+    """Decodes one stream of ids. The caller must catch special tokens, whose names would become text."""
 
     def __init__(self, tokenizer: RustBPETokenizer):
         self._token_bytes = tokenizer.enc.decode_single_token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """Return the characters that this token completes: none, one or many. KeyError if it is no id."""
+        """Return the characters that a token completes: none, one or many. KeyError for an unknown id."""
         return self._utf8.decode(self._token_bytes(token))
 
     def flush(self) -> str:
