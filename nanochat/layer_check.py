@@ -1,7 +1,7 @@
 """Refuse a layer that was changed in only one of the places that compute it.
 
 Each layer exists four times: the plain equations (gpt.py, slc2.py), the training kernels (train/fused.py),
-the decoding kernels (decode/graph_decoder.py) and the exported file (hub/transformers_model). A change in one
+the decoding kernels (decode/graph_model.py) and the exported file (hub/transformers_model). A change in one
 place only would make the others silently compute the old layer. So random activations pass through each plain
 layer and through its other version, and the results must agree up to rounding.
 

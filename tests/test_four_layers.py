@@ -2,7 +2,7 @@
 
 nanochat/gpt.py, nanochat/slc2.py                       plain: the equations, and decoding with a cache
 nanochat/train/fused.py, nanochat/kernels/train         training kernels
-nanochat/decode/graph_decoder.py, kernels/decode        decoding kernels
+nanochat/decode/graph_model.py, kernels/decode          decoding kernels
 nanochat/hub/transformers_model/modeling_...            the exported file
 """
 

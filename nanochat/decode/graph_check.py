@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from nanochat.decode.graph_decoder import GraphDecoder, Layer
+from nanochat.decode.graph_decoder import GraphDecoder
+from nanochat.decode.graph_model import KernelModel, Layer
 from nanochat.gpt import ANY_LENGTH, GPT, Block, norm, rotary_tables
 from nanochat.layer_check import BOUNDS, noise, noise_for_zeros, require_same
 
@@ -26,23 +27,23 @@ def check_decoder(decoder: GraphDecoder, model: GPT) -> None:
     with noise_for_zeros(model) as has_noise, sdpa_kernel(ANY_LENGTH):
         if has_noise:
             decoder.load(model)
-        _check_layers(decoder, model)
+        _check_layers(decoder.model, model)
     if has_noise:
         decoder.load(model)
 
 
-def _check_layers(decoder: GraphDecoder, model: GPT) -> None:
+def _check_layers(kernels: KernelModel, model: GPT) -> None:
     c = model.config
-    T = max(2, min(PREFIX + 1, decoder.context))
+    T = max(2, min(PREFIX + 1, kernels.context))
     x = SCALE * noise(model, T, c.n_embd)
-    cos, sin = (table[:T] for table in rotary_tables(decoder.context, c.head_dim, model.device))
-    for i, (block, layer) in enumerate(zip(model.transformer.h, decoder.layers, strict=True)):
+    cos, sin = (table[:T] for table in rotary_tables(kernels.context, c.head_dim, model.device))
+    for i, (block, layer) in enumerate(zip(model.transformer.h, kernels.layers, strict=True)):
         name, plain = f"layer {i} ({c.layer_kinds[i]})", _plain_mixer(block, x, cos, sin)
-        _require(name, _decoded_mixer(decoder, layer, x), [plain[:-1], plain[-1:], plain[[-1, -1]]])
+        _require(name, _decoded_mixer(kernels, layer, x), [plain[:-1], plain[-1:], plain[[-1, -1]]])
         plain = block.mlp(norm(x))
         _require(
             f"layer {i} (MLP)",
-            [_mlp(decoder, layer, x[-n:]) for n in (T, 1, 2)],
+            [_mlp(kernels, layer, x[-n:]) for n in (T, 1, 2)],
             [plain, plain[-1:], plain[-2:]],
         )
 
@@ -52,36 +53,36 @@ def _plain_mixer(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (block.attn(h, cos, sin) if block.is_attention else block.attn(h))[0]
 
 
-def _mlp(decoder: GraphDecoder, layer: Layer, x: Tensor) -> Tensor:
+def _mlp(kernels: KernelModel, layer: Layer, x: Tensor) -> Tensor:
     total = x.clone()
-    decoder.add_mlp(total, layer)
+    kernels.add_mlp(total, layer)
     return total - x
 
 
-def _decoded_mixer(decoder: GraphDecoder, layer: Layer, x: Tensor) -> list[Tensor]:
+def _decoded_mixer(kernels: KernelModel, layer: Layer, x: Tensor) -> list[Tensor]:
     """Return what the mixer adds to x[:-1] in a prefill, to x[-1] after it, and to x[-1] in two sequences."""
-    first, second = 0, decoder.slots  # the second is the one that batches are padded with
+    first, second = 0, len(kernels.latest) - 1  # the second is the one that batches are padded with
     P = len(x) - 1
 
     def add(x: Tensor, slots: list[int], position: int, count: int, tails: Tensor | None = None) -> Tensor:
         total, n = x.clone(), len(slots)
-        columns = (slots, [position] * n, [count] * n)
-        ints = (torch.tensor(column, dtype=torch.int32, device=x.device) for column in columns)
-        decoder.add_mixer(total, layer, *ints, tails)
+        inputs = torch.tensor([slots, [position] * n, [count] * n], dtype=torch.int32, device=x.device)
+        kernels.add_mixer(total, layer, inputs[0], inputs[1], inputs[2], tails)
         return total - x
 
     def prefill(slot: int) -> Tensor:
-        decoder.windows[:, slot] = 0
-        tails = torch.zeros_like(decoder.windows[:, :1])
+        kernels.windows[:, slot] = 0
+        tails = torch.zeros_like(kernels.windows[:, :1])
         added = add(x[:P], [slot], 0, P, tails)
-        decoder.windows[:, slot] = tails[:, 0]
+        kernels.windows[:, slot] = tails[:, 0]
         return added
 
     prefilled = prefill(first)
     one = add(x[-1:], [first], P, 1)
-    prefill(first), prefill(second)
+    for slot in (first, second):
+        prefill(slot)
     two = add(x[[-1, -1]], [first, second], P, 1)
-    decoder.windows.zero_()
+    kernels.windows.zero_()
     return [prefilled, one, two]
 
 
