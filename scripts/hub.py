@@ -114,8 +114,15 @@ def push(config: Push) -> None:
     tag = resolve_tag(config.source, config.model_tag)
     selection = {"step": config.step, "card": config.card, "license": config.license}
     if not config.dry_run:
-        flags = {"private": config.private, "overwrite": config.overwrite}
-        print(f"pushed: {repository.push(config.repo, config.source, tag, **selection, **flags)}")
+        address = repository.push(
+            config.repo,
+            config.source,
+            tag,
+            **selection,
+            private=config.private,
+            overwrite=config.overwrite,
+        )
+        print(f"pushed: {address}")
         return
     files = repository.gather(config.repo, config.source, tag, **selection)
     for name, source in files.items():

@@ -154,9 +154,10 @@ def _hub_version(url: str, timeout_s: float) -> Version:
     from huggingface_hub import get_hf_file_metadata
 
     stated = get_hf_file_metadata(url, timeout=timeout_s)
-    if stated.size is None or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", stated.etag or ""):
+    digest = stated.etag or ""
+    if stated.size is None or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest):
         raise OSError(f"{url} does not state a size and a digest as the hub does; check HF_ENDPOINT")
-    return Version(stated.etag, stated.size)
+    return Version(digest, stated.size)
 
 
 def _response_version(response: httpx.Response, url: str) -> Version:
@@ -188,7 +189,7 @@ def _transfer(
     if version and start == version.size:  # the process ended before it could publish them
         return
     headers = {**(build_hf_headers() if stated else {}), "Accept-Encoding": "identity"}
-    if start:
+    if version and start:
         headers["Range"] = f"bytes={start}-"
         if not stated:
             headers["If-Range"] = version.tag

@@ -77,7 +77,7 @@ def pull(
     api = hub_api()
     with _explained(f"pull {repo}"):
         found = api.model_info(repo, revision=revision)
-        listed = [file.rfilename for file in found.siblings]
+        listed = [file.rfilename for file in found.siblings or ()]
         home, step = _find_checkpoint(listed, step, folder)
         names = [f"{home}model_{step:06d}.pt", f"{home}meta_{step:06d}.json"]
         names += _find_tokenizer(listed, home)
@@ -127,7 +127,7 @@ def _find_tokenizer(names: Sequence[str], home: str) -> list[str]:
     raise FileNotFoundError(f"it holds neither {PICKLE_FILE} nor {JSON_FILE}")
 
 
-def _fetch(repo: str, names: Sequence[str], commit: str, folder: Path) -> None:
+def _fetch(repo: str, names: Sequence[str], commit: str | None, folder: Path) -> None:
     """Download files into one folder, without the folders in their names."""
     targets = {name: folder / PurePosixPath(name).name for name in names}
     stale = [path for path in folder.glob("[!.]*") if path.is_file() and path not in targets.values()]
@@ -203,7 +203,7 @@ def push(
         found = api.model_info(repo)
     if private and not found.private:
         raise ValueError(f"{repo} exists already and is public: choose another name, or omit --private")
-    present = {file.rfilename for file in found.siblings} - {".gitattributes"}
+    present = {file.rfilename for file in found.siblings or ()} - {".gitattributes"}
     if present and not overwrite:
         raise ValueError(
             f"{repo} holds {len(present)} file(s) already: choose another name, or --overwrite those of the "
