@@ -34,8 +34,8 @@ from scripts import tok_eval
 from tasks import embedded_mixtures
 from tests.helpers.core_bundles import write_bundle
 from tests.helpers.echo_model import echo_config, echo_model
+from tests.helpers.hub_models import REPO, published
 from tests.helpers.vocabulary import train_tokenizer
-from tests.test_hub import REPO, published
 from tests.test_transformers_model import QUESTIONS, TASK
 
 ROOT = Path(__file__).parent.parent
