@@ -1,8 +1,8 @@
-"""What the READMEs say is so: each command is run, and both say the same.
+"""The documents hold: the README's commands run, those of others parse, both languages say the same.
 
-The commands are walked through in the order of the README, as a reader would, in one process and one base
-directory. SMALL says what is added to those that would take long, ELSEWHERE which ones another test runs: of
-these the flags are read. Whatever is in neither is run as it stands.
+The commands run in the order of the README, as a reader would run them, in one process and base directory.
+SMALL holds what is added to those that would take long, ELSEWHERE those that another test runs: of these the
+flags are parsed. A command in neither is run unchanged.
 """
 
 import contextlib
@@ -39,7 +39,11 @@ from tests.helpers.vocabulary import train_tokenizer
 from tests.test_transformers_model import QUESTIONS, TASK
 
 ROOT = Path(__file__).parent.parent
-README, JAPANESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md"))
+DOCUMENTS = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "README.ja.md", "CONTRIBUTING.md", "dev/RESULTS.md", "dev/LOG.md")
+}
+README, JAPANESE, CONTRIBUTING, RESULTS, LOG = DOCUMENTS.values()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|bash|torchrun|lm_eval)\b")
 SHELL = ("git", "cd", "source", "export", "unset")  # nothing of ours runs
@@ -137,12 +141,18 @@ COMMANDS = commands(README)
 
 
 class Read(Exception):
-    """The flags are right, and nothing has been run."""
+    """Raised after the flags have been parsed, to run nothing."""
+
+
+def script_of(name):
+    """Return the module that `python -m name` runs."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
 def read_flags(module, arguments):
-    """Let a command read its arguments, and no more; return its config, ValueError if they are wrong."""
-    script, configs = importlib.import_module(module), []
+    """Return the config that a command parses from its arguments; ValueError for wrong ones. Run nothing."""
+    script, configs = script_of(module), []
     parse = script.parse
 
     def parse_only(config_class, argv):
@@ -156,7 +166,7 @@ def read_flags(module, arguments):
 
 
 def module_and_arguments(words):
-    """The module of ours that a command runs, by python or torchrun; None if it runs none."""
+    """Return the module of ours that a command runs by python or torchrun, and its arguments; or None."""
     for i, word in enumerate(words):
         if words[i - 1] == "-m" and word.startswith(("scripts.", "nanochat.")):
             return word, [argument for argument in words[i + 1 :] if argument != "--"]
@@ -170,7 +180,7 @@ def test_no_fence_goes_unread():
 
 
 def test_elsewhere_is_somewhere():
-    """Nothing is listed that the README does not have, and the named file does run it."""
+    """Each command listed is in the README, and the named file runs it."""
     assert set(ELSEWHERE) - set(COMMANDS) == set()
     for command, file in ELSEWHERE.items():
         name = next(re.finditer(r"scripts\.(\w+)|nanochat\.(\w+)|([\w/]+\.sh)", command))
@@ -184,7 +194,7 @@ def test_elsewhere_is_somewhere():
 
 
 def test_flags_in_the_text():
-    """A flag that stands alone is one of a command that the README names."""
+    """A flag in the text belongs to a command of the README."""
     modules = {module_and_arguments(shlex.split(c))[0] for c in COMMANDS if " -m scripts." in c}
 
     def is_known(module, flag):
@@ -253,7 +263,7 @@ def run(command):
             cli_evaluate()
     elif known := module_and_arguments(words):
         assert words[:2] == ["python", "-m"], f"what is {command}?"
-        assert importlib.import_module(known[0]).main(known[1]) == 0
+        assert script_of(known[0]).main(known[1]) == 0
     else:
         assert words[0] == "python", f"what is {command}?"
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -266,7 +276,7 @@ def run(command):
 
 
 def test_the_walk(reader, capsys, monkeypatch, tmp_path):
-    """Each command, in the order of the README; a failure shows the last one that was begun."""
+    """Each command, in the order of the README; the last one printed is the one that failed."""
     base = os.environ["NANOCHAT_BASE_DIR"]
     for command in COMMANDS:
         word, *rest = command.split()
@@ -295,7 +305,7 @@ def test_the_task_of_the_readme():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is said
+# Figures, tables and links
 
 
 MEASURED = {12: 576_961, 20: 188_590}  # tokens a second on an H100, dev/LOG.md
@@ -339,16 +349,16 @@ def test_the_hardware_table():
 def test_the_table_of_many_gpus():
     """Computing at the measured speed, then all that is sent, empty slots of stacks included, in turn."""
     alone = 524_288 / MEASURED[20]
-    table = [row for row in rows(README) if row[0] in ("1", "2", "8", "64")]
+    table = [row for row in rows(RESULTS) if row[0] in ("1", "2", "8", "64")]
     assert table[0] == ["1", f"{alone:.2f} s", "-", "-", "1"]
-    for (ranks, *told), bandwidth in zip(table[1:], (300e9, 370e9, 45e9), strict=True):
+    for (ranks, *cells), bandwidth in zip(table[1:], (300e9, 370e9, 45e9), strict=True):
         n = int(ranks)
         with torch.device("meta"):
             model = GPT(GPTConfig.from_depth(20, vocab_size=65_536))
         optimizer = build_optimizer(model, LearningRates(), replace(Runtime.cpu(), world_size=n))
         gradients = 2 * sum(stack.weights.numel() for stack in optimizer.stacks) * (n - 1) / n / bandwidth
         times = [alone / n, gradients, 2 * gradients]
-        for cell, value in zip(told, [*times, alone / sum(times)], strict=True):
+        for cell, value in zip(cells, [*times, alone / sum(times)], strict=True):
             number, unit = re.match(r"([\d.]+)( m?s)?", cell).groups()
             digits = len(number.replace(".", ""))
             assert float(number) == float(f"{value * (1e3 if unit == ' ms' else 1):.{digits}g}"), (n, cell)
@@ -369,14 +379,64 @@ def test_both_languages_say_the_same():
     assert JAPANESE.count("\n## ") == README.count("\n## ")
 
 
+def anchor(heading):
+    """Return the anchor that GitHub gives a heading."""
+    return "#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_and_paths_exist(name):
+    text = DOCUMENTS[name]
+    folder = (ROOT / name).parent
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    missing = []
+    for link in links:
+        path, _, fragment = link.partition("#")
+        file = folder / path if path else ROOT / name
+        if not file.exists():
+            missing.append(link)
+        elif fragment:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            missing += [link] * (f"#{fragment}" not in map(anchor, headings))
+    if name != "dev/LOG.md":  # its entries name the files of their day
+        assert len(links) > 3
+        paths = (
+            span for span in spans(text) if re.fullmatch(r"(nanochat|tasks|tests|dev|scripts)/[\w./]*", span)
+        )
+        missing += [path for path in paths if not (ROOT / path).exists()]
+    assert missing == []
+
+
 @pytest.mark.parametrize("text", [README, JAPANESE], ids=["en", "ja"])
-def test_what_is_pointed_to_is_there(text):
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    paths = [
-        span for span in spans(text) if re.fullmatch(r"(nanochat|tasks|tests|dev|scripts)/[\w./]*", span)
-    ]
-    assert len(links) > 3
-    assert [path for path in [*links, *paths] if "://" not in path and not (ROOT / path).exists()] == []
+def test_the_tree_is_that_of_the_checkout(text):
+    """Every file and folder of the tree exists, and every Python file and folder of nanochat/ is in it."""
+    (tree,) = (block for block in blocks(text, "text") if block.startswith("speedrun.sh"))
+    names = set(re.findall(r"(?<![\w./])[\w/]+(?:\.py|\.sh|\.html|/)", tree))
+    package = ROOT / "nanochat"
+    missing = {name for name in names if not any(list(folder.glob(name)) for folder in (ROOT, package))}
+    missing -= {"ui.html", "fused.py", "accelerate.py", "mixtures.py"}  # named beside their folders
+    assert missing == set()
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")} - {"kernels/"}
+    assert (files | folders) - names == set()
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "dev/RESULTS.md"])
+def test_the_commands_of_other_documents_parse(name):
+    known = [module_and_arguments(shlex.split(command)) for command in commands(DOCUMENTS[name])]
+    for module, arguments in filter(None, known):
+        read_flags(module, arguments)
+    scripts = re.findall(r"bash ([\w/]+\.sh)", DOCUMENTS[name])
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_the_log_has_an_index_and_verdicts():
+    """An entry a heading, in the order of the index, newest first, each with its verdict on top."""
+    index, *entries = re.split(r"^## (?=\d)", LOG, flags=re.MULTILINE)
+    dates = [row[0] for row in rows(index) if re.match(r"\d", row[0])]
+    assert dates == [entry[:10] for entry in entries]
+    assert dates == sorted(dates, reverse=True)
+    assert [entry.splitlines()[0] for entry in entries if not re.match(r".*\n\n\*\*Verdict: ", entry)] == []
 
 
 def test_the_figure_is_that_of_its_script(tmp_path):

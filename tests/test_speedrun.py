@@ -22,7 +22,7 @@ case $1 in
         [ -z "${AFTER:-}" ] || echo "$AFTER" ;;
 esac
 """
-MACHINES = {  # GPUs, their GiB, and whether they have 8 bits
+MACHINES = {  # number of GPUs, their GiB, and whether they compute in 8 bits
     "no GPU": "0 0 False",
     "one of 24 GiB": "1 23 False",
     "eight of 80 GiB": "8 79 True",
@@ -68,7 +68,7 @@ def test_gives_flags_that_are_read(machine, setting, speedrun):
 @pytest.mark.parametrize("data", ["hub", "embedded", "PATH"])
 @pytest.mark.parametrize("more", [{}, {"NPROC_PER_NODE": "4"}, {"DEVICE_BATCH_SIZE": "4"}])
 def test_gives_batches_that_divide(machine, data, more, speedrun):
-    """DATA=embedded on four GPUs or more, or ranks, ended after pretraining, or before it."""
+    """DATA=embedded on four or more GPUs or ranks failed before or after pretraining."""
     status, calls = speedrun(machine=machine, DATA=data, **more)
     assert status == 0
     for words in calls:
@@ -89,7 +89,7 @@ def test_gives_batches_that_divide(machine, data, more, speedrun):
 
 
 def test_8_bits_are_for_pretraining_on_cards_that_have_them(speedrun, capfd):
-    """Elsewhere it would end after download and tokenizer."""
+    """On other cards it would fail after download and tokenizer."""
     assert speedrun(FP8="1", machine="one of 24 GiB") == speedrun(FP8="1") == (1, [])
     assert "FP8=1 needs Hopper GPUs" in capfd.readouterr().err
     status, calls = speedrun(FP8="1", machine="eight of 80 GiB")
@@ -99,20 +99,20 @@ def test_8_bits_are_for_pretraining_on_cards_that_have_them(speedrun, capfd):
     assert read_flags(*in_8_bits[0]).fp8
 
 
-def test_goes_on_only_with_what_it_began(speedrun):
-    """Cut off while it started anew, before old checkpoints were deleted, a stage went on with those."""
+def test_resumes_only_its_own_checkpoints(speedrun):
+    """A stage that was cut off before it had deleted older checkpoints resumed from those."""
     cut = {"CUT": "mid_train", "LAST_WORDS": "step 00000 | validation bpb 3.1"}
     saved = {**cut, "LAST_WORDS": "step 00040 | saved to there"}
     found = []
     for arguments, settings in (([], {}), (["--fresh"], cut), ([], cut), ([], saved), ([], cut), ([], {})):
         status, calls = speedrun(*arguments, **settings)
         found += [(status, words[-1]) for words in calls if "scripts.mid_train" in words]
-    again, anew = "--resume", "--overwrite"
-    assert found == [(0, anew), (1, anew), (1, anew), (1, anew), (1, again), (0, again)]
+    resume, overwrite = "--resume", "--overwrite"
+    assert found == [(0, overwrite), *3 * [(1, overwrite)], (1, resume), (0, resume)]
 
 
 def test_does_not_pass_over_another_seed(speedrun, capfd):
-    """A finished stage would not be trained again, and the seed be without effect."""
+    """A finished stage would not be trained again, and the seed would have no effect."""
     assert speedrun(SEED="7")[0] == 0
     assert speedrun(SEED="8") == (1, [])
     assert "SEED=7" in capfd.readouterr().err
@@ -123,7 +123,7 @@ def test_does_not_pass_over_another_seed(speedrun, capfd):
 
 
 def test_does_not_pass_over_another_precision(speedrun, capfd):
-    """Pretraining went on at its last step, did nothing, and all after it was done again for that."""
+    """Pretraining resumed at its last step and did nothing, and all later stages ran again."""
     assert speedrun(FP8="1", machine="eight of 80 GiB", CUT="tok_train")[0] == 1  # before that it can change
     assert speedrun(machine="eight of 80 GiB")[0] == 0
     assert speedrun(FP8="1", machine="eight of 80 GiB") == (1, [])
@@ -141,7 +141,7 @@ def test_does_not_guess_what_a_setting_means(setting, speedrun, capfd):
 
 
 def test_the_report_is_of_one_run(speedrun, tmp_path):
-    """That of a deeper model, without RL or cut off, had results of the last one beside its own."""
+    """The report of a deeper model, without RL or cut off, also held results of the run before."""
     start = Path(os.environ["NANOCHAT_BASE_DIR"]) / "report" / "start.json"
     start.parent.mkdir(parents=True)
     start.touch()
@@ -161,7 +161,7 @@ def test_the_report_is_of_one_run(speedrun, tmp_path):
 
 
 def test_takes_as_many_ranks_as_batches_divide_by(speedrun, capfd):
-    """With six GPUs it ended after download and tokenizer: no batch of 524,288 tokens divides by six."""
+    """With six GPUs it failed after download and tokenizer: 524,288 tokens do not divide by six."""
     status, calls = speedrun(machine="six of 80 GiB")
     assert status == 0
     assert {word for words in calls for word in words if "nproc_per_node" in word} == {"--nproc_per_node=4"}
@@ -170,7 +170,7 @@ def test_takes_as_many_ranks_as_batches_divide_by(speedrun, capfd):
 
 
 def test_looks_for_wandb_before_it_needs_it(speedrun, capfd):
-    """It was missed after download and tokenizer, and `pip`, which .venv lacks, put it elsewhere."""
+    """It failed after download and tokenizer, and `pip`, which .venv lacks, installed it elsewhere."""
     assert speedrun(WANDB_RUN="mine", NO_WANDB="1") == (1, [])
     assert "uv pip install --python .venv wandb" in capfd.readouterr().err
     status, calls = speedrun(WANDB_RUN="mine")
@@ -293,5 +293,5 @@ def test_shards_are_those_of_the_hub(speedrun, capfd):
 
 
 def test_is_not_misled_by_what_libraries_print_at_the_end(speedrun):
-    """NCCL with NCCL_DEBUG=INFO, as some clouds set it, has the last word: a stage never counted as done."""
+    """With NCCL_DEBUG=INFO, as some clouds set it, NCCL prints last: a stage never counted as done."""
     assert speedrun(AFTER="host:1:2 [0] NCCL INFO comm 0x5 rank 0 - Destroy COMPLETE")[0] == 0
