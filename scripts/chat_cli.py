@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import tyro
 
@@ -120,6 +121,12 @@ class Chat:
             print(display.show(reply.flush()) + display.close(), flush=True)
 
 
+def replace_unknown_characters(stream: TextIO) -> None:
+    """Let a standard stream replace characters that its encoding does not have, instead of failing."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+
 def converse(chat: Chat, greeting: str) -> None:
     """Take turns, one line each, until the user leaves or the input ends; a pipe sees the answers alone."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -128,7 +135,7 @@ def converse(chat: Chat, greeting: str) -> None:
             import readline  # noqa: F401  # gives input() its line editing and history
         print(greeting)
     else:
-        sys.stdin.reconfigure(errors="replace")
+        replace_unknown_characters(sys.stdin)
     while True:
         try:
             text = input("\n> " if is_terminal else "").strip()
@@ -160,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
     chat = Chat(Engine(model, tokenizer, config.decoder), config.max_tokens, sampling)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? for what it lacks
+    replace_unknown_characters(sys.stdout)
     if config.prompt is not None:
         chat.answer(config.prompt)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -32,7 +32,7 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.headers = status, headers
@@ -73,26 +73,25 @@ def _fields(loc: Sequence[str | int], body: Any, is_missing: bool) -> Iterator[s
 def install_error_handlers(app: FastAPI) -> None:
     """Give every error of an app the one shape; what we did not foresee is logged and says nothing."""
 
+    @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
         return error.response()
 
+    @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code == 404:
             message = f"there is no {request.url.path[:100]} here, but {', '.join(app.openapi()['paths'])}"
-        elif error.status_code == 405:
+        elif error.status_code == 405 and error.headers:
             message = f"{request.url.path} is for {error.headers['Allow']}, not {request.method[:100]}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
+    @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         told = [_tell(mistake, error.body) for mistake in error.errors()[:_SHOWN]]
         return ApiError(400, "; ".join(text for _, text in told), param=told[0][0]).response()
 
+    @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
         headers = {"Connection": "close"}  # uvicorn does so, and the client should not find out by itself
         return ApiError(500, "the server made a mistake; its log says more", headers=headers).response()
-
-    app.add_exception_handler(ApiError, known)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, unforeseen)

@@ -74,12 +74,12 @@ class StrictModel(BaseModel):
 class Sampling(StrictModel):
     """How to sample, and how much."""
 
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_k: Whole | None = Field(None, ge=0, le=200)
-    top_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: Whole | None = Field(None, ge=1, le=4096)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_k: Whole | None = Field(default=None, ge=0, le=200)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    seed: Whole | None = Field(default=None, ge=-(2**63), lt=2**63)
+    max_tokens: Whole | None = Field(default=None, ge=1, le=4096)
 
     def to_request(self, settings: Settings, tokens: list[int], max_tokens: int, **more: Any) -> Request:
         """Return the request for the worker; `more` are further fields of it."""

@@ -132,8 +132,8 @@ class ChatMessage(StrictModel):
 
     def plain(self) -> Message:
         """Return it as a message of ours."""
-        is_text = isinstance(self.content, str)
-        text = self.content if is_text else "".join(part.text for part in self.content)
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
         return Message(role="system" if self.role == "developer" else self.role, content=text)
 
 
@@ -170,5 +170,7 @@ class TextCompleting(Completing):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, however many."""
-        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else self.prompt
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]

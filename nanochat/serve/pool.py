@@ -18,12 +18,13 @@ class Pool:
 
     def submit(self, request: Request, emit: Callable[[Token | End], None]) -> Handle:
         """See protocol.Backend."""
+        refusals: list[QueueFull | Closed] = []
         for worker in sorted(self.workers, key=lambda worker: worker.load):
             try:
                 return worker.submit(request, emit)
             except (QueueFull, Closed) as error:
-                refusal = error
-        raise refusal
+                refusals.append(error)
+        raise refusals[-1]
 
     @property
     def is_broken(self) -> bool:

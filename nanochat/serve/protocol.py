@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import RustBPETokenizer
 
+Reason = Literal["stop", "length", "cancelled", "error"]  # why a sample ended
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -41,7 +43,7 @@ class End:
     """The end of a sample, without the token that ended it."""
 
     sample: int
-    reason: Literal["stop", "length", "cancelled", "error"]
+    reason: Reason
     message: str = ""
 
 

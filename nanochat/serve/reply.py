@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from nanochat.decode.parts import Part, PartDelta, ReplyParser
-from nanochat.serve.protocol import End, Token
+from nanochat.serve.protocol import End, Reason, Token
 from nanochat.tokenizer import RustBPETokenizer
 
 
@@ -24,7 +23,7 @@ class Output:
 
     text: str = ""
     scored: list[tuple[int, Token]] = field(default_factory=list)  # tokens of text, and where each begins
-    finish: Literal["stop", "length"] | None = None
+    finish: Reason | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
@@ -47,7 +47,10 @@ from nanochat.serve.openai_api import openai_routes
 from nanochat.serve.protocol import Backend
 
 OPEN_PATHS = ("/", "/health")
-ERRORS = {"4XX": {"description": "the request's mistake"}, "5XX": {"description": "the server's"}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "the request's mistake"},
+    "5XX": {"description": "the server's"},
+}
 
 
 class ChatRequest(Sampling):
@@ -62,7 +65,7 @@ class Counters:
     def __init__(self) -> None:
         self.is_open = False
         self.requests: Counter[tuple[str, int]] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
 
 def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:

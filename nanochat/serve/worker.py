@@ -25,11 +25,18 @@ from nanochat.decode import DecoderKind
 from nanochat.decode.row import Row, special_ids
 from nanochat.decode.running import Running, Seat, decoder_for
 from nanochat.gpt import GPT
-from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token
+from nanochat.serve.protocol import Closed, End, QueueFull, Reason, Request, Token
 from nanochat.tokenizer import RustBPETokenizer
 
 logger = logging.getLogger(__name__)
 Emit = Callable[[Token | End], None]
+# the counter of requests that each reason belongs to
+OUTCOMES: dict[Reason, str] = {
+    "stop": "finished",
+    "length": "finished",
+    "cancelled": "cancelled",
+    "error": "failed",
+}
 Scores = tuple[float, tuple[tuple[int, float], ...]]  # logprob and alternatives of a Token
 
 
@@ -88,7 +95,7 @@ class Worker:
         self._queue: deque[Job] = deque()  # jobs whose prompts are not prefilled; guarded by _changed
         self._changed = threading.Condition()
         self._is_closing = self.is_broken = False
-        self._counts = dict.fromkeys(("finished", "cancelled", "failed"), 0)
+        self._counts = dict.fromkeys(OUTCOMES.values(), 0)
         self._tokens_generated = 0
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
@@ -131,7 +138,7 @@ class Worker:
             "running": len(self._samples),
             "waiting": len(self._queue),
             "tokens_generated": self._tokens_generated,
-            **{f"requests_{kind}": self._counts[kind] for kind in ("finished", "cancelled", "failed")},
+            **{f"requests_{kind}": self._counts[kind] for kind in self._counts},
         }
 
     def start(self) -> None:
@@ -199,7 +206,8 @@ class Worker:
             if sample.row.has_ended:
                 self._remove(sample, "stop")
                 continue
-            sample.job.emit(Token(sample.number, sample.row.last[0], *scores.get(index, ())))
+            logprob, alternatives = scores.get(index, (None, ()))
+            sample.job.emit(Token(sample.number, sample.row.last[0], logprob, alternatives))
             if len(sample.row.completion.tokens) == sample.job.request.max_tokens:
                 self._remove(sample, "length")
 
@@ -237,15 +245,15 @@ class Worker:
             self._unqueue(job)  # after its samples are in _samples: stop_taking must find it in one of both
         return len(chunk)
 
-    def _end(self, job: Job, number: int, reason: str, message: str = "") -> None:
+    def _end(self, job: Job, number: int, reason: Reason, message: str = "") -> None:
         if number in job.ended:  # it ended before the step failed
             return
         job.ended.add(number)
         if len(job.ended) == job.request.n:
-            self._counts[{"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")] += 1
+            self._counts[OUTCOMES[reason]] += 1
         job.emit(End(number, reason, message))
 
-    def _remove(self, sample: _Sample, reason: str) -> None:
+    def _remove(self, sample: _Sample, reason: Reason) -> None:
         """Free a sample's slot, and then emit its end."""
         self._running.remove(sample)
         self._end(sample.job, sample.number, reason)
