@@ -413,8 +413,11 @@ def test_the_tree_is_that_of_the_checkout(text):
     (tree,) = (block for block in blocks(text, "text") if block.startswith("speedrun.sh"))
     names = set(re.findall(r"(?<![\w./])[\w/]+(?:\.py|\.sh|\.html|/)", tree))
     package = ROOT / "nanochat"
-    missing = {name for name in names if not any(list(folder.glob(name)) for folder in (ROOT, package))}
-    missing -= {"ui.html", "fused.py", "accelerate.py", "mixtures.py"}  # named beside their folders
+    missing = {
+        name
+        for name in names
+        if not any([*ROOT.glob(name), *ROOT.glob(f"*/{name}"), *package.glob(f"*/{name}")])
+    }
     assert missing == set()
     files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")} - {"kernels/"}
