@@ -1,11 +1,11 @@
-"""Chat evaluation: how many conversations of a task the model answers rightly.
+"""Chat evaluation: the share of a task's conversations that the model answers correctly.
 
-Categorical tasks take one forward a batch of prompts, sorted by length and padded on the right; only the
-hidden state of each prompt's last token meets the head, and of that only the rows of the letters. Generative
-tasks are decoded greedily, many rows at a time, by the engine. Each rank takes every world_size-th
-conversation.
+Categorical tasks take one forward for each batch of prompts, which are sorted by length and padded on the
+right. Only the hidden state of each prompt's last token is multiplied by the head, and only by the rows of
+the letters. The engine decodes generative tasks greedily, many rows at a time. Each rank evaluates every
+world_size-th conversation.
 
-ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for guessing, 1 for knowing.
+ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for guessing, 1 for perfect answers.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from nanochat.sampling import GREEDY
 from nanochat.task import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
 
-JUDGES = 8  # answers judged at a time: one that is a program may take seconds
+JUDGES = 8  # threads that judge answers: running a program may take seconds
 
 
 def of_like_length(prompts: Sequence[Sequence[int]], n: int) -> Iterator[list[int]]:
-    """Yield the indices of all prompts, n at most at a time, from short to long."""
+    """Yield the indices of all prompts in batches of at most n, from short to long."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     yield from (order[i : i + n] for i in range(0, len(order), n))
 
 
 def pad_right(prompts: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Lay prompts side by side: (len(prompts), length of the longest) int64, on the CPU."""
+    """Return prompts as one tensor, (len(prompts), length of the longest) int64, on the CPU."""
     idx = torch.full((len(prompts), max(map(len, prompts))), fill)
     for row, prompt in enumerate(prompts):
         idx[row, : len(prompt)] = torch.as_tensor(prompt)
@@ -57,9 +57,9 @@ def evaluate_task(
     name: str = "",
     decoder: DecoderKind = "best",
 ) -> dict[str, Any]:
-    """Answer the first max_problems conversations of a task (-1: all); return its figures.
+    """Answer the first max_problems conversations of a task (-1: all) and return its figures.
 
-    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 without a choice), seconds.
+    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 without letters), seconds.
     """
     began = time.perf_counter()
     n = len(task) if max_problems == -1 else min(max_problems, len(task))
@@ -88,7 +88,7 @@ def evaluate_task(
 
 
 def chatcore(tasks: dict[str, dict[str, Any]], without: Sequence[str] = ()) -> float | None:
-    """Mean centred accuracy of evaluated tasks, some left out; None if none is left."""
+    """Return the mean centred accuracy of tasks except those named in `without`; None if none is left."""
     kept = [t for name, t in tasks.items() if name not in without]
     centred = [(t["accuracy"] - t["chance"]) / (1 - t["chance"]) for t in kept]
     return sum(centred) / len(centred) if centred else None
@@ -111,7 +111,7 @@ def _choose_letters(
         hidden = model.hidden(idx.to(model.device))[rows, last]
         letters = sorted({letter for i in batch for letter in conversations[i]["letters"]})
         ids = [letter_id(tokenizer, letter) for letter in letters]
-        # float: a product in bfloat16 would make equals of letters that differ, and the first would win
+        # in float32: rounding to bfloat16 would make different logits equal, and the first letter would win
         logits = head_logits(hidden.float(), model.lm_head.weight[ids]).tolist()
         for i, row in zip(batch, logits, strict=True):
             of_letter = dict(zip(letters, row, strict=True))
@@ -121,7 +121,7 @@ def _choose_letters(
 
 
 def letter_id(tokenizer: RustBPETokenizer, letter: str) -> int:
-    """Return the one token of a letter at the start of a reply."""
+    """Return the token of a letter at the start of a reply; ValueError if it is not one token."""
     ids = tokenizer.encode(letter)
     if len(ids) != 1:
         raise ValueError(f"the letter {letter!r} is {len(ids)} tokens; a choice must be named by one")

@@ -1,21 +1,21 @@
-"""Conversations as tokens: what stands where, what is learned, and what goes when there is too much.
+"""Render conversations as tokens: the order of the parts, the training mask, and how long ones are cut.
 
     <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> text <|assistant_end|> <|user_start|> ...
 
 A conversation is {"messages": [{"role": ..., "content": ...}, ...]}: user and assistant take turns, the user
 first. A system message may come before them; its text goes in front of the first user text. Content is a
-string; an assistant's may also be a list of parts {"type": ..., "text": ...}, where "text" is what it says,
-"python" a call of the calculator and "python_output" the result of the call. The mask is 1 on every token
-that the assistant has to produce (text, calls, <|assistant_end|>) and 0 on all else, results included.
+string; an assistant's may also be a list of parts {"type": ..., "text": ...} of the types "text", "python" (a
+call of the calculator) and "python_output" (the result of the call). The mask is 1 on every token that the
+assistant has to produce (text, calls, <|assistant_end|>) and 0 on all others, including results.
 
-What goes when there are more than max_tokens, so that the sequence stays well formed:
+A conversation of more than max_tokens is cut so that it stays well formed:
 
-- To learn from, whole exchanges (a user message and its reply) are kept from the start, and each reply is
-  learned with all that it answers to in view. To complete, they are kept from the end, the most recent.
+- For training, whole exchanges (a user message and its reply) are kept from the start, so that every reply is
+  learned with its whole context. For completion, the most recent exchanges are kept.
 - If one exchange alone is too long, the user text loses its start until the reply fits, but keeps half of
   the room; then the reply loses its end with <|assistant_end|>, which would be learned too early there.
-- To complete, the system text stays: it goes in front of the oldest user text that is kept. If that is the
-  last one and too long, the start of the system text keeps half of the room at most.
+- For completion, the system text is kept: it goes in front of the oldest user text that is kept. If that is
+  the last one and too long, the start of the system text takes at most half of the room.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PART_TYPES = tuple(_PART_TOKENS)
 
 
 class Tokenizer(Protocol):
-    """What rendering needs of a tokenizer."""
+    """The methods of a tokenizer that rendering calls."""
 
     def get_bos_token_id(self) -> int: ...
     def encode_special(self, token: str, /) -> int: ...
@@ -51,9 +51,9 @@ def part_boundaries(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def limit_reply(max_tokens: int, context: int, warn: Callable[[str], object] | None = None) -> int:
-    """Return how many tokens a reply may have: max_tokens, but half of the context at most.
+    """Return the largest number of tokens of a reply: max_tokens, but at most half of the context.
 
-    The prompt keeps the other half. If that is less than max_tokens, `warn` is called with a message.
+    The other half is the prompt's. `warn` is called with a message if the result is less than max_tokens.
     """
     half = context // 2
     if max_tokens > half and warn is not None:
@@ -63,15 +63,15 @@ def limit_reply(max_tokens: int, context: int, warn: Callable[[str], object] | N
 
 @dataclass
 class _Exchange:
-    user: list[int]  # the text alone, after the system text in the first one
-    reply: list[int]  # from <|assistant_start|> on; empty where nobody replies
+    user: list[int]  # text without special tokens; in the first exchange, after the system text
+    reply: list[int]  # from <|assistant_start|> on; empty without a reply
     reply_mask: list[int]
 
 
 def render_conversation(
     tokenizer: Tokenizer, conversation: dict[str, Any], max_tokens: int
 ) -> tuple[list[int], list[int]]:
-    """Return (ids, mask) of a conversation to learn from; ValueError if malformed or max_tokens < 6."""
+    """Return (ids, mask) of a conversation for training; ValueError if malformed or max_tokens < 6."""
     _, (first, *others) = _exchanges(tokenizer, conversation)
     ids, mask = [tokenizer.get_bos_token_id()], [0]
     for exchange in (_fit(first, max_tokens), *others):
@@ -86,13 +86,13 @@ def render_conversation(
 def render_for_completion(tokenizer: Tokenizer, conversation: dict[str, Any], max_tokens: int) -> list[int]:
     """Return the ids from <|bos|> to the <|assistant_start|> after the last user message.
 
-    A reply to that message, as data sets have it, is left out: it is what is to be completed. max_tokens is
-    the context length less the new tokens that it has to hold. ValueError as in render_conversation.
+    A reply to that message is left out, as the model has to write it. max_tokens is the context length minus
+    the number of new tokens. ValueError as in render_conversation.
     """
     system, exchanges = _exchanges(tokenizer, conversation)
     exchanges[-1].reply, exchanges[-1].reply_mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
-    ids: list[int] = []  # what is kept
-    later: list[int] = []  # the same without the system text, to put another exchange in front
+    ids: list[int] = []  # of the exchanges that are kept
+    later: list[int] = []  # the same without the system text, which belongs before an earlier exchange
     for exchange in reversed(exchanges):
         user = exchange.user if exchange is exchanges[0] else system + exchange.user
         oldest = replace(exchange, user=user)
@@ -107,11 +107,11 @@ def render_for_completion(tokenizer: Tokenizer, conversation: dict[str, Any], ma
 
 
 def _exchanges(tokenizer: Tokenizer, conversation: dict[str, Any]) -> tuple[list[int], list[_Exchange]]:
-    """Return the system text as it goes in front of a user text, and the exchanges."""
+    """Return the system text with the empty line after it, and the exchanges."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        form = '{"messages": [{"role": ..., "content": ...}, ...]}'
-        raise ValueError(f"a conversation must be {form}, not {conversation!r:.200}")
+        expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
+        raise ValueError(f"a conversation must be {expected}, not {conversation!r:.200}")
     for index, message in enumerate(messages):
         if not message.get("content"):
             raise ValueError(f"message {index} is empty")
@@ -162,7 +162,7 @@ def _string(value: Any, index: int) -> str:
 
 
 def _fit(exchange: _Exchange, max_tokens: int, num_kept: int = 0) -> _Exchange:
-    """Cut an exchange down to what fits after <|bos|>; its first num_kept stay, or half the room."""
+    """Cut an exchange to max_tokens after <|bos|>; it keeps its first num_kept tokens, or half the room."""
     room = max_tokens - 3  # <|bos|>, <|user_start|>, <|user_end|>
     if room < 3:
         raise ValueError(f"max_tokens={max_tokens} must be 6 at least: 4 special tokens, 1 of text each")

@@ -1,9 +1,9 @@
-"""What the server answers when it cannot: one shape for every route, the one that OpenAI's clients read.
+"""The server's error responses: one format for every route, which OpenAI's clients read.
 
     {"error": {"message": "...", "type": "invalid_request_error", "param": "messages", "code": null}}
 
-A message names the value, the rule and the fix where the client can mend it, and nothing of our insides where
-it cannot. The body is plain ASCII: a message may quote half of a surrogate pair, which is no UTF-8.
+For an error that the client can fix, the message names the value, the rule and the fix; for others it shows
+no internals. The body is ASCII: a message may quote half of a surrogate pair, which is not valid UTF-8.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_SHOWN = 3  # mistakes of one request that are told of
+_MAX_ERRORS = 3  # of one request in its message
 _WITHOUT_VALUE = ("missing", "extra_forbidden")
 
 
 class ApiError(Exception):
-    """An answer with a status of 400 or more; `param` is the setting that is wrong, `code` says how."""
+    """A response with a status of 400 or more; `param` is the wrong field, `code` OpenAI's error code."""
 
     def __init__(
         self,
@@ -42,24 +42,24 @@ class ApiError(Exception):
         }
 
     def response(self) -> Response:
-        """Return the answer."""
+        """Return the response."""
         return Response(json.dumps(self.body), self.status, self.headers, "application/json")
 
 
-def _tell(mistake: dict[str, Any], body: Any) -> tuple[str | None, str]:
-    """Return the field that is wrong, if it is one, and what is wrong with it."""
-    kind, value = mistake["type"], reprlib.repr(mistake["input"])
+def _describe(error: dict[str, Any], body: Any) -> tuple[str | None, str]:
+    """Return the field with a validation error, None if it is not in a field, and the message."""
+    kind, value = error["type"], reprlib.repr(error["input"])
     if kind == "json_invalid":
-        return None, f"the body is no JSON: {mistake['ctx']['error']}, at character {mistake['loc'][1]}"
-    place = ".".join(_fields(mistake["loc"][1:], body, is_missing=kind == "missing"))
-    if not place:
+        return None, f"the body is no JSON: {error['ctx']['error']}, at character {error['loc'][1]}"
+    path = ".".join(_path(error["loc"][1:], body, is_missing=kind == "missing"))
+    if not path:
         return None, "the body must be a JSON object, sent with Content-Type: application/json"
-    text = mistake["msg"].removeprefix("Value error, ")
-    return place, f"{place}: {text}" + (f", not {value}" if kind not in _WITHOUT_VALUE else "")
+    text = error["msg"].removeprefix("Value error, ")
+    return path, f"{path}: {text}" + (f", not {value}" if kind not in _WITHOUT_VALUE else "")
 
 
-def _fields(loc: Sequence[str | int], body: Any, is_missing: bool) -> Iterator[str]:
-    """Yield the fields and indices of a place; pydantic also tells which of several types it has tried."""
+def _path(loc: Sequence[str | int], body: Any, is_missing: bool) -> Iterator[str]:
+    """Yield the fields and indices of pydantic's location, without the types of unions in it."""
     for item in loc:
         if isinstance(body, list) and isinstance(item, int):
             body = body[item]
@@ -71,7 +71,7 @@ def _fields(loc: Sequence[str | int], body: Any, is_missing: bool) -> Iterator[s
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Give every error of an app the one shape; what we did not foresee is logged and says nothing."""
+    """Give all errors of an app the one format; unexpected ones are logged, and their response is vague."""
 
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
@@ -88,10 +88,11 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        told = [_tell(mistake, error.body) for mistake in error.errors()[:_SHOWN]]
-        return ApiError(400, "; ".join(text for _, text in told), param=told[0][0]).response()
+        described = [_describe(item, error.body) for item in error.errors()[:_MAX_ERRORS]]
+        message = "; ".join(text for _, text in described)
+        return ApiError(400, message, param=described[0][0]).response()
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        headers = {"Connection": "close"}  # uvicorn does so, and the client should not find out by itself
+    async def unexpected(request: Request, error: Exception) -> Response:
+        headers = {"Connection": "close"}  # uvicorn closes it, which the client must know
         return ApiError(500, "the server made a mistake; its log says more", headers=headers).response()

@@ -1,10 +1,10 @@
-"""What a client may ask for: settings of the server, fields that all routes share, the prompt of a chat.
+"""Settings of the server, the fields that requests of all routes share, and the prompt of a chat.
 
-Numbers have the bounds of nanochat's API, in the types; how much text there may be is up to whoever runs the
-server. A field that is left out takes the server's own default, one that is not known is an error.
+The types of numbers have the bounds of nanochat's API; the limits of text are settings of the server. A field
+that is left out takes the server's default, and an unknown field is an error.
 
-Prompt and reply share the context. A reply has half of it at most, so that the prompt has the other half, and
-where the conversation is longer than its part, the oldest exchanges fall away (see chat_format).
+Prompt and reply share the context. A reply has at most half of it. If the conversation is longer than the
+rest, its oldest exchanges are dropped (see chat_format).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nanochat.tokenizer import RustBPETokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the server answers by default, whom, and how much it reads."""
+    """Default sampling, limits of requests, and access to the server."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -33,11 +33,11 @@ class Settings:
     max_messages: int = 500
     max_message_chars: int = 8_000
     max_chars: int = 32_000  # of all messages, or of a prompt
-    max_body_bytes: int = 1 << 19  # all those characters as JSON escapes take three quarters of it
-    api_key: str = ""  # empty: everyone may ask
+    max_body_bytes: int = 1 << 19  # max_chars as JSON escapes take three quarters of it
+    api_key: str = ""  # empty: no key is needed
     allowed_hosts: tuple[str, ...] = ()  # names by which the server may be addressed; empty: any
-    allowed_origins: tuple[str, ...] = ()  # web pages of others that may ask, say "https://example.org"
-    log_chats: bool = False  # write what is said into the log
+    allowed_origins: tuple[str, ...] = ()  # other web pages that may use it, say "https://example.org"
+    log_chats: bool = False  # write prompts and replies to the log
 
     def __post_init__(self) -> None:
         try:
@@ -45,7 +45,7 @@ class Settings:
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from error
-        if not re.fullmatch("[!-~]*", self.api_key):  # the key itself is nobody's business
+        if not re.fullmatch("[!-~]*", self.api_key):  # the message must not show the key
             raise ValueError("api_key must be ASCII without spaces or line ends, or no client can send it")
         for origin in self.allowed_origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
@@ -62,17 +62,17 @@ def _whole(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_whole)]  # 7.0 is an integer in JSON
 Item = TypeVar("Item")
-Items = Annotated[list[Item], Field(fail_fast=True)]  # what clients send may be nothing but mistakes
+Items = Annotated[list[Item], Field(fail_fast=True)]  # a body may have a hundred thousand bad items
 
 
 class StrictModel(BaseModel):
-    """A JSON object that has the fields it should, of the types they should have, and no others."""
+    """A JSON object with exactly the declared fields and types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Sampling(StrictModel):
-    """How to sample, and how much."""
+    """Sampling settings and the length of a reply."""
 
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_k: Whole | None = Field(default=None, ge=0, le=200)
@@ -82,7 +82,7 @@ class Sampling(StrictModel):
     max_tokens: Whole | None = Field(default=None, ge=1, le=4096)
 
     def to_request(self, settings: Settings, tokens: list[int], max_tokens: int, **more: Any) -> Request:
-        """Return the request for the worker; `more` are further fields of it."""
+        """Return the request for the worker; `more` are its other fields."""
         names = {"temperature", "top_k", "top_p", "repetition_penalty", "seed"}
         chosen = self.model_dump(include=names, exclude_none=True)
         defaults = {"temperature": settings.temperature, "top_k": settings.top_k}
@@ -100,10 +100,10 @@ class Message(StrictModel):
 def chat_prompt(
     tokenizer: RustBPETokenizer, settings: Settings, messages: Sequence[Message], room: int
 ) -> list[int]:
-    """Return the tokens, at most `room`, that the assistant is to reply to; ApiError 400 if it cannot."""
+    """Return a chat as the prompt for a reply, at most `room` tokens; ApiError 400 if it has no reply."""
     _check_messages(settings, messages)
     rendered = [
-        # An empty reply is one too, and chat_format takes it as a list of parts only.
+        # A reply may be empty, which chat_format accepts only as a list of parts.
         {"role": "assistant", "content": [{"type": "text", "text": message.content}]}
         if message.role == "assistant"
         else {"role": message.role, "content": message.content}
@@ -134,7 +134,7 @@ def _check_messages(settings: Settings, messages: Sequence[Message]) -> None:
 
 
 def check_length(settings: Settings, num_chars: int, param: str) -> None:
-    """Raise ApiError 400 if there are more characters than are read."""
+    """Raise ApiError 400 if there are more than max_chars characters."""
     if num_chars > settings.max_chars:
         raise ApiError(
             400, f"{num_chars} characters of {param} are more than {settings.max_chars}", param=param

@@ -1,12 +1,11 @@
-"""From the worker's thread to a handler that awaits, and from there to the client.
+"""Deliver what the worker's thread emits to the handlers of requests, and from there to the clients.
 
-The worker emits from a thread of its own. To wake the event loop for each token would take the interpreter
-from the worker as often, and send each client a packet a token. So the loop takes over what has come at most
-once in TICK_S, which is oftener than anyone reads, or less often where so many are served that it would do
-little but send.
+The worker emits from its own thread. Waking the event loop for each token would take the interpreter from the
+worker each time, and send each client one packet per token. So the loop collects events once per TICK_S,
+faster than anyone reads, and less often if it serves so many clients that it would do little but send.
 
-Whoever asked may leave at any time, even before the first word is sent. WhileConnected watches for that, and
-however an answer ends, its rows are freed.
+A client may disconnect at any time, even before the first token is sent. WhileConnected watches for that;
+however a response ends, its rows are freed.
 """
 
 from __future__ import annotations
@@ -27,28 +26,28 @@ from nanochat.serve.protocol import Backend, Closed, End, Handle, QueueFull, Req
 from nanochat.serve.reply import Delta, Sample
 
 logger = logging.getLogger(__name__)
-to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each call
 
 RETRY_AFTER_S = 2
 CLOSING = "the server is shutting down"
 TICK_S = 0.02
-SEND_S = 0.00025  # of a tick, for each client: to send takes a tenth to a third of that
-_BATCH = 64  # events that are turned into text before others get a turn
+SEND_S = 0.00025  # of a tick, for each client; sending takes a tenth to a third of that
+_BATCH = 64  # events to process before other tasks get a turn
 
 
 class Generations:
-    """Starts requests, and brings them what the worker emits."""
+    """Starts requests and delivers to them what the worker emits."""
 
     def __init__(self, backend: Backend, log: bool = False):
         self.backend, self.log = backend, log
         self._emitted: deque[tuple[Generation, int, Token | End]] = deque()
-        self._is_awake = False  # the loop knows that there is something
-        self._next_delivery = 0.0  # at the earliest
+        self._is_awake = False  # a delivery is scheduled
+        self._next_delivery = 0.0  # earliest time
 
     def start(self, *requests: Request, stops: Sequence[str] = ()) -> Generation:
-        """Submit the requests of one answer, all of them or none.
+        """Submit the requests of one response, all of them or none.
 
-        ApiError 400 if one cannot be served, 429 or 503 if it is not taken.
+        ApiError 400 if one cannot be served, 429 if the queue is full, 503 if the backend is closed.
         """
         tokenizer = self.backend.tokenizer
         samples = [Sample(tokenizer, stops) for request in requests for _ in range(request.n)]
@@ -73,7 +72,7 @@ class Generations:
             self._emitted.append((generation, number, event))
             if not self._is_awake:
                 self._is_awake = True
-                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                with suppress(RuntimeError):  # the loop is closed, and with it all connections
                     loop.call_soon_threadsafe(self._wake)
 
         try:
@@ -104,16 +103,16 @@ class Generations:
 
 
 class Generation:
-    """An answer under way. Its samples are those of its requests, one request after the other."""
+    """A response in progress. Its samples are those of its requests, one request after the other."""
 
     def __init__(self, samples: list[Sample], log: bool):
         self.samples, self._log = samples, log
-        self.handles: list[tuple[int, Handle]] = []  # of each request, and the number of its first sample
-        self.events: deque[tuple[int, Token | End]] = deque()  # and the number of the request
+        self.handles: list[tuple[int, Handle]] = []  # for each request: number of its first sample, handle
+        self.events: deque[tuple[int, Token | End]] = deque()  # number of a request, event
         self.has_events = asyncio.Event()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Yield what is said, as much as has come at a time, until every sample has finished.
+        """Yield the deltas that have arrived, until every sample has finished.
 
         ApiError 500 if the worker fails, 503 if it was stopped.
         """
@@ -124,10 +123,10 @@ class Generation:
                 while self.events and len(deltas) < _BATCH:
                     deltas.append(self._feed(*self.events.popleft()))
             except ApiError:
-                yield deltas  # what was said before the failure
+                yield deltas  # those before the failure
                 raise
             if self.events:
-                await asyncio.sleep(0)  # so that others get a turn
+                await asyncio.sleep(0)  # give other tasks a turn
             else:
                 self.has_events.clear()
             yield deltas
@@ -143,38 +142,38 @@ class Generation:
                 raise ApiError(503, CLOSING)
         delta = sample.feed(event)
         delta.sample += first
-        if delta.finish and isinstance(event, Token):  # a stop string: the model would go on
+        if delta.finish and isinstance(event, Token):  # a stop string: the model would continue
             handle.stop(event.sample)
         if self._log and delta.finish:
             logger.info("reply: %r", sample.text)
         return delta
 
     def cancel(self) -> None:
-        """Free its rows, if it still has any."""
+        """Free the rows that still run."""
         for _, handle in self.handles:
             handle.cancel()
 
 
 class WhileConnected(Response):
-    """Sends an answer for as long as the client is there, and cancels the generation however that ends."""
+    """Sends a response while the client is connected, and then cancels the generation in any case."""
 
-    def __init__(self, generation: Generation, answer: ASGIApp):
+    def __init__(self, generation: Generation, response: ASGIApp):
         super().__init__()
-        self.generation, self.answer = generation, answer
+        self.generation, self.response = generation, response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
-        answer = asyncio.ensure_future(self.answer(scope, receive, send))
-        absence = asyncio.ensure_future(_disconnection(receive))
+        """Send the response."""
+        response = asyncio.ensure_future(self.response(scope, receive, send))
+        disconnection = asyncio.ensure_future(_disconnection(receive))
         try:
-            await asyncio.wait({answer, absence}, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                answer.result()
+            await asyncio.wait({response, disconnection}, return_when=asyncio.FIRST_COMPLETED)
+            if response.done():
+                response.result()
         finally:
             self.generation.cancel()
-            answer.cancel()
-            absence.cancel()
-            await asyncio.gather(answer, absence, return_exceptions=True)
+            response.cancel()
+            disconnection.cancel()
+            await asyncio.gather(response, disconnection, return_exceptions=True)
 
 
 async def _disconnection(receive: Receive) -> None:
@@ -183,18 +182,18 @@ async def _disconnection(receive: Receive) -> None:
 
 
 def event(data: dict[str, Any]) -> str:
-    """Return a server-sent event."""
+    """Return data as a server-sent event."""
     return f"data: {to_json(data)}\n\n"
 
 
 def event_stream(chunks: AsyncIterator[str]) -> ASGIApp:
-    """Return what sends server-sent events as they come. An ApiError among them is the last event."""
+    """Return an app that sends server-sent events as they come; an ApiError among them is the last event."""
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
-            "x-accel-buffering": "no",  # nginx would keep events back until it has a page of them
+            "x-accel-buffering": "no",  # nginx would hold events back until it has a page of them
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
@@ -205,4 +204,4 @@ def event_stream(chunks: AsyncIterator[str]) -> ASGIApp:
             await send({"type": "http.response.body", "body": event(error.body).encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    return answer
+    return stream

@@ -1,13 +1,13 @@
-"""The routes of OpenAI's API, for the programs that speak it: chat completions, completions, models.
+"""The routes of OpenAI's API: chat completions, completions, models.
 
-What is served is what a text model can do: streams, several samples, stop strings, seeds, log probabilities,
-usage; top_k and repetition_penalty as well. The rest is an error (see openai_schema). Of several prompts for
-/v1/completions the choices come prompt by prompt, n of each.
+They have the features of a text model: streams, several samples, stop strings, seeds, log probabilities and
+usage, and also top_k and repetition_penalty. Other fields are errors (see openai_schema). For several prompts
+of /v1/completions, the choices come prompt by prompt, n of each.
 
-Three things differ from OpenAI's own. What the assistant does with the calculator is no part of the content,
-though usage counts its tokens. max_tokens has the server's default (--max-tokens), and in a chat it is half
-of the context at most. Where a chat is longer than the rest of the context, its oldest exchanges fall away;
-usage.prompt_tokens counts what the model read.
+Three things differ from OpenAI's own API. Calls of the calculator and their results are not in the content,
+though usage counts their tokens. max_tokens has the server's default (--max-tokens), and in a chat it is at
+most half of the context. If a chat is longer than the rest of the context, its oldest exchanges are dropped;
+usage.prompt_tokens counts the tokens that the model has read.
 
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=..., ...)
 """
@@ -83,7 +83,7 @@ def openai_routes(generations: Generations, settings: Settings) -> APIRouter:
 
 @dataclass
 class _Answer:
-    """A completion in the making."""
+    """The response to a request for completions, whole or as a stream."""
 
     kind: str
     model: str
@@ -101,9 +101,9 @@ class _Answer:
         }
 
     def response(self) -> Response:
-        """Return it as the client wants it."""
-        answer = event_stream(self._chunks()) if self.body.stream else self._whole
-        return WhileConnected(self.generation, answer)
+        """Return a stream or a whole response, as the client wants it."""
+        response = event_stream(self._chunks()) if self.body.stream else self._whole
+        return WhileConnected(self.generation, response)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async for _ in self.generation.deltas():

@@ -1,7 +1,7 @@
-"""What OpenAI's clients send, and what of it is served.
+"""The requests of OpenAI's clients, and which of their fields are served.
 
-A field that would change the answer and is not served is an error, never passed over. One that is null, or
-says "off", is let through: many clients send every field that they know.
+A field that would change the response and is not served is an error, never ignored. A field that is null, or
+has the value that turns it off, is accepted: many clients send every field that they know.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nanochat.serve.chat_request import Items, Message, Sampling, StrictModel, W
 
 MAX_PROMPTS = 128  # of one request
 
-# Fields that are not served, and the values of them that ask for nothing.
+# Fields that are not served, with the values that turn them off.
 _OFF: dict[str, list[Any]] = {
     "frequency_penalty": [0],
     "presence_penalty": [0],
@@ -35,18 +35,18 @@ _OFF: dict[str, list[Any]] = {
     "best_of": [1],
     "suffix": [""],
 }
-# These say who asks, not what, or how to use the tools, of which there are none.
+# These identify the user, or say how to use tools, of which there are none.
 _NO_EFFECT = ("user", "safety_identifier", "metadata", "prompt_cache_key", "parallel_tool_calls")
 
 
-def _must_be(what: str) -> WrapValidator:
-    """Say so of whatever is wrong, where pydantic would say of each of several types why it is not that."""
+def _must_be(description: str) -> WrapValidator:
+    """Return a validator with one message for a union of types; pydantic has one for each type."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         try:
             return validate(value)
         except ValidationError as error:
-            raise ValueError(f"must be {what}") from error
+            raise ValueError(f"must be {description}") from error
 
     return WrapValidator(check)
 
@@ -66,14 +66,14 @@ Prompts = Annotated[
 
 
 class StreamOptions(StrictModel):
-    """Whether a stream ends with a chunk that has the usage."""
+    """Options of a stream: with include_usage, it ends with a chunk that has the usage."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False  # there is none
+    include_obfuscation: Literal[False] = False  # not served
 
 
 class Completing(Sampling):
-    """What both kinds of completion take."""
+    """The fields that both kinds of completion have."""
 
     model: str | None = None
     stream: bool = False
@@ -83,8 +83,8 @@ class Completing(Sampling):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_what_is_off(cls, fields: Any) -> Any:
-        """Leave out what is null or asks for nothing; ApiError 400 for the rest of what is not served."""
+    def drop_disabled(cls, fields: Any) -> Any:
+        """Drop fields that are null or turned off; ApiError 400 for other fields that are not served."""
         if not isinstance(fields, dict):
             return fields
         kept = {name: v for name, v in fields.items() if v is not None and name not in _NO_EFFECT}
@@ -96,26 +96,26 @@ class Completing(Sampling):
 
     @model_validator(mode="after")
     def check_stream_options(self) -> Completing:
-        """ApiError 400 if there are options of a stream and no stream."""
+        """Raise ApiError 400 if there are stream options without a stream."""
         if self.stream_options and not self.stream:
             raise ApiError(400, "stream_options need stream=true", param="stream_options")
         return self
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings."""
+        """Return the stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class TextPart(StrictModel):
-    """A part of a message's content; there is only text."""
+    """A part of a message's content, which must be text."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(StrictModel):
-    """A message as OpenAI has it."""
+    """A message in OpenAI's format."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -124,14 +124,14 @@ class ChatMessage(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_what_is_empty(cls, fields: Any) -> Any:
-        """Leave out null and []: clients send a reply back with all the fields that it came with."""
+    def drop_empty(cls, fields: Any) -> Any:
+        """Drop null and []: clients send a reply back with all the fields that it came with."""
         if not isinstance(fields, dict):
             return fields
         return {name: v for name, v in fields.items() if name == "content" or v not in (None, [])}
 
     def plain(self) -> Message:
-        """Return it as a message of ours."""
+        """Return it in our format."""
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return Message(role="system" if self.role == "developer" else self.role, content=text)
@@ -147,7 +147,7 @@ class ChatCompleting(Completing):
 
     @model_validator(mode="after")
     def check_pairs(self) -> ChatCompleting:
-        """ApiError 400 for two limits, or for alternatives without log probabilities."""
+        """Raise ApiError 400 for two limits, or for alternatives without log probabilities."""
         if self.max_tokens and self.max_completion_tokens:
             message = "max_tokens and max_completion_tokens are the same; give one of them"
             raise ApiError(400, message, param="max_completion_tokens")
@@ -157,7 +157,7 @@ class ChatCompleting(Completing):
 
     @property
     def num_alternatives(self) -> int | None:
-        """Tokens to list beside each one; None if nobody wants to know."""
+        """Return the number of alternatives to each token; None without log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -169,7 +169,7 @@ class TextCompleting(Completing):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, however many."""
+        """Return the prompts, one or several, as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         ids = [item for item in self.prompt if isinstance(item, int)]

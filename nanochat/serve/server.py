@@ -1,17 +1,16 @@
-"""The chat server: nanochat's API, OpenAI's, the page that talks to the former, and what operators ask for.
+"""The chat server: nanochat's API, OpenAI's API, the chat page, and monitoring.
 
     POST /chat/completions    server-sent events of one reply:
                               data: {"token": "text", "gpu": 0}
-                              data: {"tool": {"expression": "12*7", "result": "84"}}     or null: refused
+                              data: {"tool": {"expression": "12*7", "result": "84"}}     or null: no result
                               data: {"done": true}                                       or {"error": {...}}
     /v1/...                   see openai_api
-    GET /  /health            the page, and whether the server is up; these two need no key, and have HEAD
-    GET /stats                counters of the worker, and the sampling of a chat that asks for none of its own
+    GET /  /health            the page, and the status of the server; both need no key, and have HEAD
+    GET /stats                counters of the worker, and the default sampling settings of a chat
     GET /metrics              counters of worker and server, for Prometheus
 
-All models run in the backend's thread. Handlers only await, so that a slow client keeps nobody else waiting.
-The life of the app is the backend's: it starts with it, and when it ends, requests that run may finish while
-new ones are turned away.
+All models run in the backend's threads. Handlers only await, so that a slow client does not delay others. The
+backend starts and closes with the app. While it closes, running requests finish and new ones are refused.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ from nanochat.serve.protocol import Backend
 
 OPEN_PATHS = ("/", "/health")
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "the request's mistake"},
-    "5XX": {"description": "the server's"},
+    "4XX": {"description": "an error in the request"},
+    "5XX": {"description": "an error of the server"},
 }
 
 
@@ -60,21 +59,21 @@ class ChatRequest(Sampling):
 
 
 class Counters:
-    """Requests by path and status, the seconds that they took by path, and whether new ones are taken."""
+    """Requests by path and status, and their seconds by path."""
 
     def __init__(self) -> None:
-        self.is_open = False
+        self.is_open = False  # new requests are accepted
         self.requests: Counter[tuple[str, int]] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
 
 def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
-    """Return the app that serves a backend; the backend starts and closes with the app."""
+    """Return the app that serves a backend, and starts and closes it."""
     settings = settings or Settings()
     counters = Counters()
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(backend.start)
         counters.is_open = True
         yield
@@ -83,8 +82,8 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(
         title="nanochat",
-        lifespan=life,
-        docs_url=None,  # they would load scripts from elsewhere
+        lifespan=lifespan,
+        docs_url=None,  # its pages would load scripts from other sites
         redoc_url=None,
         responses=ERRORS,
     )
@@ -99,7 +98,7 @@ def create_app(backend: Backend, settings: Settings | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+            allow_headers=["*"],  # OpenAI's client for browsers adds a dozen headers
         )
     return app
 
@@ -124,7 +123,7 @@ async def _chat_events(generation: Generation) -> AsyncIterator[str]:
             if delta.tool:
                 events.append(event({"tool": delta.tool}))
             if delta.text:
-                # event({"token": ..., "gpu": ...}), which takes four times as long
+                # as event({"token": ..., "gpu": ...}), which takes four times as long
                 events.append(f'data: {{"token": {to_json(delta.text)}, "gpu": {handle.gpu}}}\n\n')
         if events:
             yield "".join(events)
@@ -181,27 +180,27 @@ def _metrics(counters: Counters, stats: dict[str, Any]) -> str:
 
 
 class Gate:
-    """Lets in who has the key, while the server is open, with no more than it will read; counts all."""
+    """Middleware that checks host, key and size of each request, and counts all requests."""
 
     def __init__(self, app: ASGIApp, counters: Counters, settings: Settings):
         self.app, self.counters, self.max_body_bytes = app, counters, settings.max_body_bytes
         self.api_key, self.hosts = settings.api_key.encode(), settings.allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, or refuse it."""
+        """Pass a request to the app, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        status = 499  # as others count a client that has left
+        status = 499  # nginx's status for a client that has disconnected
         num_bytes = 0
 
-        async def note_status(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
-        async def receive_no_more() -> Message:
+        async def receive_limited() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
@@ -211,9 +210,9 @@ class Gate:
 
         refusal = self._refusal(scope)
         try:
-            await (refusal.response() if refusal else self.app)(scope, receive_no_more, note_status)
+            await (refusal.response() if refusal else self.app)(scope, receive_limited, record_status)
         except asyncio.CancelledError:
-            pass  # the server has no more patience with what runs; nothing comes after the gate
+            pass  # the server's time of grace is over; this is the outermost middleware
         except Exception:
             status = 500
             raise
@@ -225,7 +224,7 @@ class Gate:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
         if self.hosts and (host := _host(headers)) not in self.hosts:
-            # A page may give its own name this machine's address, and then read what the server answers.
+            # A web page may bind its own name to this machine's address (DNS rebinding) and read responses.
             return ApiError(
                 403,
                 f"this server is {' or '.join(self.hosts)}, not {host[:100]!r}; to serve by other names, "
