@@ -30,15 +30,15 @@ from typing import Any, NoReturn, TypeVar
 Config = TypeVar("Config")
 
 
-def parse(config_class: type[Config], argv: Sequence[str] | None) -> Config:
+def parse(config_class: type[Config], argv: Sequence[str] | None, description: str | None = None) -> Config:
     """Parse command-line arguments such as `--depth=4`, `--device_batch_size 8` or `--device-batch-size 8`.
 
-    The help text is the docstring of the module that defines config_class. Raise ValueError for invalid
-    arguments; argv None means sys.argv[1:].
+    The help text starts with description, by default the docstring of the module that defines config_class.
+    Raise ValueError for invalid arguments; argv None means sys.argv[1:].
     """
     import tyro
 
-    description = sys.modules[config_class.__module__].__doc__
+    description = description or sys.modules[config_class.__module__].__doc__
     stderr = io.StringIO()
     try:
         with redirect_stderr(stderr):

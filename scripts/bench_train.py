@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import Runtime, parse, require_at_least, run, setup_runtime
 from nanochat.optim.schedule import Cadence
-from scripts.base_train import BaseTrainConfig, build_model, make_plan, with_rows
+from nanochat.train.base import BaseTrainConfig, build_model, make_plan, with_rows
 
 if TYPE_CHECKING:
     import torch
