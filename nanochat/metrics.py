@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: metrics.jsonl, one object a line, and wandb if asked and installed.
+"""The numbers of a run: metrics.jsonl, one object a line, and wandb if it is asked for.
 
-The file is the record that plots and reports read. Every line carries `step`; a resumed run first drops the
-lines from the step on that it resumes at, so that no step is told twice.
+Plots and reports read the file. Every line has a `step`; a resumed run first drops the lines from its step
+on, so that no step is recorded twice.
 """
 
 import json
@@ -12,7 +12,7 @@ from nanochat.common import Runtime, atomic_write
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Return the records of a metrics.jsonl, without a last line that a crash has cut short."""
     records = []
     for line in Path(path).read_text().splitlines():
         try:
@@ -23,7 +23,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends records to path, and to a wandb run unless that is called "dummy"; rank 0 alone writes."""
+    """Append records to `path`, and to a wandb run unless its name is "dummy"; only rank 0 writes."""
 
     def __init__(
         self, path: Path, runtime: Runtime, *, resume_step: int, wandb_run: str, config: dict[str, Any]
@@ -40,7 +40,7 @@ class MetricsLog:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Write one record; it must have a `step`."""
+        """Write a record, which must have a `step`."""
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
@@ -48,7 +48,7 @@ class MetricsLog:
             self.wandb.log(record)
 
     def close(self) -> None:
-        """Finish the run."""
+        """Close the file and finish the wandb run."""
         if self.file is not None:
             self.file.close()
         if self.wandb is not None:
@@ -60,10 +60,10 @@ def _start_wandb(run: str, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError(
-            f"run={run!r} sends the numbers to wandb, which is not installed: uv pip install wandb, or leave "
-            "--run out; metrics.jsonl has them anyway"
+            f"run={run!r} sends the numbers to wandb, which is not installed: uv pip install wandb, or omit "
+            "--run; metrics.jsonl has them in any case"
         ) from error
     try:
         return wandb.init(project="nanochat", name=run, config=config)
     except wandb.Error as error:  # no key, no network
-        raise ValueError(f"run={run!r}: wandb says: {error}; or leave --run out") from error
+        raise ValueError(f"run={run!r}: wandb reports: {error}; or omit --run") from error

@@ -1,4 +1,4 @@
-"""A short form of tests/helpers/kills.py, which runs as long as one likes."""
+"""A short form of tests/helpers/kills.py."""
 
 import random
 

@@ -14,7 +14,7 @@ def open_log(path, resume_step):
     return MetricsLog(path, Runtime.cpu(), resume_step=resume_step, wandb_run="dummy", config={})
 
 
-def test_a_resumed_run_tells_no_step_twice(tmp_path):
+def test_a_resumed_run_records_no_step_twice(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     log = open_log(path, 0)
     for step in range(5):
@@ -49,16 +49,16 @@ class FakeRun(list):
 
 
 def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
-    run, told = FakeRun(), {}
+    run, settings = FakeRun(), {}
     fake = types.ModuleType("wandb")
-    fake.init = lambda **settings: told.update(settings) or run
+    fake.init = lambda **given: settings.update(given) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
     path = tmp_path / "m.jsonl"
     log = MetricsLog(path, Runtime.cpu(), resume_step=0, wandb_run="d4", config={"depth": 4})
     log({"step": 0, "loss": 1.0})
     log.close()
     assert run == [*read_metrics(path), "finished"]
-    assert told == {"project": "nanochat", "name": "d4", "config": {"depth": 4}}
+    assert settings == {"project": "nanochat", "name": "d4", "config": {"depth": 4}}
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_wandb_that_is_not_logged_in(tmp_path, monkeypatch):
 
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(ValueError, match=r"run='d4': wandb says: No API key .*; or leave --run out"):
+    with pytest.raises(ValueError, match=r"run='d4': wandb reports: No API key .*; or omit --run"):
         MetricsLog(tmp_path / "m.jsonl", Runtime.cpu(), resume_step=0, wandb_run="d4", config={})
 
 

@@ -1,4 +1,4 @@
-"""Several ranks learn and measure what one does, and each can go on where another number of them stopped."""
+"""Several ranks compute the same as one, and can resume a run that another number of ranks has saved."""
 
 import json
 import os
@@ -32,8 +32,8 @@ def assert_same_run(stage, tag, other):
         torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
 
 
-def begin(tag, new_tag):
-    """Copy a base model as it stood half-way."""
+def copy_half(tag, new_tag):
+    """Copy a base model's checkpoints but the last: the run is half-way."""
     new = checkpoint_dir("base", new_tag)
     shutil.copytree(checkpoint_dir("base", tag), new)
     delete_checkpoint(new, ranks.NUM_STEPS)
@@ -42,7 +42,7 @@ def begin(tag, new_tag):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """The base directory after all work of one rank, and the text that it learned from."""
+    """A folder with a text, and the base directory in which one rank has done all the work."""
     folder = tmp_path_factory.mktemp("one_rank")
     rng = random.Random(0)
     words = ["file", "list", "returns", "reads", "a", "the", "string", "of"]
@@ -62,7 +62,7 @@ def one_rank(tmp_path_factory):
 
 
 def torchrun(n_nodes, n_ranks, *arguments):
-    """Run n_nodes launchers, as if each were on a machine of its own, with n_ranks each."""
+    """Run n_nodes launchers with n_ranks each, as on n_nodes machines."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -80,19 +80,19 @@ def torchrun(n_nodes, n_ranks, *arguments):
 
 
 @pytest.mark.parametrize(("n_nodes", "n_ranks"), [(2, 1), (1, 3), (2, 2)])
-def test_ranks_do_what_one_does(one_rank, monkeypatch, n_nodes, n_ranks):
+def test_ranks_compute_the_same_as_one(one_rank, monkeypatch, n_nodes, n_ranks):
     world_size = n_nodes * n_ranks
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(one_rank / "base"))
     data, tag = str(one_rank / "*.txt"), f"of{world_size}"
-    begun = begin("of1", f"of1_then_{world_size}")
-    torchrun(n_nodes, n_ranks, data, tag, begun)
+    resumed_tag = copy_half("of1", f"of1_then_{world_size}")
+    torchrun(n_nodes, n_ranks, data, tag, resumed_tag)
     for stage in ("base", "mid", "sft"):
         assert_same_run(stage, tag, "of1")
-    assert_same_run("base", begun, "of1")
+    assert_same_run("base", resumed_tag, "of1")
     one, several = (json.loads((one_rank / "base" / f"eval_{t}.json").read_text()) for t in ("of1", tag))
     assert one.keys() == several.keys() >= {"chat", "pick", "who", "recall"}
     assert all(one[name] == pytest.approx(several[name]) for name in one)
     shares = list(checkpoint_dir("base", tag).glob(f"optim_{ranks.HALF:06d}_rank*.pt"))
     assert len(shares) == world_size
-    ranks.pretrain(data, f"--model-tag={begin(tag, f'{tag}_then_1')}", "--resume")
+    ranks.pretrain(data, f"--model-tag={copy_half(tag, f'{tag}_then_1')}", "--resume")
     assert_same_run("base", f"{tag}_then_1", "of1")

@@ -1,16 +1,16 @@
 """Conversations as training batches: packed for midtraining, padded and masked for supervised finetuning.
 
-A plan says which conversations lie in which row. It is made once, from the lengths of all conversations, and
-depends on nothing else: not on ranks, micro-batch size or place of a resume. So an epoch is so many rows,
-each rank takes its share of every step's, and the state of the loader is a row number.
+A plan assigns conversations to rows. It is made once, from the lengths of all conversations, and depends on
+nothing else: not on ranks, micro-batch size or the step of a resume. So an epoch is a fixed list of rows,
+each rank takes its share of every step's rows, and the state of the loader is a row number.
 
     packed      rows of seq_len tokens, conversations laid end to end by best fit; one that is longer than a
                 row is cut into pieces, so that every token is learned and none is cropped away
-    padded      one conversation a row, as wide as the widest of its micro-batch; only what the assistant has
-                to say is learned; a conversation of more places than seq_len loses what chat_format says
+    padded      one conversation a row, as wide as the widest of its micro-batch; only the assistant's tokens
+                are learned; a conversation of more places than seq_len is cut as chat_format describes
 
 The target of a token is the next token of its conversation, so a conversation of n tokens fills n - 1 places.
-Rows that a last step lacks are empty: they have no targets and add nothing to the loss.
+Rows missing from the last step are empty: they have no targets and add nothing to the loss.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nanochat.common import Runtime
 from nanochat.task import Task
 from nanochat.tokenizer import RustBPETokenizer
 
-Piece = tuple[int, int, int]  # conversation, first and last place + 1 of it
-OPEN_ROWS = 256  # that a conversation may still be put into
+Piece = tuple[int, int, int]  # conversation, its first place, its last place + 1
+OPEN_ROWS = 256  # rows that still accept conversations, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversations:
-    """A task in the form that a stage learns it in."""
+    """A task's conversations, rendered for one stage."""
 
     task: Task
     tokenizer: RustBPETokenizer
@@ -43,13 +43,13 @@ class Conversations:
     packed: bool
 
     def render(self, index: int) -> tuple[list[int], list[int]]:
-        """Return ids and mask of a conversation: all of it and all learned, or cut to fit and masked."""
+        """Return ids and mask of a conversation: packed whole and unmasked, padded cut to fit and masked."""
         max_tokens = 2**31 if self.packed else self.seq_len + 1
         ids, mask = render_conversation(self.tokenizer, self.task[index], max_tokens)
         return ids, [1] * len(ids) if self.packed else mask
 
     def plan(self, runtime: Runtime, max_conversations: int | None = None) -> list[list[Piece]]:
-        """Lay out all rows of the first max_conversations (None: all); every rank measures its share."""
+        """Return the rows of the first max_conversations (None: all); every rank measures its share."""
         n = len(self.task) if max_conversations is None else min(max_conversations, len(self.task))
         if n == 0:
             raise ValueError(f"{type(self.task).__name__} has no conversations")
@@ -70,10 +70,10 @@ class Conversations:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """Yield inputs, targets (B,T) int64 on the device, and the state after them, from row start to stop.
+        """Yield inputs and targets, (B,T) int64 on the device, and the loader state after them, without end.
 
-        Rows are counted over ranks and epochs: after the last one of the plan comes the first again. Rows
-        from stop on (None: never) are empty.
+        Rows are counted from `start` over ranks and epochs: after the last one of the plan comes the first.
+        Rows from `stop` on (None: no such row) are empty.
         """
         while True:
             mine = range(start + runtime.rank * batch_size, start + (runtime.rank + 1) * batch_size)
@@ -81,10 +81,10 @@ class Conversations:
             batch = self._lay_out(
                 [rows[row % len(rows)] if stop is None or row < stop else [] for row in mine]
             )
-            if runtime.device.type == "cuda":  # or else the copy would wait until the GPU has nothing to do
+            if runtime.device.type == "cuda":  # else the copy would wait until the GPU is idle
                 batch = batch.pin_memory()
             inputs, targets = batch.to(runtime.device, non_blocking=True)
-            # no positions that are a rank's own
+            # positions would be those of a rank's own streams; here all ranks share next_row
             state = {"next_row": start, "n_rows": len(rows), "positions": {}}
             yield inputs, targets, state
 
@@ -98,15 +98,15 @@ class Conversations:
             place = 0
             for index, begin, end in row:
                 ids, mask = map(torch.tensor, self.render(index))
-                there = slice(place, place + end - begin)
-                inputs[i, there] = ids[begin:end]
-                targets[i, there] = ids[begin + 1 : end + 1].where(mask[begin + 1 : end + 1] == 1, -1)
-                place = there.stop
+                places = slice(place, place + end - begin)
+                inputs[i, places] = ids[begin:end]
+                targets[i, places] = ids[begin + 1 : end + 1].where(mask[begin + 1 : end + 1] == 1, -1)
+                place = places.stop
         return batch
 
 
 def by_width(rows: Sequence[list[Piece]], rows_per_step: int) -> list[list[Piece]]:
-    """Sort the rows of each step by length: what a step learns stays, but micro-batches are padded less."""
+    """Sort the rows within each step by length: same steps, but micro-batches with less padding."""
     steps = (rows[first : first + rows_per_step] for first in range(0, len(rows), rows_per_step))
     return [row for step in steps for row in sorted(step, key=_places)]
 
@@ -116,10 +116,10 @@ def _places(row: list[Piece]) -> int:
 
 
 def pack(n_places: Sequence[int], capacity: int) -> list[list[Piece]]:
-    """Lay conversations of so many places into rows of capacity, each into the open row that it fills best.
+    """Lay conversations of these lengths into rows of `capacity` places by best fit (Johnson 1973).
 
-    (Best fit, Johnson 1973, over at most OPEN_ROWS open rows; the fullest is closed first.) Rows come in the
-    order in which they were begun.
+    Each goes into the open row that it fills best. At most OPEN_ROWS rows are open; the fullest is closed
+    first. Rows come in the order of their first conversation.
     """
     rows: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (places left, row) of the open rows, in order

@@ -1,10 +1,10 @@
 """Rollouts: a model answers the questions of a task many times, and the task rewards its answers.
 
-Which questions a step takes and which random numbers it draws follow from its place, the seed and the rank,
-so that a resumed run samples what it would have sampled. Every epoch has the questions in another order.
+The questions and the random numbers of a step follow from the step's number, the seed and the rank, so that a
+resumed run samples the same as one without interruption. Every epoch has the questions in another order.
 
-Sampled (mask 1) is what the model drew, the token that ended the answer included: the model would never learn
-when to stop without it. What the calculator put in the answer is not (mask 0).
+Mask 1 marks the tokens that the model has sampled, including the one that ended the answer: without it the
+model would never learn when to stop. Tokens that the calculator put into the answer have mask 0.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from nanochat.task import Task
 class Sample:
     """A prompt and one answer to it."""
 
-    task: str  # that the question is of
-    ids: list[int]  # prompt, completion, and the token that ended it if one did
-    mask: list[int]  # of each id: 1 if it was sampled
+    task: str  # name of the question's task
+    ids: list[int]  # prompt, completion, and the token that ended it, if any
+    mask: list[int]  # for each id: 1 if it was sampled
     has_ended: bool
     reward: float
     advantage: float
@@ -38,12 +38,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """How the questions of a task are answered and the answers rewarded."""
+    """The questions of a task and the settings for sampling answers to them."""
 
     task: Task
     engine: Engine
     examples_per_step: int  # questions, over all ranks
-    num_samples: int  # answers to each
+    num_samples: int  # answers to each question
     max_new_tokens: int  # of an answer
     batch_size: int  # answers decoded at a time
     temperature: float
@@ -52,11 +52,14 @@ class Rollouts:
 
     @property
     def task_names(self) -> list[str]:
-        """What Sample.task can be, in the same order on every rank."""
+        """Return the possible values of Sample.task, in the same order on every rank."""
         return sorted({type(part).__name__ for part in self.task.parts()})
 
     def sample(self, step: int, first: int, runtime: Runtime) -> list[Sample]:
-        """Answer this rank's share of the questions from place `first` on; samples of one are adjacent."""
+        """Answer this rank's share of a step's questions, numbered from `first` on.
+
+        Samples of one question are adjacent.
+        """
         numbers = range(first + runtime.rank, first + self.examples_per_step, runtime.world_size)
         conversations = [self.task[shuffled(number, len(self.task), self.seed)] for number in numbers]
         tokenizer = self.engine.tokenizer
@@ -83,20 +86,19 @@ class Rollouts:
 
 
 def _sample(task: str, prompt: list[int], completion: Completion, reward: float, advantage: float) -> Sample:
-    has_ended = completion.end_token is not None
-    end = [completion.end_token] if has_ended else []
+    end = [] if completion.end_token is None else [completion.end_token]
     return Sample(
         task=task,
         ids=[*prompt, *completion.tokens, *end],
         mask=[0] * len(prompt) + completion.mask + [1] * len(end),
-        has_ended=has_ended,
+        has_ended=bool(end),
         reward=reward,
         advantage=advantage,
     )
 
 
 def shuffled(number: int, size: int, seed: int) -> int:
-    """Return which of `size` questions is at place `number`, counted over epochs of different orders."""
+    """Return the index of question `number`, counted over epochs in which `size` questions are shuffled."""
     epoch, place = divmod(number, size)
     return int(np.random.default_rng((seed, epoch)).permutation(size)[place])
 
@@ -107,7 +109,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """How much each reward is above the mean; exactly 0 where all are equal, whatever the mean rounds to."""
+    """Return each reward minus the mean; exactly 0 where all are equal, whatever the mean rounds to."""
     if len(set(rewards)) == 1:
         return [0.0] * len(rewards)
     mean = math.fsum(rewards) / len(rewards)

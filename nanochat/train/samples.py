@@ -1,4 +1,4 @@
-"""Sample text from a model, to look at beside its loss."""
+"""Sample text from a model, for people to read beside the loss."""
 
 import logging
 
@@ -41,7 +41,7 @@ def complete(
 
 
 def print_samples(model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime) -> list[str]:
-    """Complete every prompt of PROMPTS and show the texts; only the main rank samples."""
+    """Complete every prompt of PROMPTS, log the texts and return them; only the main rank samples."""
     texts = [complete(model, tokenizer, prompt) for prompt in PROMPTS] if runtime.is_main else []
     for text in texts:
         logger.info(f"sample | {text!r}")
@@ -51,9 +51,9 @@ def print_samples(model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime) -> 
 def print_replies(
     model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime, task: Task, max_tokens: int = 64
 ) -> None:
-    """Show the greedy replies to the first few conversations of a task; only the main rank samples.
+    """Log greedy replies to the first N_REPLIES conversations of a task; only the main rank samples.
 
-    A reply has max_tokens at most, and half of the context at most.
+    A reply has at most max_tokens tokens, and at most half of the context.
     """
     if not runtime.is_main:
         return
