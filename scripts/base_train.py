@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
-from nanochat.common import parse, run, setup_runtime
+from nanochat.common import parse, setup_runtime
+from nanochat.common import run as run_script
 from nanochat.train.base import BaseTrainConfig, build_model, make_plan, read_bundle, with_rows
+
+if TYPE_CHECKING:
+    from nanochat.core_bundle import Bundle
+    from nanochat.train.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from nanochat.checkpoint_manager import checkpoint_dir
-    from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import packed_batches, validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
@@ -35,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.tokenizer import get_tokenizer
     from nanochat.train.accelerate import accelerate
     from nanochat.train.loop import train
-    from nanochat.train.run import begin, report_training, save_progress, start_or_resume
+    from nanochat.train.results import report_training
+    from nanochat.train.run import Run
     from nanochat.train.samples import print_samples
 
     runtime = setup_runtime(config.device_type)
@@ -45,10 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = make_plan(config, model, runtime)
     bundle = read_bundle(config, plan)
     optimizer = build_optimizer(model, config.rates, runtime)
-    directory = checkpoint_dir("base", config.model_tag or f"d{config.depth}")
-    progress = start_or_resume(
-        directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
-    )
+    tag = config.model_tag or f"d{config.depth}"
+    run = Run.open("base", tag, model, tokenizer, optimizer, runtime, config)
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
 
     sizes = {"batch_size": config.device_batch_size, "seq_len": config.max_seq_len}
@@ -62,36 +64,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank=runtime.rank,
         world_size=runtime.world_size,
         seed=config.seed,
-        state=progress.loader_state,
+        state=run.progress.loader_state,
         **sizes,
     )
-    log = begin(directory, tokenizer, runtime, config, plan, progress)
-
-    def measure_core() -> None:
-        limits = {"max_per_task": config.core_max_per_task, "batch_rows": config.device_batch_size}
-        core = evaluate_core(model, tokenizer, bundle, runtime, **limits)["core"]
-        log({"step": progress.step, "core": core})
-        logger.info(f"step {progress.step:05d} | CORE {core:.4f}")
-
+    run.begin(plan)
     is_finished = train(
-        model,
-        optimizer,
+        run,
         batches,
         plan,
-        config.cadence,
-        runtime,
-        progress,
-        save=partial(save_progress, directory, model, optimizer, runtime, config),
         evaluate=partial(evaluate_bpb, model, val_batches, None, token_bytes),
         sample=partial(print_samples, model, tokenizer, runtime),
-        log=log,
-        extras=[(config.core_every, measure_core)] if bundle else [],
+        extras=[(config.core_every, partial(measure_core, run, bundle))] if bundle else [],
     )
-    log.close()
+    run.close()
     if is_finished and runtime.is_main:
-        print(report_training("base_train", plan, model, progress, directory, asdict(config)))
+        print(report_training(run, plan))
     return 0
 
 
+def measure_core(run: Run, bundle: Bundle) -> None:
+    """Evaluate CORE and log it."""
+    from nanochat.core_eval import evaluate_core
+
+    limits = {"max_per_task": run.config.core_max_per_task, "batch_rows": run.config.device_batch_size}
+    core = evaluate_core(run.model, run.tokenizer, bundle, run.runtime, **limits)["core"]
+    run.log({"step": run.progress.step, "core": core})
+    logger.info(f"step {run.progress.step:05d} | CORE {core:.4f}")
+
+
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -6,7 +6,7 @@
 
 It takes the trainer's settings and runs its loop, on random tokens and weights of which none is zero. Speeds
 are medians over steps. `parts` are milliseconds of a micro-batch by kind of kernel, from the profiler, and
-`attention` the kernels that attend; on Hopper they must be cuDNN's, the fastest there.
+`attention` lists the attention kernels; on Hopper they must be cuDNN's, the fastest there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from nanochat.gpt import GPT
 
-PARTS = (  # the first pattern that a kernel's name fits
+PARTS = (  # the first pattern that matches a kernel's name counts
     ("attention", "sdpa|flash|fmha|cudnn::fusion"),
     ("slc2", "^_slc2"),
     ("rope", "^_rope"),
@@ -49,9 +49,9 @@ class BenchTrainConfig(BaseTrainConfig):
     num_iterations: int = 8
     """optimizer steps to time, after two that warm up"""
     memory_gib: float = 0.0
-    """memory to do with, as on a smaller card; 0: all there is"""
+    """memory to use at most, as on a smaller card; 0: all"""
     kernels: int = 0
-    """how many of the slowest kernels to list"""
+    """number of the slowest kernels to list"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class BenchTrainConfig(BaseTrainConfig):
 
 
 def random_batches(config: BenchTrainConfig, device: torch.device) -> Iterator[tuple]:
-    """Batches as a loader gives them."""
+    """Yield random batches in the form of a loader's."""
     import torch
 
     shape = (config.device_batch_size, config.max_seq_len + 1)
@@ -69,7 +69,7 @@ def random_batches(config: BenchTrainConfig, device: torch.device) -> Iterator[t
 
 
 def kernel_times(action: Callable[[], object]) -> Counter[str]:
-    """Milliseconds of each kernel that an action launches on the GPU."""
+    """Return the milliseconds of each kernel that an action launches on the GPU."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -90,7 +90,7 @@ def by_part(kernels: Counter[str]) -> Counter[str]:
 
 
 def profile_on_gpu(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple, n_kernels: int) -> dict:
-    """What a micro-batch and an optimizer step are made of; RuntimeError if attention is not the fastest."""
+    """Return times of a micro-batch and an optimizer step; RuntimeError if attention is not the fastest."""
     import torch
 
     inputs, targets, _ = batch
@@ -98,7 +98,7 @@ def profile_on_gpu(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple, n
     def micro_batch() -> None:
         model(inputs, targets, loss_reduction="sum").backward()
 
-    micro_batch()  # the profiled one adds its gradients to those of another, as most do
+    micro_batch()  # the profiled one adds its gradients to those of another, like most of a step
     kernels = kernel_times(micro_batch)
     attention = sorted(name for name in kernels if re.search(dict(PARTS)["attention"], name))
     if torch.cuda.get_device_capability() == (9, 0) and not all("cudnn" in name for name in attention):
@@ -113,37 +113,27 @@ def profile_on_gpu(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple, n
 
 
 def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
-    """Train for some steps; speeds, memory and where the time goes."""
+    """Train for some steps; return speeds, memory and, on a GPU, the times of kernels."""
     import torch
 
     from nanochat.benchmark import fill_zero_weights
     from nanochat.optim import build_optimizer
     from nanochat.train.accelerate import accelerate, uses_kernels
     from nanochat.train.loop import train
-    from nanochat.train.run import Progress
+    from nanochat.train.run import DryRun
 
     model = build_model(config, config.vocab_size, runtime)
     fill_zero_weights(model)
     config = with_rows(config, model, runtime)
-    plan = make_plan(replace(config, num_iterations=config.num_iterations + 2), model, runtime)
+    cadence = Cadence(eval_every=0, sample_every=0, save_every=0, log_every=1)
+    config = replace(config, num_iterations=config.num_iterations + 2, cadence=cadence)
+    plan = make_plan(config, model, runtime)
     optimizer = build_optimizer(model, config.rates, runtime)
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
     batches = random_batches(config, runtime.device)
-    records: list[dict] = []
-    train(
-        model,
-        optimizer,
-        batches,
-        plan,
-        Cadence(eval_every=0, sample_every=0, save_every=0, log_every=1),
-        runtime,
-        Progress(),
-        save=lambda progress: None,
-        evaluate=lambda: 0.0,
-        sample=lambda: None,
-        log=records.append,
-    )
-    first, _, *steps = [record for record in records if "seconds" in record]
+    dry_run = DryRun(model=model, optimizer=optimizer, runtime=runtime, config=config)
+    train(dry_run, batches, plan, evaluate=lambda: 0.0, sample=lambda: None)
+    first, _, *steps = [record for record in dry_run.records if "seconds" in record]
     seconds = median(record["seconds"] for record in steps)
     result = {
         "tokens_per_second": round(plan.tokens_per_step / seconds),
@@ -177,16 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = torch.cuda.get_device_properties(runtime.device).total_memory
         torch.cuda.set_per_process_memory_fraction(config.memory_gib * 2**30 / total)
     result = measure(config, runtime)
-    settings = (
-        "depth",
-        "slc_rate",
-        "max_seq_len",
-        "vocab_size",
-        "compile",
-        "fp8",
-    )
-    asked = {name: getattr(config, name) for name in settings}
-    print(json.dumps({**result, **asked, **describe(runtime.device)}))
+    names = ("depth", "slc_rate", "max_seq_len", "vocab_size", "compile", "fp8")
+    settings = {name: getattr(config, name) for name in names}
+    print(json.dumps({**result, **settings, **describe(runtime.device)}))
     return 0
 
 

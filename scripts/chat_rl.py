@@ -1,9 +1,9 @@
-"""Reinforcement learning: try to answer, and learn from which tries were right.
+"""Reinforcement learning: sample answers to questions, and learn from which of them were right.
 
     python -m scripts.chat_rl --data=embedded
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --model-tag=d20 --run=d20
 
-What is learned is in nanochat/train/rl.py, how answers are sampled in nanochat/train/rollouts.py.
+The update is in nanochat/train/rl.py, the sampling of answers in nanochat/train/rollouts.py.
 Checkpoints and metrics.jsonl go to $NANOCHAT_BASE_DIR/chatrl_checkpoints/<model tag>.
 """
 
@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime
+from nanochat.common import parse, require_at_least, require_counts, setup_runtime
+from nanochat.common import run as run_script
 from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
+
+if TYPE_CHECKING:
+    from nanochat.train.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +75,9 @@ class ChatRLConfig:
         default_factory=partial(Cadence, eval_every=60, sample_every=60, save_every=60, log_every=1)
     )
     resume: bool = False
-    """go on from the newest checkpoint of this stage, if there is one"""
+    """continue from the newest checkpoint of this stage, if there is one"""
     overwrite: bool = False
-    """delete the checkpoints that this stage has under this model tag and start anew"""
+    """delete the checkpoints that this stage has under this model tag and start over"""
 
     def __post_init__(self) -> None:
         ones = ("num_epochs", "examples_per_step", "max_new_tokens", "device_batch_size", "eval_examples")
@@ -90,17 +94,19 @@ class ChatRLConfig:
         if not 0 < self.init_lr_frac < math.inf:
             raise ValueError(f"init_lr_frac={self.init_lr_frac} must be above 0 and finite")
         if self.source not in ("mid", "sft"):
-            raise ValueError(f"source={self.source!r} must be sft or mid; to go on with rl, --resume")
+            raise ValueError(f"source={self.source!r} must be sft or mid; to continue with rl, --resume")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
 
-def check_resumed(next_question: int, step: int, examples_per_step: int) -> None:
-    """Raise ValueError if other steps were done than these: their number and rates would change."""
-    if next_question != step * examples_per_step:
+def check_resumed(run: Run) -> None:
+    """Raise ValueError if the steps done took other numbers of questions: plan and rates would change."""
+    step, n = run.progress.step, run.config.examples_per_step
+    if step and run.progress.loader_state["next_question"] != step * n:
+        before = run.progress.loader_state["next_question"] // step
         raise ValueError(
-            f"examples_per_step={examples_per_step} is not that of the run to resume, whose steps took "
-            f"{next_question // step}: resume with {next_question // step}, or start anew with --overwrite"
+            f"examples_per_step={n} is not that of the run to resume, whose steps took {before}: resume with "
+            f"{before}, or start over with --overwrite"
         )
 
 
@@ -110,23 +116,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.chat_eval import evaluate_task
     from nanochat.chat_format import limit_reply
-    from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.engine import Engine
-    from nanochat.train.rl import report_rl, train
+    from nanochat.train.results import report_rl
+    from nanochat.train.rl import train
     from nanochat.train.rollouts import Rollouts
-    from nanochat.train.run import begin, save_progress, start_from, start_or_resume
+    from nanochat.train.run import Run
     from nanochat.train.samples import print_replies
     from tasks.mixtures import rl_tasks
 
     train_task, test_task = rl_tasks(config.data)
     runtime = setup_runtime(config.device_type)
-    model, tokenizer, optimizer, tag = start_from(config.source, config, runtime)
-    directory = checkpoint_dir("rl", tag)
-    progress = start_or_resume(
-        directory, model, tokenizer, optimizer, runtime, resume=config.resume, overwrite=config.overwrite
-    )
-    if progress.step:
-        check_resumed(progress.loader_state["next_question"], progress.step, config.examples_per_step)
+    run = Run.open_from(config.source, "rl", config, runtime)
+    check_resumed(run)
+    model, tokenizer = run.model, run.tokenizer
 
     warn = print if runtime.is_main else None
     max_new_tokens = limit_reply(config.max_new_tokens, model.config.sequence_len, warn)
@@ -148,35 +150,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens_per_step=config.examples_per_step * config.num_samples * max_new_tokens,  # at most
         lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
     )
-    log = begin(directory, tokenizer, runtime, config, plan, progress)
+    limits = {"batch_size": config.rollout_batch_size, "max_new_tokens": max_new_tokens}
+    limits["max_problems"] = config.eval_examples
+    run.begin(plan)
     is_finished = train(
-        model,
-        optimizer,
+        run,
         rollouts,
         plan,
-        config.cadence,
-        runtime,
-        progress,
         batch_size=config.device_batch_size,
-        save=partial(save_progress, directory, model, optimizer, runtime, config),
-        evaluate=partial(
-            evaluate_task,
-            test_task,
-            model,
-            tokenizer,
-            runtime,
-            batch_size=config.rollout_batch_size,
-            max_new_tokens=max_new_tokens,
-            max_problems=config.eval_examples,
-        ),
+        evaluate=partial(evaluate_task, test_task, model, tokenizer, runtime, **limits),
         sample=partial(print_replies, model, tokenizer, runtime, test_task, max_tokens=max_new_tokens),
-        log=log,
     )
-    log.close()
+    run.close()
     if is_finished and runtime.is_main:
-        print(report_rl(model, plan, progress, directory, asdict(config)))
+        print(report_rl(run, plan))
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from nanochat.common import parse, run, setup_runtime
-from nanochat.optim.schedule import lr_multiplier
-from nanochat.train.chat import ChatTrainConfig, train_on_conversations
+from nanochat.common import parse, setup_runtime
+from nanochat.common import run as run_script
+from nanochat.train.chat import ChatTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,30 +36,38 @@ class ChatSFTConfig(ChatTrainConfig):
     warmdown_ratio: float = 1.0
     """last share of training, over which the learning rates fall to 0"""
 
+    def rows_per_step(self, seq_len: int) -> int:
+        """Return conversations_per_step: a row is a conversation, whatever its length."""
+        return self.conversations_per_step
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/chat_sft.json."""
     config = parse(ChatSFTConfig, argv)
 
+    from nanochat.train.accelerate import accelerate
+    from nanochat.train.chat_data import ChatData, StepShape
+    from nanochat.train.loop import train
+    from nanochat.train.results import report_training
+    from nanochat.train.run import Run
+    from nanochat.train.samples import print_replies
     from tasks.mixtures import sft_tasks, with_own
 
     train_task, val_task = with_own(sft_tasks(config.data), config.add)
-    result = train_on_conversations(
-        config,
-        setup_runtime(config.device_type),
-        stage="sft",
-        source=config.source,
-        train_task=train_task,
-        val_task=val_task,
-        packed=False,
-        rows_per_step=lambda seq_len: config.conversations_per_step,
-        device_batch_size=config.device_batch_size,
-        schedule=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=config.warmdown_ratio),
-    )
-    if result:
-        print(result)
+    runtime = setup_runtime(config.device_type)
+    run = Run.open_from(config.source, "sft", config, runtime)
+    shape = StepShape.choose(run)
+    accelerate(run.model, compile=runtime.compiles(config.compile), fused=config.fused)
+    data = ChatData.lay_out(run, shape, train_task, val_task, packed=False)
+    plan, batches = data.plan(), data.batches()
+    sample = partial(print_replies, run.model, run.tokenizer, runtime, val_task)
+    run.begin(plan)
+    is_finished = train(run, batches, plan, evaluate=data.evaluate, sample=sample)
+    run.close()
+    if is_finished and runtime.is_main:
+        print(report_training(run, plan))
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

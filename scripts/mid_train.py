@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from nanochat.common import parse, run, setup_runtime
-from nanochat.optim.schedule import Cadence, lr_multiplier
-from nanochat.train.chat import ChatTrainConfig, train_on_conversations
+from nanochat.common import parse, setup_runtime
+from nanochat.common import run as run_script
+from nanochat.optim.schedule import Cadence
+from nanochat.train.chat import ChatTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class MidTrainConfig(ChatTrainConfig):
     cadence: Cadence = field(default_factory=partial(Cadence, eval_every=150))
 
     def rows_per_step(self, seq_len: int) -> int:
-        """How many rows hold the tokens of a step; ValueError when they do not divide."""
+        """Return the rows that hold the tokens of a step; ValueError if they do not divide."""
         n_rows = self.total_batch_size // seq_len
         if n_rows * seq_len != self.total_batch_size:
             raise ValueError(
@@ -43,25 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/mid_train.json."""
     config = parse(MidTrainConfig, argv)
 
+    from nanochat.train.accelerate import accelerate
+    from nanochat.train.chat_data import ChatData, StepShape
+    from nanochat.train.loop import train
+    from nanochat.train.results import report_training
+    from nanochat.train.run import Run
+    from nanochat.train.samples import print_replies
     from tasks.mixtures import mid_tasks, with_own
 
     train_task, val_task = with_own(mid_tasks(config.data), config.add)
-    result = train_on_conversations(
-        config,
-        setup_runtime(config.device_type),
-        stage="mid",
-        source="base",
-        train_task=train_task,
-        val_task=val_task,
-        packed=True,
-        rows_per_step=config.rows_per_step,
-        device_batch_size=config.device_batch_size,
-        schedule=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=config.warmdown_ratio),
-    )
-    if result:
-        print(result)
+    runtime = setup_runtime(config.device_type)
+    run = Run.open_from("base", "mid", config, runtime)
+    shape = StepShape.choose(run)
+    accelerate(run.model, compile=runtime.compiles(config.compile), fused=config.fused)
+    data = ChatData.lay_out(run, shape, train_task, val_task, packed=True)
+    plan, batches = data.plan(), data.batches()
+    sample = partial(print_replies, run.model, run.tokenizer, runtime, val_task)
+    run.begin(plan)
+    is_finished = train(run, batches, plan, evaluate=data.evaluate, sample=sample)
+    run.close()
+    if is_finished and runtime.is_main:
+        print(report_training(run, plan))
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -64,7 +64,7 @@ def weights(base_dir, step, tag="d2"):
 
 
 # Twenty steps of the small model below. A change here means that the model, the data order, the optimizer or
-# the schedule computes something else than before, and wants a line in dev/LOG.md.
+# the schedule computes something else than before, and needs a line in dev/LOG.md.
 GOLDEN = [5.7683, 5.1026, 3.8096, 2.9921, 1.8666, 1.9007, 2.2356, 1.2807, 1.2633, 1.1894]
 GOLDEN += [1.4270, 1.1419, 1.1495, 1.2689, 1.2354, 1.1256, 1.1937, 1.1431, 1.0771, 1.1064]
 
@@ -75,7 +75,7 @@ def test_twenty_golden_losses(corpus, base_dir):
 
 
 def test_core_on_the_way(corpus, base_dir, tmp_path):
-    """Every so many steps, at neither end; training is as without, and a missing bundle is told first."""
+    """Every core_every steps but not at the ends; training does not change; a missing bundle fails first."""
     folder = write_bundle(tmp_path / "bundle")
     often = ["--num-iterations=8", "--save-every=4", "--keep-last=0"]
     train(corpus, *often, "--core-every=4", f"--core-bundle={folder}", "--core-max-per-task=3")
@@ -90,7 +90,7 @@ def test_core_on_the_way(corpus, base_dir, tmp_path):
         train(corpus, "--num-iterations=8", "--model-tag=new", "--core-bundle=nowhere")
 
 
-def test_the_wall_clock_goes_on_over_restarts(corpus, base_dir, monkeypatch):
+def test_the_wall_clock_continues_over_restarts(corpus, base_dir, monkeypatch):
     """A run that was resumed at its end had taken seconds, and cost next to nothing."""
 
     def wall_seconds(so_far, *flags):
@@ -157,7 +157,7 @@ def test_resuming_beyond_the_end_is_refused(corpus, base_dir):
 
 
 def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
-    """Copied from elsewhere, say: there is no speed to report, but all else."""
+    """Copied from elsewhere, say: everything but the speed is reported."""
     train(corpus, "--num-iterations=2")
     (base_dir / "base_checkpoints" / "d2" / "metrics.jsonl").unlink()
     assert train(corpus, "--num-iterations=2", "--resume") == 0
@@ -169,21 +169,21 @@ def test_a_finished_run_without_its_metrics(corpus, base_dir, capsys):
 
 SIGTERM_AT_A_STEP = """
 import os, signal, sys
-from nanochat.train import loop as train_loop
+from nanochat.train import loop
 from nanochat.common import run
 from scripts import base_train
 step, *flags = sys.argv[1:]
-set_schedule = train_loop.set_schedule
+set_schedule = loop.set_schedule
 def send_sigterm(optimizer, plan, number):
     if number == int(step):
         os.kill(os.getpid(), signal.SIGTERM)
     return set_schedule(optimizer, plan, number)
-train_loop.set_schedule = send_sigterm
+loop.set_schedule = send_sigterm
 run(lambda: base_train.main(flags))
 """
 
 
-def test_sigterm_saves_and_exits_with_zero_and_the_run_goes_on(corpus, base_dir):
+def test_sigterm_saves_and_exits_with_zero_and_the_run_resumes(corpus, base_dir):
     """It comes in the middle of the fourth step."""
     flags = [f"--data={corpus}", *SMALL, "--num-iterations=9", "--eval-every=0"]
     base_train.main([*flags, "--model-tag=whole"])
@@ -287,7 +287,7 @@ def test_nothing_is_overwritten_by_a_run_that_cannot_start(corpus, base_dir, mon
 
 
 def test_a_model_keeps_the_tokenizer_that_it_learned_with(corpus, base_dir, tmp_path):
-    """Trained anew at the same size, the tokenizer passed every check, and older models fell silent."""
+    """Another tokenizer of the same size passed every check, and older models produced garbage."""
     train(corpus, "--num-iterations=1")
     _, learned_with, _ = load_model("base", torch.device("cpu"), "eval")
     other = tmp_path / "other"
@@ -298,14 +298,16 @@ def test_a_model_keeps_the_tokenizer_that_it_learned_with(corpus, base_dir, tmp_
     _, found, _ = load_model("base", torch.device("cpu"), "eval")
     assert found.is_same_as(learned_with)
     assert not found.is_same_as(get_tokenizer())
-    assert "begun with another tokenizer" in error_of(lambda: train(corpus, "--num-iterations=2", "--resume"))
+    assert "started with another tokenizer" in error_of(
+        lambda: train(corpus, "--num-iterations=2", "--resume")
+    )
     train(corpus, "--num-iterations=1", "--overwrite")
     assert load_model("base", torch.device("cpu"), "eval")[1].is_same_as(get_tokenizer())
 
 
 def test_another_tokenizer_than_the_checkpoint_s(corpus, base_dir):
     train(corpus, "--num-iterations=1")
-    shutil.rmtree(base_dir / "base_checkpoints" / "d2" / "tokenizer")  # a folder of before they were kept
+    shutil.rmtree(base_dir / "base_checkpoints" / "d2" / "tokenizer")  # as in folders older than these copies
     tok_train.main([f"--data={corpus}", "--vocab-size=300"])
     message = error_of(lambda: base_loss.main([f"--data={corpus}", "--device-type=cpu"]))
     assert "320" in message
@@ -326,7 +328,7 @@ def test_broken_shard_is_named(corpus, base_dir, tmp_path):
 
 
 def test_all_attention_baseline(corpus, base_dir):
-    """slc_rate=0: the published config can say it, and there are no convolutions to train."""
+    """slc_rate=0: the published config has a value for it, and there are no convolutions to train."""
     train(corpus, "--num-iterations=2", "--slc-rate=0")
     assert not any("conv1d" in key for key in weights(base_dir, 2))
     _, _, meta = load_model("base", torch.device("cpu"), "eval")

@@ -117,10 +117,10 @@ from tasks import mixtures as recipes
 from tests.helpers.chats import untimed_records
 from tests.helpers.wordtask import WordTask
 recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=6))
-step = rl._train_step
-def checked(model, optimizer, rollouts, plan, runtime, progress, batch_size):
-    record = step(model, optimizer, rollouts, plan, runtime, progress, batch_size)
-    found = runtime.gather([p.double().sum().item() for p in model.parameters()])
+train_step = rl._train_step
+def checked(run, *rest):
+    record = train_step(run, *rest)
+    found = run.runtime.gather([p.double().sum().item() for p in run.model.parameters()])
     assert found[0] == found[1]
     return record
 rl._train_step = checked

@@ -81,7 +81,7 @@ def test_checkpoints_are_not_mixed_or_overwritten_unasked():
     before = weights("sft", 2)
     assert "--resume" in error_of(lambda: train("sft", "--num-iterations=1"))
     message = error_of(lambda: train("sft", "--conversations-per-step=8", "--resume"))
-    assert "begun with 20 rows an epoch and 4 a step, these settings make 20 and 8" in message
+    assert "started with 20 rows an epoch and 4 a step, these settings make 20 and 8" in message
     assert same(before, weights("sft", 2))
     train("sft", "--num-iterations=5", "--resume")
     assert complete_steps(checkpoint_dir("sft", "d2")) == [2, 5]

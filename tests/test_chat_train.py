@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import loss_eval
 from nanochat.chat_format import render_conversation
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, read_meta
 from nanochat.gpt import GPT
-from nanochat.train import samples
+from nanochat.train import chat_data, samples
 from scripts import chat_eval
 from tasks import mixtures as recipes
 from tests.helpers import chats
@@ -225,9 +224,9 @@ def test_rows_are_as_long_as_asked(stage, monkeypatch):
 def test_epochs_schedules_and_validation(monkeypatch):
     learn(monkeypatch, ColourTask(10))
     steps = []
-    evaluate_bpb = loss_eval.evaluate_bpb
+    evaluate_bpb = chat_data.evaluate_bpb
     monkeypatch.setattr(
-        loss_eval, "evaluate_bpb", lambda m, b, n, t: (steps.append(n), evaluate_bpb(m, b, n, t))[1]
+        chat_data, "evaluate_bpb", lambda m, b, n, t: (steps.append(n), evaluate_bpb(m, b, n, t))[1]
     )
     train("sft", "--num-epochs=2", "--init-lr-frac=0.1")  # 20 conversations, 4 a step
     multipliers = [r["lr_multiplier"] for r in records("sft") if "loss" in r]
@@ -241,7 +240,7 @@ def test_epochs_schedules_and_validation(monkeypatch):
 def test_checkpoint_before_evaluation(monkeypatch):
     """An evaluation that ran out of memory lost the run."""
     bpb = [2.0]
-    monkeypatch.setattr(loss_eval, "evaluate_bpb", lambda *args: bpb.pop())
+    monkeypatch.setattr(chat_data, "evaluate_bpb", lambda *args: bpb.pop())
     with pytest.raises(IndexError):
         train("sft", "--num-iterations=2")
     assert complete_steps(checkpoint_dir("sft", "d2")) == [2]

@@ -1,7 +1,7 @@
 import math
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -12,7 +12,7 @@ from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
 from nanochat.train.rl import accumulate, policy_loss, train
 from nanochat.train.rollouts import Sample
-from nanochat.train.run import Progress
+from nanochat.train.run import DryRun
 from tasks.common import TaskMixture
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
@@ -27,7 +27,7 @@ def a_sample(ids, mask, advantage):
 
 @pytest.fixture
 def samples():
-    """Of several lengths and advantages; the second has a forced token, the third teaches nothing."""
+    """Of several lengths and advantages; the second has a forced token, the third no advantage."""
     return [
         a_sample([3, 4, 5, 6, 7], [0, 0, 0, 1, 1], 0.75),
         a_sample([3, 9, 8, 7, 6, 5, 4, 3, 2], [0, 0, 1, 1, 0, 1, 1, 1, 1], -0.25),
@@ -42,7 +42,7 @@ def model_64():
 
 
 def slow_gradients(samples):
-    """Loss and gradients, one token and one forward of its own past at a time; nothing padded."""
+    """Return loss and gradients, computed with one unpadded forward for each token."""
     model = model_64()
     terms, n_tokens = [], 0
     for sample in samples:
@@ -62,7 +62,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_gradients_equal_a_slow_reference_whatever_the_micro_batch(samples, batch_size):
+def test_gradients_equal_a_slow_reference_for_any_micro_batch(samples, batch_size):
     expected_loss, expected, n_tokens = slow_gradients(samples)
     model = model_64()
     loss = accumulate(model, samples, n_tokens, batch_size)
@@ -71,7 +71,7 @@ def test_gradients_equal_a_slow_reference_whatever_the_micro_batch(samples, batc
 
 
 def test_gradients_of_ranks_add_up(samples):
-    """Each rank divides by the tokens of all; one without samples has nothing to add."""
+    """Each rank divides by the tokens of all; one without samples adds nothing."""
     _, expected, n_tokens = slow_gradients(samples)
     parts = [model_64() for _ in range(3)]
     for model, share in zip(parts, (samples[:2], samples[2:], []), strict=True):
@@ -81,8 +81,8 @@ def test_gradients_of_ranks_add_up(samples):
     assert_same(sums, expected)
 
 
-def test_an_advantage_raises_the_sampled_tokens_and_no_other(samples):
-    """What is learned is the mask: the token that ends the answer is, the calculator's result is not."""
+def test_only_sampled_tokens_are_learned(samples):
+    """Tokens of mask 1: the one that ends the answer is among them, the calculator's result is not."""
     head_rows = {}
     for masked in ([0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]):
         model = model_64()
@@ -110,38 +110,49 @@ def tokenizer():
     return train_tokenizer()
 
 
-def run_steps(rollouts, num_steps, *, peak=0.05, rates=None, cadence=None, **hooks):
+@dataclass(frozen=True)
+class Config:
+    cadence: Cadence
+
+
+def run_steps(
+    rollouts,
+    num_steps,
+    *,
+    peak=0.05,
+    cadence=Cadence(eval_every=2),  # noqa: B008 - frozen
+    evaluate=lambda: {"accuracy": 0.5, "standard_error": 0.1},
+    sample=lambda: None,
+    save=lambda run: None,
+    log=lambda record: None,
+):
+    """Train; return whether it finished, and the run. save gets the run, log each record."""
     model = rollouts.engine.model
-    optimizer = build_optimizer(model, rates or LearningRates())
-    records, progress = [], Progress()
-    accuracy = {"accuracy": 0.5, "standard_error": 0.1}
-    given = {"save": lambda progress: None, "sample": lambda: None}
-    given |= {"evaluate": lambda: accuracy, "log": records.append}
+    optimizer = build_optimizer(model, LearningRates())
+
+    class HookedRun(DryRun):
+        def save(self):
+            save(self)
+
+        def log(self, record):
+            super().log(record)
+            log(record)
+
+    run = HookedRun(model=model, optimizer=optimizer, runtime=RUNTIME, config=Config(cadence))
     plan = Plan(
         num_steps=num_steps,
         accumulation=1,
         tokens_per_step=1,
         lr_multiplier=partial(lr_multiplier, peak=peak, warmdown=1.0),
     )
-    finished = train(
-        model,
-        optimizer,
-        rollouts,
-        plan,
-        cadence or Cadence(eval_every=2),
-        RUNTIME,
-        progress,
-        batch_size=3,
-        **{**given, **hooks},
-    )
-    return finished, records, progress
+    return train(run, rollouts, plan, batch_size=3, evaluate=evaluate, sample=sample), run
 
 
 def test_reward_rises(tokenizer):
-    """The sign of the gradient, and its place: a few steps teach a random model to say e."""
+    """The sign and position of the gradient: a few steps teach a random model to say e."""
     rollouts = rollouts_of(tokenizer, examples_per_step=8, num_samples=8, max_new_tokens=4)
-    _, records, _ = run_steps(rollouts, 15, peak=1.0)
-    rewards = [r["reward"] for r in records if "reward" in r]
+    _, run = run_steps(rollouts, 15, peak=1.0)
+    rewards = [r["reward"] for r in run.records if "reward" in r]
     assert sum(rewards[:2]) / 2 < 0.5
     assert sum(rewards[-3:]) / 3 > 0.9
 
@@ -149,9 +160,9 @@ def test_reward_rises(tokenizer):
 def test_the_record_of_a_step(tokenizer):
     rollouts = rollouts_of(tokenizer, examples_per_step=3)
     samples = rollouts.sample(0, 0, RUNTIME)
-    finished, records, progress = run_steps(rollouts, 2)
-    assert finished
-    record = records[1]  # after the first evaluation
+    is_finished, run = run_steps(rollouts, 2)
+    assert is_finished
+    records, record = run.records, run.records[1]  # after the first evaluation
     n_tokens = sum(sum(s.mask) for s in samples)
     assert record["reward"] == pytest.approx(sum(s.reward for s in samples) / 12)
     assert record["length"] == pytest.approx(n_tokens / 12)
@@ -161,18 +172,18 @@ def test_the_record_of_a_step(tokenizer):
     assert record["grad_norm"] > 0
     assert [r["lr_multiplier"] for r in records if "reward" in r] == pytest.approx([0.05, 0.025])
     assert [r["step"] for r in records if "accuracy" in r] == [0, 2]
-    assert progress.loader_state["next_question"] == 6
+    assert run.progress.loader_state["next_question"] == 6
 
 
-def test_the_reward_of_each_task_that_is_practised(tokenizer):
-    """One mean of all hid that arithmetic got better."""
+def test_the_reward_of_each_task(tokenizer):
+    """A single mean hid that arithmetic got better."""
 
     class Never(WordTask):
         def evaluate(self, conversation, completion):
             return False
 
     rollouts = rollouts_of(tokenizer, task=TaskMixture([WordTask(6), Never(6)]), examples_per_step=3)
-    records = [record for record in run_steps(rollouts, 4)[1] if "reward" in record]
+    records = [record for record in run_steps(rollouts, 4)[1].records if "reward" in record]
     for step, record in enumerate(records):
         tasks = [sample.task for sample in rollouts.sample(step, 3 * step, RUNTIME)]
         assert set(record["rewards"]) == set(tasks)
@@ -189,7 +200,7 @@ def test_checkpoint_first_evaluation_after(tokenizer):
         rollouts_of(tokenizer, examples_per_step=1),
         3,
         cadence=Cadence(eval_every=2, save_every=2),
-        save=lambda progress: events.append(("save", progress.step)),
+        save=lambda run: events.append(("save", run.progress.step)),
         evaluate=lambda: events.append("evaluate") or {"accuracy": 0.0, "standard_error": 0.0},
         sample=lambda: events.append("sample"),
     )
@@ -197,7 +208,7 @@ def test_checkpoint_first_evaluation_after(tokenizer):
 
 
 def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
-    """Not even by the momentum of the step before it."""
+    """Not even by the momentum of the step before."""
 
     class Fickle(WordTask):
         is_pleased = False
@@ -216,12 +227,12 @@ def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
             rollouts.task.is_pleased = True
             after_first.extend(p.clone() for p in model.parameters())
 
-    _, _, progress = run_steps(rollouts, 3, peak=1.0, log=log)
+    _, run = run_steps(rollouts, 3, peak=1.0, log=log)
     assert records[0]["grad_norm"] > 0
     assert all(map(torch.equal, after_first, model.parameters()))
     nothing = [(r["reward"], r["contrast"], r["loss"], r["grad_norm"]) for r in records[1:]]
     assert nothing == [(1.0, 0, 0, 0)] * 2
-    assert progress.step == 3
+    assert run.progress.step == 3
 
 
 def test_not_a_number_stops_before_the_update(tokenizer):
@@ -238,12 +249,12 @@ def test_not_a_number_stops_before_the_update(tokenizer):
 
 def test_sigterm_saves_and_stops(tokenizer):
     saved = []
-    finished, _, _ = run_steps(
+    is_finished, _ = run_steps(
         rollouts_of(tokenizer, examples_per_step=1),
         9,
         cadence=Cadence(eval_every=0),
-        save=lambda progress: saved.append(progress.step),
+        save=lambda run: saved.append(run.progress.step),
         log=lambda record: record["step"] == 3 and os.kill(os.getpid(), signal.SIGTERM),
     )
-    assert not finished
+    assert not is_finished
     assert saved == [4]

@@ -1,8 +1,8 @@
-"""Momentum taken over from the stage before, and the report of a run; for resuming see test_base_train."""
+"""How a run starts, resumes, overwrites and saves; whole stages are in test_base_train and so on."""
 
 import json
 import logging
-from dataclasses import asdict
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +10,48 @@ import torch
 
 from nanochat.checkpoint_manager import (
     checkpoint_dir,
+    complete_steps,
     load_optimizer_shards,
+    load_tokenizer,
+    read_meta,
     save_checkpoint,
-    tokenizer_dir,
 )
 from nanochat.common import Runtime
+from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import LearningRates, Plan
-from nanochat.train.run import EmaLoss, Progress, report_training, start_or_resume, warm_start
+from nanochat.optim.schedule import Cadence, LearningRates
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.run import DryRun, warm_start
 from tests.helpers.chats import write_base_checkpoint
 from tests.helpers.models import random_model, small_config
-from tests.helpers.vocabulary import train_tokenizer
+from tests.helpers.runs import RunConfig, a_plan, open_run
+from tests.helpers.vocabulary import training_texts
+
+
+@pytest.fixture
+def directory(base_dir):
+    return checkpoint_dir("base", "small")
+
+
+def saved_run(steps, **settings):
+    """A run that was saved after each of `steps`, with all weights equal to the step."""
+    run = open_run(**settings)
+    run.begin(a_plan(100))
+    for step in steps:
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.fill_(step)
+        run.progress.step = step
+        run.progress.ema.update(step)
+        run.progress.loader_state = {"next_row": step, "positions": {}}
+        run.log({"step": step - 1, "loss": 1.0})
+        run.save()
+    run.close()
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Momentum of the stage before
 
 
 def test_warm_start_takes_momentum_and_keeps_the_settings(base_dir):
@@ -55,133 +86,171 @@ def test_warm_start_without_optimizer_state(tmp_path, caplog):
         assert state["n_steps"] == 0
     save_checkpoint(tmp_path, 3, model, {}, {})
     (tmp_path / "optim_000003_rank0.pt").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"optim_000003_rank0.pt is damaged"):  # that is not missing
+    with pytest.raises(ValueError, match=r"optim_000003_rank0.pt is damaged"):  # damaged is not missing
         warm_start(tmp_path, 3, optimizer, Runtime.cpu())
 
 
-def test_warm_start_with_a_part_of_the_optimizer_state(tmp_path):
-    """It went on with no momentum at all, as if none had been saved."""
-    _, optimizer = a_run(tmp_path, [3])
-    meta = json.loads((tmp_path / "meta_000003.json").read_text())
-    (tmp_path / "meta_000003.json").write_text(json.dumps({**meta, "optimizer_shards": 2}))
+def test_warm_start_with_a_part_of_the_optimizer_state(directory):
+    """Training went on with no momentum at all, as if none had been saved."""
+    run = saved_run([3])
+    path = directory / "meta_000003.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "optimizer_shards": 2}))
     with pytest.raises(ValueError, match=r"optim_000003_rank1.pt is missing"):
-        warm_start(tmp_path, 3, optimizer, Runtime.cpu())
-
-
-def test_report_by_hand(tmp_path, base_dir):
-    steps = [
-        {"step": i, "loss": 1.0, "seconds": s, "tokens_per_second": 600 / s, "mfu": None}
-        for i, s in enumerate([30.0, 1.0, 2.0, 3.0, 4.0])
-    ]
-    lines = [{"step": 0, "val_bpb": 2.0}, *steps, {"step": 5, "val_bpb": 1.5}]
-    (tmp_path / "d2").mkdir()
-    (tmp_path / "d2" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model = random_model(small_config())
-    progress = Progress(step=5, ema=EmaLoss(total=0.3, weight=0.1), train_seconds=120.0)
-    progress.first_val_bpb, progress.min_val_bpb, progress.val_bpb = 2.0, 1.25, 1.5
-    plan = Plan(num_steps=5, accumulation=1, tokens_per_step=600_000, lr_multiplier=lambda p: 1.0)
-    line = report_training("mid_train", plan, model, progress, tmp_path / "d2", {"depth": 2})
-    n = sum(p.numel() for p in model.parameters())
-    assert line == (
-        f"mid_train: d2, {n / 1e6:.1f} M parameters, 3.0 M tokens in 2.0 min; "
-        "validation bpb 2.0000 -> 1.5000 (75.0 % of step 0)"
-    )
-    report = json.loads((base_dir / "report" / "mid_train.json").read_text())
-    assert report["median_tokens_per_second"] == 200
-    assert (report["steps"], report["tokens"], report["parameters"]["total"]) == (5, 3_000_000, n)
-    assert [report[f"{name}val_bpb"] for name in ("first_", "min_", "")] == [2.0, 1.25, 1.5]
-    assert report["train_loss"] == pytest.approx(3.0)
-    assert report["settings"] == {"depth": 2}
-    assert report["model"]["n_kernel"] == 3
+        warm_start(directory, 3, run.optimizer, Runtime.cpu())
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Checkpoints that are damaged, missing or in the way
+# Start, resume, overwrite
 
 
-def a_run(directory, steps):
-    """A model and its optimizer, saved after each of steps, the weights all equal to the step."""
+def test_a_new_run_leaves_nothing_before_it_begins(directory):
+    run = open_run()
+    assert not directory.exists()
+    run.begin(a_plan(3))
+    assert sorted(path.name for path in directory.iterdir()) == ["metrics.jsonl", "tokenizer"]
+
+
+def test_a_resumed_run_has_all_that_was_saved(directory):
+    saved = saved_run([1, 2])
+    run = open_run(model=random_model(small_config(), seed=1), resume=True)
+    assert (run.progress.step, run.progress.ema) == (2, saved.progress.ema)
+    assert run.progress.loader_state == {"next_row": 2, "positions": {}}
+    for one, two in zip(run.model.parameters(), saved.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    meta = read_meta(directory, 2)
+    assert meta["user_config"]["cadence"]["keep_last"] == 2
+    assert meta["progress"]["earlier_seconds"] > 0
+    run.begin(a_plan(3))
+    assert complete_steps(directory) == [1, 2]
+    assert [record["step"] for record in read_metrics(directory / "metrics.jsonl")] == [0, 1]
+
+
+def test_checkpoints_need_resume_or_overwrite(directory):
+    saved_run([1, 2])
+    with pytest.raises(ValueError, match="up to step 2: continue with --resume, start over with --overwrite"):
+        open_run()
+
+
+def test_overwriting_deletes_nothing_before_the_run_begins(directory):
+    saved_run([1, 2])
+    before = {path: path.read_bytes() for path in directory.rglob("*.*")}
+    run = open_run(overwrite=True)
+    assert run.progress.step == 0
+    assert {path: path.read_bytes() for path in directory.rglob("*.*")} == before
+    run.begin(a_plan(3))
+    assert complete_steps(directory) == []
+    assert read_metrics(directory / "metrics.jsonl") == []
+    assert not list(directory.glob("*.pt"))
+
+
+def test_a_run_that_cannot_begin_deletes_nothing(directory, monkeypatch):
+    """--run=NAME without wandb fails when the metrics are opened."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    saved_run([1, 2])
+    run = open_run(overwrite=True, run="mine")
+    with pytest.raises(ValueError, match="wandb"):
+        run.begin(a_plan(3))
+    assert complete_steps(directory) == [1, 2]
+
+
+def test_a_plan_that_ends_before_the_checkpoint(directory):
+    saved_run([1, 2])
+    with pytest.raises(ValueError, match="a checkpoint of step 2, but these settings end at step 1"):
+        open_run(resume=True).begin(a_plan(1))
+
+
+def test_as_many_checkpoints_are_kept_as_the_cadence_says(directory):
+    saved_run([1, 2, 3, 4], cadence=Cadence(keep_last=3))
+    assert complete_steps(directory) == [2, 3, 4]
+
+
+def test_a_dry_run_writes_nothing(base_dir):
     model = random_model(small_config())
     optimizer = build_optimizer(model, LearningRates())
-    for step in steps:
-        with torch.no_grad():
-            for p in model.parameters():
-                p.fill_(step)
-        meta = {"progress": asdict(Progress(step=step, ema=EmaLoss(total=1.0, weight=1.0)))}
-        save_checkpoint(directory, step, model, optimizer.state_dict(), meta)
-    return model, optimizer
+    run = DryRun(model=model, optimizer=optimizer, runtime=Runtime.cpu(), config=RunConfig())
+    run.log({"step": 0})
+    run.save()
+    assert run.records == [{"step": 0}]
+    assert not base_dir.exists()
 
 
-def resume(directory, model, optimizer, runtime=None):
-    tokenizer = train_tokenizer()
-    tokenizer.save(tokenizer_dir(directory))
-    return start_or_resume(
-        directory, model, tokenizer, optimizer, runtime or Runtime.cpu(), resume=True, overwrite=False
-    )
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints that are damaged, missing or of another run
 
 
 @pytest.mark.parametrize("name", ["model_000003.pt", "optim_000003_rank0.pt", "meta_000003.json"])
 @pytest.mark.parametrize("keep", [0, 100, None])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, name, keep):
-    """It is cut short, or not there at all."""
-    model, optimizer = a_run(tmp_path, [1, 2, 3])
-    path = tmp_path / name
+def test_a_damaged_checkpoint_is_passed_over(directory, caplog, name, keep):
+    """It is cut short, or missing."""
+    saved_run([1, 2, 3], cadence=Cadence(keep_last=0))
+    path = directory / name
     if keep is None:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:keep])
-    (tmp_path / ".model_000004.pt.99.partial").touch()
-    assert resume(tmp_path, model, optimizer).step == 2
-    assert (model.lm_head.weight == 2).all()
-    is_seen = keep is not None or name.startswith(
-        "optim"
-    )  # without model or meta file there is no checkpoint
-    assert (f"{name}" in caplog.text and "trying the checkpoint before" in caplog.text) == is_seen
-    assert not list(tmp_path.glob(".*"))
-    has_meta = (tmp_path / "meta_000003.json").exists()
-    is_left = (tmp_path / "optim_000003_rank0.pt").exists()
-    assert is_left == (has_meta and (keep is not None or not name.startswith("optim")))
+    (directory / ".model_000004.pt.99.partial").touch()
+    run = open_run(resume=True)
+    assert run.progress.step == 2
+    assert (run.model.lm_head.weight == 2).all()
+    # without model or meta file there is no checkpoint
+    is_found = keep is not None or name.startswith("optim")
+    assert (f"{name}" in caplog.text and "trying the checkpoint before" in caplog.text) == is_found
+    assert not list(directory.glob(".*"))
+    has_meta = (directory / "meta_000003.json").exists()
+    has_state = (directory / "optim_000003_rank0.pt").exists()
+    assert has_state == (has_meta and (keep is not None or not name.startswith("optim")))
 
 
 @pytest.mark.parametrize("name", ["model_000003.pt", "optim_000003_rank0.pt"])
-def test_a_flipped_bit_is_seen(tmp_path, caplog, name):
-    model, optimizer = a_run(tmp_path, [2, 3])
-    content = bytearray((tmp_path / name).read_bytes())
+def test_a_flipped_bit_is_detected(directory, caplog, name):
+    saved_run([2, 3])
+    content = bytearray((directory / name).read_bytes())
     content[len(content) // 2] ^= 1
-    (tmp_path / name).write_bytes(content)
-    assert resume(tmp_path, model, optimizer).step == 2
+    (directory / name).write_bytes(content)
+    assert open_run(resume=True).progress.step == 2
     assert f"{name} is damaged (in " in caplog.text
 
 
-def test_no_checkpoint_can_be_read(tmp_path):
-    model, optimizer = a_run(tmp_path, [1, 2])
-    for path in tmp_path.glob("model_*"):
+def test_no_checkpoint_can_be_read(directory):
+    saved_run([1, 2])
+    for path in directory.glob("model_*"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: start anew with --overwrite"):
-        resume(tmp_path, model, optimizer)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: start over with --overwrite"):
+        open_run(resume=True)
 
 
-def test_optimizer_state_of_another_model(tmp_path):
-    a_run(tmp_path, [1])
-    model = random_model(small_config())
+def test_optimizer_state_of_another_model(directory):
+    saved_run([1])
     other = build_optimizer(random_model(small_config(n_embd=32)), LearningRates())
     with pytest.raises(ValueError, match=r"optimizer state has 50 x .24,., the model needs 50 x .32,."):
-        resume(tmp_path, model, other)
+        open_run(optimizer=other, resume=True)
 
 
-def test_ranks_that_see_different_checkpoints(tmp_path):
+def test_ranks_that_see_different_checkpoints(directory):
     """Two machines, each with a base directory of its own."""
 
     class FirstOfTwo(Runtime):
         def gather(self, value):
             return [value, []]
 
-    model, optimizer = a_run(tmp_path, [1])
+    saved_run([1])
     runtime = FirstOfTwo(device=torch.device("cpu"), compute_dtype=torch.float32, world_size=2)
     with pytest.raises(ValueError, match="put NANOCHAT_BASE_DIR on a disk that all nodes share"):
-        resume(tmp_path, model, optimizer, runtime)
+        open_run(runtime=runtime, resume=True)
 
 
 def test_a_directory_that_cannot_be_written():
-    with pytest.raises(OSError, match="/proc/checkpoints"):
-        a_run(Path("/proc/checkpoints"), [1])
+    run = open_run()
+    run.directory = Path("/proc/checkpoints")
+    run.progress.loader_state = {"positions": {}}
+    for write in (lambda: run.begin(a_plan(3)), run.save):
+        with pytest.raises(OSError, match="/proc/checkpoints"):
+            write()
+
+
+def test_another_tokenizer(directory):
+    run = saved_run([1])
+    assert load_tokenizer(directory).is_same_as(run.tokenizer)
+    other = RustBPETokenizer.train_from_iterator(iter(training_texts()), 300)
+    with pytest.raises(ValueError, match="started with another tokenizer than the present one"):
+        open_run(tokenizer=other, resume=True)
