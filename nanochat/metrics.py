@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl, one object a line, and wandb if it is asked for.
+"""The numbers of a run: metrics.jsonl, one object a line, and wandb if requested.
 
 Plots and reports read the file. Every line has a `step`; a resumed run first drops the lines from its step
 on, so that no step is recorded twice.

@@ -75,7 +75,7 @@ class ChatRLConfig:
         default_factory=partial(Cadence, eval_every=60, sample_every=60, save_every=60, log_every=1)
     )
     resume: bool = False
-    """continue from the newest checkpoint of this stage, if there is one"""
+    """continue from the newest checkpoint of this stage, if any"""
     overwrite: bool = False
     """delete the checkpoints that this stage has under this model tag and start over"""
 

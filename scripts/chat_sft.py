@@ -1,10 +1,10 @@
-"""Supervised finetuning: learn to say what the assistant says, one conversation a row.
+"""Supervised finetuning: learn the assistant's replies, one conversation a row.
 
     python -m scripts.chat_sft --data=embedded
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --model-tag=d20 --run=d20
 
-Only the assistant's tokens are learned, each counting the same wherever it stands. Checkpoints and
-metrics.jsonl go to $NANOCHAT_BASE_DIR/chatsft_checkpoints/<model tag>.
+Only the assistant's tokens are learned, all with the same weight. Checkpoints and metrics.jsonl go to
+$NANOCHAT_BASE_DIR/chatsft_checkpoints/<model tag>.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def test_not_a_number_stops_before_the_update(corpus, base_dir):
     assert all(torch.equal(good[key], after[key]) for key in good)
 
 
-def test_checkpoints_are_never_mixed_or_overwritten_unasked(corpus, base_dir):
+def test_checkpoints_are_never_mixed_or_overwritten_without_the_flag(corpus, base_dir):
     train(corpus, "--num-iterations=2")
     assert "--resume" in error_of(lambda: train(corpus, "--num-iterations=1"))
     assert complete_steps(base_dir / "base_checkpoints" / "d2") == [2]

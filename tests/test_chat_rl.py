@@ -1,4 +1,4 @@
-"""chat_rl from an SFT checkpoint to a better one, on a task and a model that are both tiny."""
+"""chat_rl from an SFT checkpoint to a better one, with a tiny task and a tiny model."""
 
 import json
 import os
@@ -71,21 +71,21 @@ def test_resume_is_bitwise():
 
 
 def test_a_finished_run_without_its_metrics(base_dir, capsys):
-    """Copied from elsewhere, say: resumed at its end it divided by the number of steps that it knew of."""
+    """Copied from elsewhere, say: resumed at its end it divided by the number of steps in the metrics, 0."""
     chat_rl.main([*SMALL, "--num-steps=1"])
     (checkpoint_dir("rl", "d2") / "metrics.jsonl").unlink()
     capsys.readouterr()
     chat_rl.main([*SMALL, "--num-steps=1", "--resume"])
     result = json.loads((base_dir / "report" / "chat_rl.json").read_text())
     assert (result["first_reward"], result["rewards"]) == (None, {})
-    assert result["first_accuracy"] is None  # that of its end was told as that of its start
+    assert result["first_accuracy"] is None  # the accuracy of its end was reported as that of its start
     assert f"min; accuracy {result['accuracy']:.4f} +-" in capsys.readouterr().out
     shown = " ".join(report_text.section("chat_rl", result).split())
     assert "| greedy accuracy, before | - |" in shown
 
 
 def test_resume_with_other_steps():
-    """Their number and the learning rates changed, and nobody was told."""
+    """Their number and the learning rates changed without a message."""
     chat_rl.main([*SMALL, "--num-steps=1"])
     with pytest.raises(ValueError, match=r"examples_per_step=2 is not that .* took 4: resume with 4, or"):
         chat_rl.main([*SMALL, "--examples-per-step=2", "--num-steps=2", "--resume"])
@@ -97,15 +97,15 @@ def test_steps_of_an_epoch():
     assert complete_steps(checkpoint_dir("rl", "d2")) == [3]
 
 
-def test_odd_sizes():
-    """num_samples // device_batch_size was 0 for a batch larger than the samples, and cut off a remainder."""
+def test_batch_sizes_that_do_not_divide_the_samples():
+    """num_samples // device_batch_size was 0 for a batch larger than the samples, and dropped a remainder."""
     for samples, batch in ((3, 64), (5, 3)):
         flags = [f"--num-samples={samples}", f"--device-batch-size={batch}", "--num-steps=1", "--overwrite"]
         assert chat_rl.main([*SMALL, *flags]) == 0
 
 
 def test_two_ranks():
-    """Both learn from their own questions and keep the same weights; one may have nothing to teach."""
+    """Each learns from its own questions and both keep the same weights; one may have no useful samples."""
     code = """
 import sys
 from nanochat import common
@@ -157,17 +157,17 @@ def test_settings_that_cannot_work(flags, message):
     assert not checkpoint_dir("rl", "d2").exists()
 
 
-def test_too_many_new_tokens_are_said(capsys):
+def test_too_many_new_tokens_are_reported(capsys):
     chat_rl.main([*SMALL, "--max-new-tokens=256", "--num-steps=1"])
     assert "replies have at most 16 tokens, half of the context, not 256" in capsys.readouterr().out
 
 
-def test_checkpoints_are_not_overwritten_unasked():
+def test_checkpoints_are_not_overwritten_without_the_flag():
     chat_rl.main([*SMALL, "--num-steps=1"])
     with pytest.raises(ValueError, match="--resume"):
         chat_rl.main([*SMALL, "--num-steps=2"])
 
 
 def test_rollouts_fit_the_graphs():
-    """256, the default before, was too many for them: one GPU decoded step by step in PyTorch."""
+    """The former default, 256, was too large for them: one GPU decoded step by step in PyTorch."""
     assert supports(GPTConfig.from_depth(20), chat_rl.ChatRLConfig().rollout_batch_size)

@@ -36,18 +36,18 @@ SFT_TASKS = recipes.sft_tasks
 
 @pytest.fixture(autouse=True)
 def base(base_dir, monkeypatch):
-    """A base model d2, and what each stage learns from and is measured on."""
+    """Write a base model d2, and replace the tasks of each stage by tiny ones."""
     chats.write_base_checkpoint(base_dir)
     learn(monkeypatch, ColourTask(20))
     monkeypatch.setattr(recipes, "eval_tasks", lambda data: {"Colour": lambda: ColourTask(30, seed=1)})
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The way of a model
+# From stage to stage
 
 
 def test_from_base_to_report_card(base_dir, capsys):
-    """Later stages wrote under their own tag, and dropped what they did not know of the architecture."""
+    """Later stages wrote under a tag of their own, and dropped unknown settings of the architecture."""
     chats.write_base_checkpoint(base_dir, "d4")
     flags = ["--model-tag=d2", "--save-every=2", "--keep-last=0"]
     assert train("mid", *flags, "--num-epochs=6") == 0
@@ -80,7 +80,7 @@ def test_from_base_to_report_card(base_dir, capsys):
 
 
 def test_a_part_of_the_tasks_makes_no_chatcore(base_dir, capsys, monkeypatch):
-    """The mean of the one task asked for was called ChatCORE, and took the place of the report of all."""
+    """The mean of a single task was called ChatCORE and replaced the report of all tasks."""
     tasks = {name: partial(ColourTask, 30, seed=seed) for seed, name in enumerate(("Colour", "Hue"))}
     monkeypatch.setattr(recipes, "eval_tasks", lambda data: tasks)
     train("sft", "--num-iterations=1")
@@ -130,7 +130,7 @@ def test_resume_is_bitwise(stage):
     whole, resumed = (read_meta(checkpoint_dir(stage, tag), 6)["progress"] for tag in ("whole", "d2"))
     times = ("train_seconds", "earlier_seconds")
     assert {**whole, **dict.fromkeys(times)} == {**resumed, **dict.fromkeys(times)}
-    train(stage, *flags, "--resume")  # there is nothing left to do, and nothing comes to harm
+    train(stage, *flags, "--resume")  # nothing is left to do, and no file is damaged
     with pytest.raises(ValueError, match="a checkpoint of step 6, but these settings end at step 5"):
         train(stage, "--num-iterations=5", "--resume")
     assert same(weights(stage, 6, "whole"), weights(stage, 6))
@@ -138,7 +138,7 @@ def test_resume_is_bitwise(stage):
 
 @both_stages
 def test_one_step(stage, base_dir):
-    """The loss of the only step was undefined, and so was the validation that never came due."""
+    """The loss of the only step was undefined, and so was a validation that was never due."""
     train(stage, "--num-iterations=1", "--init-lr-frac=0.5")
     first, step, last = records(stage)
     assert (first["step"], step["step"], last["step"]) == (0, 0, 1)
@@ -149,12 +149,12 @@ def test_one_step(stage, base_dir):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is learned
+# Losses, rows and schedules
 
 
 @both_stages
-def test_the_micro_batch_changes_nothing(stage):
-    """The loss was a mean of means: tokens counted the more, the fewer of them a micro-batch had."""
+def test_the_micro_batch_size_changes_nothing(stage):
+    """The loss was a mean of means: tokens of micro-batches with few of them counted more."""
     found, bpb = {}, {}
     for size in (1, 2, 4):
         copy_base(f"of{size}")
@@ -164,11 +164,11 @@ def test_the_micro_batch_changes_nothing(stage):
     assert found[1] == pytest.approx(found[4], rel=1e-5)
     assert found[2] == pytest.approx(found[4], rel=1e-5)
     assert len(set(found[4])) == 5
-    assert bpb[2] == pytest.approx(bpb[1], rel=1e-5)  # and none of five conversations counts twice
+    assert bpb[2] == pytest.approx(bpb[1], rel=1e-5)  # none of the five conversations counts twice
     assert bpb[4] == pytest.approx(bpb[1], rel=1e-5)
 
 
-def test_the_loss_is_the_mean_over_what_is_learned():
+def test_the_loss_is_the_mean_over_learned_tokens():
     train("sft", "--num-iterations=1")
     model, tokenizer, _ = load_model("base", torch.device("cpu"), "eval")
     nats = n = 0
@@ -180,7 +180,7 @@ def test_the_loss_is_the_mean_over_what_is_learned():
     assert losses("sft") == pytest.approx([nats / n], rel=1e-5)
 
 
-def test_conversations_without_anything_to_learn(monkeypatch):
+def test_conversations_without_targets(monkeypatch):
     """A micro-batch without targets was 0 / 0 and made the weights NaN; here whole steps have none, too."""
     learn(monkeypatch, chats.Unanswered(6))
     train("sft", "--device-batch-size=1", "--conversations-per-step=1")
@@ -193,7 +193,7 @@ def test_conversations_without_anything_to_learn(monkeypatch):
 
 @both_stages
 def test_momentum_is_taken_over(stage, caplog):
-    """With it, without it on demand, and without it where it was not saved: the last two are alike."""
+    """With it, without it on request, and without it where it was not saved: the last two are equal."""
     for tag in ("kept", "refused"):
         copy_base(tag)
     train(stage, "--num-iterations=3", "--model-tag=kept")
@@ -208,7 +208,7 @@ def test_momentum_is_taken_over(stage, caplog):
 
 
 @both_stages
-def test_rows_are_as_long_as_asked(stage, monkeypatch):
+def test_rows_have_the_requested_length(stage, monkeypatch):
     shapes = []
     hidden = GPT.hidden
     monkeypatch.setattr(
@@ -246,8 +246,8 @@ def test_checkpoint_before_evaluation(monkeypatch):
     assert complete_steps(checkpoint_dir("sft", "d2")) == [2]
 
 
-def test_two_ranks_learn_what_one_does(tmp_path, monkeypatch):
-    """From a file of one's own, whose every twentieth conversation is held out."""
+def test_two_ranks_compute_the_same_as_one(tmp_path, monkeypatch):
+    """On a user's own file, of which every twentieth conversation is held out."""
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(ColourTask(45).get_example(i)) + "\n" for i in range(45)))
     flags = [f"--data={path}", "--num-iterations=4"]

@@ -1,4 +1,4 @@
-"""Conversations as batches: every pair once, none twice, whatever the ranks, the micro-batch or the place."""
+"""Conversations as batches: every pair of tokens exactly once, for any ranks, micro-batch size and resume."""
 
 import random
 from collections import Counter
@@ -24,7 +24,7 @@ def tokenizer():
 
 
 class Chats(Task):
-    """Random talk of 1 to 3 exchanges, some with a call of the calculator; few tokens or many."""
+    """Random conversations of 1 to 3 exchanges, some with a calculator call; few tokens or many."""
 
     def __init__(self, n):
         super().__init__()
@@ -48,21 +48,21 @@ class Chats(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class OneOfRanks(Runtime):
-    """A rank that is told what all ranks give."""
+    """A rank whose `gather` returns given values of all ranks."""
 
-    everybodys: Any
+    all_values: Any
 
     def gather(self, value):
-        assert value == self.everybodys[self.rank]
-        return self.everybodys
+        assert value == self.all_values[self.rank]
+        return self.all_values
 
 
 def ranks(data, world_size):
-    """The runtimes of all ranks; what they gather is what measuring gives, done here on one rank."""
+    """Return the runtimes of all ranks, which gather the lengths that are measured here on one rank."""
     lengths = [len(data.render(index)[0]) - 1 for index in range(len(data.task))]
     shares = [lengths[rank::world_size] for rank in range(world_size)]
     cpu = {"device": torch.device("cpu"), "compute_dtype": torch.float32, "world_size": world_size}
-    return [OneOfRanks(rank=rank, everybodys=shares, **cpu) for rank in range(world_size)]
+    return [OneOfRanks(rank=rank, all_values=shares, **cpu) for rank in range(world_size)]
 
 
 def data_of(tokenizer, n=60, packed=True, seq_len=SEQ_LEN):
@@ -70,7 +70,7 @@ def data_of(tokenizer, n=60, packed=True, seq_len=SEQ_LEN):
 
 
 def step_rows(data, rows, world_size, batch_size, n_steps, **bounds):
-    """All rows in the order in which a run of so many ranks takes them, each without its padding."""
+    """Return all rows in the order in which a run on world_size ranks takes them, without padding."""
     per_rank = [
         list(islice(data.batches(rows, batch_size, runtime, **bounds), n_steps))
         for runtime in ranks(data, world_size)
@@ -84,7 +84,7 @@ def step_rows(data, rows, world_size, batch_size, n_steps, **bounds):
 
 
 def trimmed(inputs, targets):
-    """What a row holds up to its last target."""
+    """Return the contents of a row up to its last target."""
     width = max((targets != -1).nonzero().flatten().tolist(), default=-1) + 1
     return inputs[:width].tolist(), targets[:width].tolist()
 
@@ -94,14 +94,14 @@ def trimmed(inputs, targets):
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 64])
-def test_pack_places_everything_once_and_nothing_sticks_out(capacity):
+def test_pack_places_everything_once_and_within_capacity(capacity):
     rng = random.Random(capacity)
     n_places = [rng.choice([1, 2, 6, 7, 8, 20, 63, 64, 65, 200]) for _ in range(1500)]
     rows = pack(n_places, capacity)
     covered = Counter((index, place) for row in rows for index, a, b in row for place in range(a, b))
     assert covered == Counter((index, place) for index, n in enumerate(n_places) for place in range(n))
     assert all(0 < sum(end - begin for _, begin, end in row) <= capacity for row in rows)
-    # only what is longer than a row is cut, and no oftener than it must be
+    # only conversations longer than a row are cut, into as few pieces as possible
     pieces = Counter(index for row in rows for index, _, _ in row)
     assert all(pieces[index] == -(-n // capacity) for index, n in enumerate(n_places))
 
@@ -109,7 +109,7 @@ def test_pack_places_everything_once_and_nothing_sticks_out(capacity):
 def test_pack_by_hand():
     assert pack([5, 6, 4, 3, 2, 10, 23], 10) == [
         [(0, 0, 5), (3, 0, 3), (4, 0, 2)],
-        [(1, 0, 6), (2, 0, 4)],  # 4 fits this one exactly, though the first row was there before
+        [(1, 0, 6), (2, 0, 4)],  # 4 fits this one exactly, although the first row was opened before
         [(5, 0, 10)],
         [(6, 0, 10)],
         [(6, 10, 20)],
@@ -127,13 +127,13 @@ def test_rows_are_almost_full():
 
 
 def test_few_rows_are_open_at_a_time():
-    """Else it takes quadratic time where nothing fits together."""
+    """Otherwise packing takes quadratic time if nothing fits together."""
     rows = pack([6] * (OPEN_ROWS + 5) + [4] * (OPEN_ROWS + 5), 10)
     assert sum(len(row) == 2 and row[0][2] == 6 for row in rows) == OPEN_ROWS
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is learned
+# Inputs and targets
 
 
 def test_packed_rows_hold_every_pair_of_every_conversation_once(tokenizer):
@@ -154,7 +154,7 @@ def test_packed_rows_hold_every_pair_of_every_conversation_once(tokenizer):
     assert found == expected
 
 
-def test_pieces_of_a_row_stand_in_order_from_its_start(tokenizer):
+def test_pieces_of_a_row_follow_one_another_from_its_start(tokenizer):
     data = data_of(tokenizer)
     rows = data.plan(Runtime.cpu())
     for row, (inputs, targets) in zip(rows, step_rows(data, rows, 1, 1, len(rows)), strict=True):
@@ -163,7 +163,7 @@ def test_pieces_of_a_row_stand_in_order_from_its_start(tokenizer):
         assert targets == [id for conversation, begin, end in ids for id in conversation[begin + 1 : end + 1]]
 
 
-def test_finetuning_learns_what_the_assistant_says_and_no_more(tokenizer):
+def test_finetuning_learns_the_assistant_s_tokens_only(tokenizer):
     data = data_of(tokenizer, packed=False, seq_len=500)
     rows = data.plan(Runtime.cpu())
     assert [row[0][0] for row in rows] == list(range(60))
@@ -181,7 +181,7 @@ def test_finetuning_learns_what_the_assistant_says_and_no_more(tokenizer):
 
 
 def test_finetuning_rows_are_cut_to_their_length(tokenizer):
-    """The length asked for was ignored: 2048 tokens whatever the setting."""
+    """The setting was ignored: rows always had 2048 tokens."""
     data = data_of(tokenizer, packed=False)
     rows = data.plan(Runtime.cpu())
     widths = [batch[0].size(1) for batch in islice(data.batches(rows, 1, Runtime.cpu()), len(rows))]
@@ -195,7 +195,7 @@ def test_finetuning_rows_are_cut_to_their_length(tokenizer):
         assert not is_padding.all(dim=0).any()  # as wide as the widest
 
 
-def test_rows_of_like_length_stand_together_within_their_step(tokenizer):
+def test_rows_are_sorted_by_length_within_their_step(tokenizer):
     data = data_of(tokenizer, packed=False)
     rows = data.plan(Runtime.cpu())[:59]
     found = by_width(rows, 8)
@@ -208,7 +208,7 @@ def test_rows_of_like_length_stand_together_within_their_step(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Ranks, epochs, places
+# Ranks, epochs, resume
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -244,7 +244,7 @@ def test_after_the_last_row_comes_the_first(tokenizer):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_go_on_from_any_state(tokenizer, packed):
+def test_resume_from_any_state(tokenizer, packed):
     data = data_of(tokenizer, packed=packed)
     rows = data.plan(Runtime.cpu())
     whole = list(islice(data.batches(rows, 3, Runtime.cpu()), 12))
@@ -259,13 +259,13 @@ def test_go_on_from_any_state(tokenizer, packed):
     assert step_rows(data, rows, 2, 6, 2, start=start) == rest
 
 
-def test_some_of_the_conversations(tokenizer):
+def test_a_limit_on_the_conversations(tokenizer):
     data = data_of(tokenizer, packed=False)
     for runtime in ranks(data_of(tokenizer, n=11, packed=False), 2):
         assert data.plan(runtime, 11) == data.plan(Runtime.cpu())[:11]
     assert data.plan(Runtime.cpu(), 1000) == data.plan(Runtime.cpu())
 
 
-def test_nothing_to_learn_from(tokenizer):
+def test_an_empty_task(tokenizer):
     with pytest.raises(ValueError, match="no conversations"):
         data_of(tokenizer, n=0).plan(Runtime.cpu())

@@ -16,7 +16,7 @@ def tokenizer():
 
 
 def test_the_end_token_is_learned_and_forced_tokens_are_not(tokenizer):
-    """generate_batch strips the end token, so <|assistant_end|> used to get no gradient at all."""
+    """generate_batch strips the end token, so <|assistant_end|> used to get no gradient."""
     rollouts = rollouts_of(tokenizer, examples_per_step=1)
     samples = replace(rollouts, engine=FakeEngine(rollouts.engine.model, tokenizer)).sample(0, 0, RUNTIME)
     whole, cut = samples[0], samples[-1]
@@ -29,7 +29,7 @@ def test_the_end_token_is_learned_and_forced_tokens_are_not(tokenizer):
     assert cut.mask == whole.mask[:-1]
 
 
-def test_rewards_and_advantages_are_those_of_the_question(tokenizer):
+def test_rewards_and_advantages_within_a_question(tokenizer):
     samples = rollouts_of(tokenizer, examples_per_step=5, num_samples=6, max_new_tokens=4).sample(
         0, 0, RUNTIME
     )
@@ -46,7 +46,7 @@ def test_rewards_and_advantages_are_those_of_the_question(tokenizer):
 
 
 def test_no_two_places_share_their_random_numbers(tokenizer):
-    """A fixed seed gave every step the same noise; samples of one question shared their first token."""
+    """A fixed seed gave all steps the same random numbers; samples of a question shared their first token."""
     rollouts = rollouts_of(tokenizer, task=WordTask(1), examples_per_step=1, num_samples=8)
     drawn = [[s.ids for s in rollouts.sample(step, 0, RUNTIME)] for step in (0, 1, 0)]
     assert drawn[0] == drawn[2]

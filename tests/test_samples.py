@@ -1,4 +1,4 @@
-"""What is shown beside the loss."""
+"""The samples that training prints beside the loss."""
 
 import logging
 
@@ -37,7 +37,7 @@ def test_prompts_with_greedy_replies(tokenizer, caplog):
 
 
 def test_a_short_context_and_a_short_task(tokenizer, caplog):
-    """A context of 64 tokens had no room for a prompt beside a reply of 64: the run ended without report."""
+    """A context of 64 had no room for a prompt and a reply of 64 tokens: the run ended without a report."""
     _, lines = replies(caplog, tokenizer, ColourTask(2))
     assert len(lines) == 2
 

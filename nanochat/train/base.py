@@ -69,7 +69,7 @@ class BaseTrainConfig:
     model_tag: str = ""
     """name of the checkpoint folder; empty: d<depth>"""
     resume: bool = False
-    """continue from the newest checkpoint, if there is one"""
+    """continue from the newest checkpoint, if any"""
     overwrite: bool = False
     """delete the checkpoints that this model tag has and start over"""
 

@@ -52,7 +52,7 @@ class ChatTrainConfig:
     val_conversations: int = 5000
     """validation conversations, at most all"""
     resume: bool = False
-    """continue from the newest checkpoint of this stage, if there is one"""
+    """continue from the newest checkpoint of this stage, if any"""
     overwrite: bool = False
     """delete the checkpoints that this stage has under this model tag and start over"""
 

@@ -66,7 +66,7 @@ class ChatData:
     val_set: Conversations
     rows: list[list[Piece]]  # of an epoch
     val_rows: list[list[Piece]]
-    token_bytes: Tensor  # (V,) that each token stands for
+    token_bytes: Tensor  # (V,) int32, the length of each token's text
 
     @classmethod
     def lay_out(

@@ -55,9 +55,9 @@ def steps(
 ) -> Iterator[int]:
     """Yield the number of each step from run.progress.step on; save, evaluate and sample where due.
 
-    The loop body trains the step and calls `finish_step`. extras are pairs of a number of steps and an action
-    that is due every so many, but neither before the first step nor after the last. Ends after plan.num_steps
-    steps, or after saving once stop.anywhere is set.
+    The loop body trains the step and calls `finish_step`. extras are pairs (every, action): an action is due
+    at multiples of `every`, except before the first step and after the last. Ends after plan.num_steps steps,
+    or after saving once stop.anywhere is set.
     """
     cadence, start = run.config.cadence, run.progress.step
     while True:
