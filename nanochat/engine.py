@@ -24,8 +24,8 @@ class Engine:
     """Decodes with one model and its tokenizer."""
 
     def __init__(self, model: GPT, tokenizer: RustBPETokenizer, decoder: DecoderKind = "best"):
-        self.model, self.tokenizer, self.decoder = model, tokenizer, decoder
-        self.special = special_ids(tokenizer)
+        self.model, self.tokenizer, self.special = model, tokenizer, special_ids(tokenizer)
+        self.decoder: DecoderKind = decoder
         self._idle: list[Decoder] = []  # to be used again: recording CUDA graphs takes seconds
 
     def generate(

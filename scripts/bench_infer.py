@@ -3,11 +3,11 @@
     python -m scripts.bench_infer                                 # d20, random weights
     python -m scripts.bench_infer --depth=12 --batch-sizes 1 8 --decoder=plain
 
-Every sequence of a batch has `context` tokens once the last step is done. `prefill_ms` is the pass over
-a prompt of that length, `first_token_ms` the time from a prompt to its first new token. `floor_share` is
-the time in which the card copies as many bytes as a step must read, over the time that a step takes; the
-copy is timed here, too. All times are medians, as the server sees them: every token reaches the host,
-one step after the next was launched.
+Every sequence of a batch has `context` tokens after the last step. `prefill_ms` is the forward over a prompt
+of that length, `first_token_ms` the time from a prompt to its first new token. `floor_share` is the time in
+which the card copies as many bytes as a step must read (measured here, too), divided by the time of a step.
+All times are medians, measured as the server decodes: every token reaches the host, after the next step was
+launched.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT, GPTConfig
 
 
-UNTIMED = 3  # steps that record a graph and warm up
+UNTIMED = 3  # steps to record a graph and warm up
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchInferConfig:
     depth: int = 20
-    """The model's size; its weights are random."""
+    """Size of the model, which has random weights."""
     vocab_size: int = 65_536
     """Number of tokens."""
     slc_rate: int = 3
-    """Layer i is attention if i % slc_rate == 1, or if it is the last; 0: all are."""
+    """Layer i is attention if i % slc_rate == 1 or if it is the last; 0: all layers are."""
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
     """Sequences decoded at once."""
     contexts: tuple[int, ...] = (512, 2048)
-    """Tokens of a sequence when the last step is done."""
+    """Tokens of a sequence after the last step."""
     steps: int = 64
-    """Steps to time for each."""
+    """Steps to time for each batch size and context."""
     decoder: DecoderKind = "best"
-    """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
+    """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone."""
     temperature: float = 0.0
     """0: always the likeliest token."""
     top_k: int = 0
     """Sample from the likeliest k tokens only; 0: from all."""
     device_type: str = ""
-    """cuda, mps or cpu; empty finds the best there is."""
+    """cuda, mps or cpu; empty: the best available."""
 
     def __post_init__(self) -> None:
         for name in ("depth", "steps", *(("batch_sizes", "contexts"))):
@@ -68,7 +68,7 @@ class BenchInferConfig:
 
 
 def random_model(config: GPTConfig, device: torch.device) -> GPT:
-    """A model in eval mode, none of whose weights is zero."""
+    """Return a model in eval mode without zero weights."""
     import torch
 
     from nanochat.benchmark import fill_zero_weights
@@ -83,7 +83,7 @@ def random_model(config: GPTConfig, device: torch.device) -> GPT:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that are read and written by a large copy."""
+    """Return how many bytes a second a large copy reads and writes."""
     import torch
 
     from nanochat.benchmark import seconds
@@ -94,7 +94,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def step_bytes(model: GPT, batch_size: int, context: int) -> int:
-    """What a step must read: each weight but the embedding once, and the state of each sequence."""
+    """Return the bytes that a step must read: weights without the embedding, state of each sequence."""
     from nanochat.cache import state_bytes
 
     parts = model.num_parameters()
@@ -104,7 +104,7 @@ def step_bytes(model: GPT, batch_size: int, context: int) -> int:
 
 
 def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context: int) -> dict[str, float]:
-    """Prefill and decode times in milliseconds."""
+    """Return prefill and decode times in milliseconds."""
     import torch
 
     from nanochat.benchmark import seconds

@@ -1,18 +1,18 @@
-"""Load a running chat server with many clients, and see whether it stays quick, right and free of leaks.
+"""Load a running chat server with many clients; measure its latency, check answers, and look for leaks.
 
     python -m scripts.chat_web -p 8000 &
     python -m scripts.bench_serve --url=http://127.0.0.1:8000 --clients=200 --seconds=60 --disconnect=0.2
 
-Each client asks one question after the other and reads the answer as it comes; of some it leaves in the
-middle. Meanwhile /health is asked twice a second. The questions are of different lengths and the answers
-greedy, so they can be compared:
+Each client asks one question after the other and reads the answer as it comes; it disconnects in the middle
+of some. Meanwhile /health is requested twice a second. The questions have different lengths, and the answers
+are greedy, so that they can be compared:
 
-    --check          with what the server said to each question alone, before the load; right where rounding
-                     does not depend on who else is served, as in float32 on a CPU
-    --expect=FILE    with answers that are known: a line of FILE is a request to /chat/completions, as JSON,
-                     and its "answer"
+    --check          with the server's answer to each question alone, before the load; valid if rounding does
+                     not depend on the other rows of a batch, as in float32 on a CPU
+    --expect=FILE    with known answers: each line of FILE is a request to /chat/completions, as JSON, with
+                     its "answer"
 
-Afterwards no slot may be in use. The last line of output is JSON; the status is 1 if anything went wrong.
+Afterwards no slot may be in use. The last line of output is JSON; the exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from urllib.request import urlopen
 
 from nanochat.common import parse, run
 
-PATIENCE_S = 120  # for an answer, its time in the queue included
-ARRIVAL_S = 1  # in which the clients come: nowhere do hundreds begin in the same millisecond
+PATIENCE_S = 120  # for an answer, including its time in the queue
+ARRIVAL_S = 1  # in which the clients start: hundreds in the same millisecond would not be realistic
 DRAIN_S = 10
 HEALTH_EVERY_S = 0.5
 RETRY_S = 0.5
@@ -51,21 +51,21 @@ class BenchServeConfig:
     url: str = "http://127.0.0.1:8000"
     """address of the server"""
     clients: int = 200
-    """clients at a time"""
+    """number of concurrent clients"""
     seconds: float = 60
-    """for how long they ask; what runs then may finish"""
+    """for how long they ask; running requests may then finish"""
     disconnect: float = 0.2
-    """fraction of the requests whose client leaves in the middle of the answer"""
+    """fraction of the requests whose client disconnects in the middle of the answer"""
     max_tokens: int = 64
-    """tokens of an answer, at most"""
+    """most tokens of an answer"""
     check: bool = False
-    """compare each answer with the one that was given before the load"""
+    """compare each answer with the one given before the load"""
     expect: str = ""
-    """file of questions with their answers, to ask these and compare"""
+    """file of questions with their answers, to ask and compare"""
     api_key: str = ""
     """the server's key; empty: $NANOCHAT_API_KEY"""
     seed: int = 0
-    """of the order of questions, and of who leaves when"""
+    """of the order of questions and the disconnections"""
 
     def __post_init__(self) -> None:
         if urlsplit(self.url).scheme != "http" or not urlsplit(self.url).hostname:
@@ -78,12 +78,12 @@ class BenchServeConfig:
         if not 0 <= self.disconnect <= 1:
             raise ValueError(f"disconnect={self.disconnect} must be a fraction, 0 to 1")
         if self.check and self.expect:
-            raise ValueError("--check asks for the answers that --expect has; leave one out")
+            raise ValueError("--check and --expect exclude each other: leave one out")
 
 
 @dataclass
 class Question:
-    """The body of a request, and the answer to it if that is known."""
+    """The body of a request, and its answer if that is known."""
 
     body: bytes
     max_tokens: int
@@ -92,27 +92,27 @@ class Question:
 
 @dataclass
 class Tally:
-    """What happened."""
+    """Counts and times of requests."""
 
     complete: int = 0
-    left: int = 0  # by the client, in the middle
-    turned_away: int = 0  # 429
+    left: int = 0  # the client disconnected in the middle
+    turned_away: int = 0  # status 429
     first_token_s: list[float] = field(default_factory=list)
-    between_tokens_s: list[float] = field(default_factory=list)  # mean of an answer
-    longest_gap_s: list[float] = field(default_factory=list)  # of an answer
+    between_tokens_s: list[float] = field(default_factory=list)  # mean of each answer
+    longest_gap_s: list[float] = field(default_factory=list)  # of each answer
     health_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 class TurnedAway(OSError):
-    """Too many requests wait."""
+    """The server's queue is full: status 429."""
 
 
 FAILURES = (OSError, ValueError, EOFError, asyncio.TimeoutError)  # of a request
 
 
 class Server:
-    """Where requests go."""
+    """The address of a server, and how to send it requests."""
 
     def __init__(self, url: str, api_key: str):
         parts = urlsplit(url)
@@ -123,7 +123,7 @@ class Server:
 
     @asynccontextmanager
     async def request(self, path: str, body: bytes = b"") -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """Ask; yields the status and the body as it comes. To leave early is to hang up."""
+        """Send a request and yield the status and the body as it comes; leaving the context disconnects."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             method = "POST" if body else "GET"
@@ -136,7 +136,7 @@ class Server:
             writer.transport.abort()
 
     async def get(self, path: str) -> dict[str, Any]:
-        """Return JSON; OSError if there is none."""
+        """Return the JSON at a path; OSError if the status is not 200."""
         async with self.request(path) as (status, chunks):
             return json.loads(await _read(status, chunks))
 
@@ -167,7 +167,7 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
 
 
 async def ask(server: Server, question: Question, tally: Tally, leave_after: float = float("inf")) -> str:
-    """Return the answer, as far as it was read: the client leaves after so many tokens."""
+    """Return the answer as far as it was read: the client disconnects after leave_after tokens."""
     start = time.perf_counter()
     text, times = "", []
     async with server.request("/chat/completions", question.body) as (status, chunks):
@@ -198,7 +198,7 @@ async def ask(server: Server, question: Question, tally: Tally, leave_after: flo
 async def client(
     server: Server, questions: Sequence[Question], tally: Tally, config: BenchServeConfig, number: int
 ) -> None:
-    """Ask until the time is up."""
+    """Ask random questions until config.seconds are over."""
     rng = random.Random(f"{config.seed} {number}")
     end = time.perf_counter() + config.seconds
     await asyncio.sleep(rng.random() * min(ARRIVAL_S, config.seconds / 4))
@@ -217,9 +217,9 @@ async def client(
 
 
 def watch_health(url: str) -> None:
-    """Ask for /health until stdin ends; print the seconds that it took, and problems.
+    """Request /health until stdin ends; print the seconds of the requests, and problems, as JSON.
 
-    Runs in a process of its own, which the clients do not keep waiting.
+    This runs in its own process, so that the clients do not delay it.
     """
     seconds, problems = [], []
     while not select.select([sys.stdin], [], [], HEALTH_EVERY_S)[0]:
@@ -234,7 +234,7 @@ def watch_health(url: str) -> None:
 
 
 async def drained(server: Server) -> dict[str, Any]:
-    """Return the server's stats once nothing runs or waits any more, or after DRAIN_S."""
+    """Return the server's stats when no request runs or waits any more, at the latest after DRAIN_S."""
     end = time.perf_counter() + DRAIN_S
     while True:
         stats = await server.get("/stats")
@@ -244,7 +244,7 @@ async def drained(server: Server) -> dict[str, Any]:
 
 
 def make_questions(config: BenchServeConfig) -> list[Question]:
-    """Return what is asked; ValueError if --expect has no such lines."""
+    """Return the questions; ValueError if lines of --expect lack messages or answer."""
     if not config.expect:
         rng, words = random.Random(0), TEXT.split()
         requests = [
@@ -268,7 +268,7 @@ def make_questions(config: BenchServeConfig) -> list[Question]:
 
 
 async def bench(config: BenchServeConfig) -> dict[str, Any]:
-    """Run the load; the result has the numbers and the problems."""
+    """Run the load and return the result, with the first problems."""
     server = Server(config.url, config.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
     questions = make_questions(config)
     before = await server.get("/stats")
@@ -288,7 +288,7 @@ async def bench(config: BenchServeConfig) -> dict[str, Any]:
     tally.problems += problems
     stats = await drained(server)
     if stats["running"] or stats["waiting"]:
-        tally.problems.append(f"leaked: {stats['running']} run and {stats['waiting']} wait for nobody")
+        tally.problems.append(f"leaked: {stats['running']} run and {stats['waiting']} wait without clients")
     if not tally.complete:
         tally.problems.append("no answer was complete")
     return {
@@ -312,7 +312,7 @@ async def bench(config: BenchServeConfig) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, 95th percentile and maximum; nothing of nothing."""
+    """Return median, 95th percentile and maximum; an empty dict without values."""
     if not values:
         return {}
     ordered = sorted(values)
@@ -321,7 +321,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 1 if anything was wrong."""
+    """Run the load test and print its result; return 1 if there were problems."""
     config = parse(BenchServeConfig, argv)
     result = asyncio.run(bench(config))
     for problem in result["first_problems"]:

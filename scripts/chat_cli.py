@@ -5,9 +5,9 @@
     python -m scripts.chat_cli -p "Why is the sky blue?"    # one answer on stdout, nothing else
     python -m scripts.chat_cli < questions.txt              # one line is one turn
 
-/clear (or /new) forgets the conversation; /quit, exit, quit or Ctrl-D leave. Ctrl-C stops an answer, of which
-what was said is kept. Use of the calculator shows as [12*7 = 84]. When the context is full the oldest turns
-fall away, and a message that is too long by itself loses its start.
+/clear (or /new) forgets the conversation; /quit, exit, quit or Ctrl-D leave. Ctrl-C stops an answer; the part
+that was printed stays in the conversation. The calculator shows as [12*7 = 84]. When the context is full, the
+oldest turns are dropped, and a message that is too long by itself loses its start.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ if TYPE_CHECKING:
 
 FORGET = ("/clear", "/new")
 LEAVE = ("/quit", "/exit", "exit", "quit")
-# Nothing that a model writes may move the cursor or set colours: no ESC, no carriage return, no 8-bit CSI.
+# A reply must not move the cursor or set colours: no ESC, no carriage return, no 8-bit CSI.
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(b"\n\t"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """Whom to talk to, and how it answers."""
+    """The model and its sampling settings."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage of the model: sft, mid, rl or base"""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """name of the checkpoint folder; empty: the deepest there is"""
+    """name of the checkpoint folder; empty: the deepest model"""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
-    """answer this and exit"""
+    """answer this message and exit"""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
-    """0: always the likeliest token"""
+    """of sampling; 0: always the likeliest token"""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """sample from the likeliest k tokens only; 0: from all"""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
-    """tokens of an answer, at most; half of the context at most"""
+    """most tokens of an answer; at most half of the context"""
     seed: int | None = None
-    """the same seed gives the same answers; None: others each time"""
+    """the same seed gives the same answers; None: a fresh one for each answer"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
     decoder: DecoderKind = "best"
@@ -117,7 +117,8 @@ class Chat:
                     break
                 print(display.show(reply.feed(token)), end="", flush=True)
         finally:
-            self.history.append({"role": "assistant", "content": reply.parts})  # Ctrl-C may end the print
+            # first: another Ctrl-C may interrupt the print
+            self.history.append({"role": "assistant", "content": reply.parts})
             print(display.show(reply.flush()) + display.close(), flush=True)
 
 
@@ -128,10 +129,10 @@ def replace_unknown_characters(stream: TextIO) -> None:
 
 
 def converse(chat: Chat, greeting: str) -> None:
-    """Take turns, one line each, until the user leaves or the input ends; a pipe sees the answers alone."""
+    """Take turns, one line each, until the user leaves or the input ends; a pipe gets only the answers."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
-        with suppress(ImportError):  # there is none on Windows
+        with suppress(ImportError):  # Windows has no readline
             import readline  # noqa: F401  # gives input() its line editing and history
         print(greeting)
     else:
@@ -152,11 +153,11 @@ def converse(chat: Chat, greeting: str) -> None:
                 if not is_terminal:
                     raise
     if is_terminal:
-        print()  # the shell's prompt gets a line of its own
+        print()  # so that the shell's prompt starts a line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer the prompt, or whatever is said on stdin."""
+    """Answer the prompt, or the lines of stdin."""
     config = parse(ChatConfig, argv)
 
     from nanochat.checkpoint_manager import load_for
@@ -171,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.prompt is not None:
         chat.answer(config.prompt)
     else:
-        who = f"{config.source}, step {meta['step']}, on {runtime.device}"
-        converse(chat, f"{who}; /clear forgets, /quit leaves")
+        model_name = f"{config.source}, step {meta['step']}, on {runtime.device}"
+        converse(chat, f"{model_name}; /clear forgets, /quit leaves")
     return 0
 
 
 if __name__ == "__main__":
-    # Before run does it for stdout, which is the assistant's alone.
+    # before run configures it for stdout, which must have nothing but answers
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     run(main)

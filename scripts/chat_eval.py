@@ -1,11 +1,11 @@
-"""Measure a chat model: multiple choice by the likeliest letter, everything else by what it writes.
+"""Evaluate a chat model: multiple choice by the likeliest letter, other tasks by the replies it writes.
 
 python -m scripts.chat_eval -i sft
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft -a "ARC-Easy|GSM8K" -b 64
 python -m scripts.chat_eval -i sft --bench     # also answer one at a time, and compare the speeds
 
-All tasks together leave report/chat_eval_<source>.json, with ChatCORE. Some of them (-a) make no ChatCORE,
-and leave that report as it is: theirs is report/chat_eval_<source>_part.json.
+All tasks together are written to report/chat_eval_<source>.json, with ChatCORE. A part of the tasks (-a) has
+no ChatCORE and is written to report/chat_eval_<source>_part.json.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from nanochat.decode import DecoderKind
 
 @dataclass(frozen=True, kw_only=True)
 class ChatEvalConfig:
-    """What to measure, and how."""
+    """The model, the tasks and the limits of their evaluation."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage of the model: mid, sft or rl"""
     task_names: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
-    """tasks to run, with | between; empty: all of the data"""
+    """tasks to run, separated by |; empty: all of the data"""
     data: str = "auto"
-    """tasks of which data: hub, embedded, or auto"""
+    """source of the tasks: hub, embedded or auto"""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
     """conversations at a time on one device"""
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1
-    """conversations of a task, at most; -1: all"""
+    """most conversations of a task; -1: all"""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
-    """tokens of a reply, at most; half of the context at most"""
+    """most tokens of a reply; at most half of the context"""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """name of the checkpoint folder; empty: the deepest there is"""
+    """name of the checkpoint folder; empty: the deepest model"""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
     decoder: DecoderKind = "best"
     """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
     bench: bool = False
-    """answer everything once more, one conversation at a time, and print examples a second of both"""
+    """answer everything again, one conversation at a time, and print the examples per second of both"""
 
     def __post_init__(self) -> None:
         require_at_least(self, batch_size=1, max_new_tokens=1)
@@ -54,7 +54,7 @@ class ChatEvalConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; leaves report/chat_eval_<source>.json, or chat_eval_<source>_part.json."""
+    """Evaluate and write report/chat_eval_<source>.json, or chat_eval_<source>_part.json."""
     config = parse(ChatEvalConfig, argv)
 
     from nanochat.chat_eval import evaluate_task
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: ChatEvalConfig, step: int, results: dict[str, dict[str, Any]], n_known: int) -> str:
-    """Write what was measured of n_known tasks; return the one-line result."""
+    """Write the results of some of n_known tasks; return a line that sums them up."""
     from nanochat.chat_eval import chatcore
 
     seconds = sum(result["seconds"] for result in results.values())

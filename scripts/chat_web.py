@@ -1,15 +1,15 @@
-"""Serve a model: a page to talk to it, nanochat's API and OpenAI's.
+"""Serve a model: a chat page, nanochat's API and OpenAI's API.
 
     python -m scripts.chat_web                             # the deepest SFT model, at http://127.0.0.1:8000
     python -m scripts.chat_web -i rl -p 8080
-    NANOCHAT_API_KEY=secret python -m scripts.chat_web --host 0.0.0.0     # for others, who need the key
+    NANOCHAT_API_KEY=secret python -m scripts.chat_web --host 0.0.0.0     # for other machines, with a key
 
-Without a key, the server at this machine's own address is for this machine: it is addressed as localhost or
-127.0.0.1. Pages of others may ask only if --allowed-origins names them.
+Without a key, a server on a loopback address only answers requests to localhost or 127.0.0.1. Web pages of
+other sites may use it only if --allowed-origins names them.
 
 Each GPU (-n) decodes up to --slots replies at a time; up to --max-waiting more requests wait for it, and
-any more are told to come back later. Nothing that is said is logged, unless --log-chats. Ctrl-C or SIGTERM
-lets the replies that run finish, for half a minute at most; a second Ctrl-C does not.
+further ones are refused. Chats are logged only with --log-chats. After Ctrl-C or SIGTERM, running replies may
+finish within half a minute; a second Ctrl-C stops at once.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ if TYPE_CHECKING:
     import torch
 
 GRACE_S = 30
-BACKLOG = 2048  # connections that wait to be accepted, uvicorn's default
+BACKLOG = 2048  # connections that wait to be accepted; uvicorn's default
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Which model to serve, to whom, and how it answers where a request does not say."""
+    """The model, the address and access, and the default sampling settings of requests."""
 
     num_gpus: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
     """GPUs to serve with, each with a copy of the model"""
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage of the model: sft, mid, rl or base"""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
-    """name of the checkpoint folder; empty: the deepest there is"""
+    """name of the checkpoint folder; empty: the deepest model"""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
-    """which checkpoint; -1: the newest"""
+    """step of the checkpoint; -1: the newest"""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8
-    """0: always the likeliest token"""
+    """of sampling; 0: always the likeliest token"""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """sample from the likeliest k tokens only; 0: from all"""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
-    """tokens of a reply, at most; half of the context at most"""
+    """most tokens of a reply; at most half of the context"""
     port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 8000
-    """0: any that is free"""
+    """port to listen on; 0: any free one"""
     host: str = "127.0.0.1"
-    """address to listen at; 0.0.0.0: all of this machine's"""
+    """address to listen on; 0.0.0.0: all addresses of this machine"""
     api_key: str = ""
-    """what clients must know; empty: $NANOCHAT_API_KEY, and without that nothing"""
+    """key that clients must send; empty: $NANOCHAT_API_KEY, or no key"""
     allowed_origins: tuple[str, ...] = ()
-    """web pages of others that may ask, say https://example.org; * is all"""
+    """other web pages that may use the server, for example https://example.org; * is all"""
     slots: int = 32
-    """replies that are decoded at a time"""
+    """replies that a GPU decodes at a time"""
     max_waiting: int = 256
-    """requests that wait for a slot; more are turned away"""
+    """requests that wait for a slot; further ones are refused"""
     log_chats: bool = False
-    """write what is said to the log"""
+    """write prompts and replies to the log"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
     decoder: DecoderKind = "best"
@@ -81,7 +81,7 @@ class ServerConfig:
 
 
 def devices(first: torch.device, n: int) -> list[torch.device]:
-    """Return n devices to serve with; ValueError if there are not as many."""
+    """Return n devices to serve with; ValueError if there are fewer."""
     import torch
 
     available = torch.cuda.device_count() if first.type == "cuda" else 1
@@ -91,7 +91,7 @@ def devices(first: torch.device, n: int) -> list[torch.device]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that holds the address; OSError if that is not to be had."""
+    """Return a socket bound to the address; OSError if it is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allowed_origins=config.allowed_origins,
         log_chats=config.log_chats,
     )
-    sock = listen(config.host, config.port)  # before the model is loaded, which takes a while
+    sock = listen(config.host, config.port)  # first: loading the model takes a while
     runtime = setup_runtime(config.device_type)
     workers = []
     for gpu, device in enumerate(devices(runtime.device, config.num_gpus)):
@@ -146,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(pool, settings),
-            log_config=None,  # ours
-            access_log=False,  # /metrics counts requests, and an address may hold what was said
+            log_config=None,  # scripts configure logging in run
+            access_log=False,  # /metrics counts requests, and an address may contain private text
             server_header=False,
             timeout_graceful_shutdown=GRACE_S,
         )
@@ -159,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sock.listen(BACKLOG)
     print(f"{name}, step {meta['step']}, on {runtime.device}: {address}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # uvicorn handles both, and raises them again after its end
+        signal.signal(number, signal.SIG_IGN)  # uvicorn handles both, and raises them again when it ends
     gc.collect()
-    gc.freeze()  # or a collection would look through all that torch consists of while everyone waits
+    gc.freeze()  # else collections would traverse all of torch's objects while requests wait
     server.run(sockets=[sock])
-    pool.close(drain=False)  # it is closed, unless a second Ctrl-C came
+    pool.close(drain=False)  # it is closed already, unless there was a second Ctrl-C
     stats = pool.stats()
     print(f"served {stats['requests_finished']} requests, {stats['tokens_generated']} tokens")
     return 0
