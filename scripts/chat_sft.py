@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerate(run.model, compile=runtime.compiles(config.compile), fused=config.fused)
     data = ChatData.lay_out(run, shape, train_task, val_task, packed=False)
     plan, batches = data.plan(), data.batches()
-    sample = partial(print_replies, run.model, run.tokenizer, runtime, val_task)
+    sample = partial(print_replies, run.model, run.tokenizer, runtime, val_task, decoder=config.decoder)
     run.begin(plan)
     is_finished = train(run, batches, plan, evaluate=data.evaluate, sample=sample)
     run.close()

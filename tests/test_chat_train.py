@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import engine
 from nanochat.chat_format import render_conversation
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, read_meta
+from nanochat.decode.running import decoder_for
 from nanochat.gpt import GPT
 from nanochat.train import chat_data, samples
 from scripts import chat_eval
@@ -214,11 +216,20 @@ def test_rows_have_the_requested_length(stage, monkeypatch):
     monkeypatch.setattr(
         GPT, "hidden", lambda self, idx, *rest: (shapes.append(idx.shape), hidden(self, idx, *rest))[1]
     )
-    monkeypatch.setattr(samples, "print_replies", lambda *args: None)
+    monkeypatch.setattr(samples, "print_replies", lambda *args, **settings: None)
     train(stage, "--max-seq-len=24", "--num-epochs=1")
     widths = {width for _, width in shapes}
     assert max(widths) == 24
     assert (widths == {24}) == (stage == "mid")
+
+
+@both_stages
+@pytest.mark.parametrize("flags", [[], ["--decoder=plain"]])
+def test_decoder_of_samples(stage, flags, monkeypatch):
+    kinds = []
+    monkeypatch.setattr(engine, "decoder_for", lambda *args: kinds.append(args[3]) or decoder_for(*args))
+    train(stage, "--num-iterations=1", "--sample-every=1", *flags)
+    assert set(kinds) == {"plain" if flags else "best"}
 
 
 def test_epochs_schedules_and_validation(monkeypatch):

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 
 from nanochat.common import require_at_least, require_counts
+from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, LearningRates
 
 
@@ -31,6 +32,8 @@ class ChatTrainConfig:
     """compile the blocks with torch.compile; None: on CUDA only"""
     fused: bool | None = None
     """train by the kernels of nanochat/kernels; None: where they run, with bfloat16 on NVIDIA cards"""
+    decoder: DecoderKind = "best"
+    """of samples; best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
     model_tag: str = ""
     """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
     step: int = -1

@@ -6,6 +6,7 @@ import torch
 
 from nanochat.chat_format import limit_reply, render_for_completion
 from nanochat.common import Runtime
+from nanochat.decode import DecoderKind
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.sampling import GREEDY
@@ -49,7 +50,12 @@ def print_samples(model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime) -> 
 
 
 def print_replies(
-    model: GPT, tokenizer: RustBPETokenizer, runtime: Runtime, task: Task, max_tokens: int = 64
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    runtime: Runtime,
+    task: Task,
+    max_tokens: int = 64,
+    decoder: DecoderKind = "best",
 ) -> None:
     """Log greedy replies to the first N_REPLIES conversations of a task; only the main rank samples.
 
@@ -60,6 +66,7 @@ def print_replies(
     max_tokens = limit_reply(max_tokens, model.config.sequence_len)
     room = model.config.sequence_len - max_tokens
     prompts = [render_for_completion(tokenizer, task[i], room) for i in range(min(N_REPLIES, len(task)))]
-    completions = Engine(model, tokenizer).complete(prompts, max_tokens=max_tokens, sampling=GREEDY)
+    engine = Engine(model, tokenizer, decoder)
+    completions = engine.complete(prompts, max_tokens=max_tokens, sampling=GREEDY)
     for prompt, completion in zip(prompts, completions, strict=True):
         logger.info(f"sample | {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion.tokens)!r}")
