@@ -155,8 +155,8 @@ def read_flags(module, arguments):
     script, configs = script_of(module), []
     parse = script.parse
 
-    def parse_only(config_class, argv):
-        configs.append(parse(config_class, argv))
+    def parse_only(config_class, *arguments):
+        configs.append(parse(config_class, *arguments))
         raise Read
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Read):
