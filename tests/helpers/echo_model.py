@@ -96,7 +96,8 @@ def echo(tokenizer: RustBPETokenizer, tokens: list[int], length: int) -> str:
     """Return the model's answer to a prompt; raise ValueError if the prompt has none."""
     keys = [token % CLASSES for token in tokens if token in map(ord, KEYS)]
     if len(tokens) < 3 or len(keys) != 1:
-        raise ValueError(f"{tokenizer.decode(tokens)!r} must have 3 tokens or more and exactly one of {KEYS}")
+        prompt = tokenizer.decode(tokens)
+        raise ValueError(f"{prompt!r} must have 3 tokens or more, and exactly one of the letters {KEYS}")
     classes = [token % CLASSES for token in tokens]
     for _ in range(length):
         classes.append((classes[-3] + STRIDES[keys[0]]) % CLASSES)
