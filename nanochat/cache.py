@@ -30,6 +30,11 @@ class Span:
     mask: Tensor | None  # (B,1,T,end) bool, True where a new token may attend; None: see is_causal
     is_causal: bool  # the cache was empty: plain causal attention among the new tokens
 
+    @property
+    def places(self) -> slice | Tensor:
+        """Return an index for a table of positions: a slice if all rows have the same."""
+        return self.positions if self.start is None else slice(self.start, self.end)
+
 
 @dataclass
 class KVState:
@@ -157,9 +162,9 @@ class HybridCache:
         self.lengths[row] = length
         self.pos[row] = length
         for ours, theirs in zip(self.layers, source.layers, strict=True):
-            if isinstance(ours, ConvState):
+            if isinstance(ours, ConvState) and isinstance(theirs, ConvState):
                 ours.window[row] = theirs.window[source_row]
-            else:
+            elif isinstance(ours, KVState) and isinstance(theirs, KVState):
                 ours.k[row, :, :length] = theirs.k[source_row, :, :length]
                 ours.v[row, :, :length] = theirs.v[source_row, :, :length]
 

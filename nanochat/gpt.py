@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -99,9 +100,8 @@ class CausalSelfAttention(nn.Module):
         mask, is_causal = None, True
         if state is not None and span is not None:
             mask, is_causal = span.mask, span.is_causal
-            past_k, past_v = state.append(k, v, span)
-            if not is_causal:
-                k, v = past_k, past_v
+            past = state.append(k, v, span)
+            k, v = (k, v) if is_causal else past
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
         )
@@ -203,8 +203,18 @@ class Block(nn.Module):
         if self.is_attention:
             x = x + self.attn(ops.norm(x), cos, sin, state, span, ops.attention_inputs)
         else:
-            x = x + self.attn(ops.norm(x), None if state is None else state.window, ops.slc2_mix)
+            window = state.window if isinstance(state, ConvState) else None
+            x = x + self.attn(ops.norm(x), window, ops.slc2_mix)
         return x, self.mlp(ops.norm(x), ops.mlp)
+
+
+class Transformer(nn.Module):
+    """The token embedding and the layers, under their published keys."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
 
 
 class GPT(nn.Module):
@@ -214,12 +224,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, kind) for kind in config.layer_kinds),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.ops = PLAIN
         self.checkpoints_activations = False  # keep each block's input alone and compute the rest twice
@@ -239,15 +244,20 @@ class GPT(nn.Module):
                 fan_out, fan_in = parameter.shape
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """Return the layers in order."""
+        return cast("list[Block]", list(self.transformer.h))
+
     def use(self, ops: Ops) -> None:
         """Compute every forward without decode state with these functions."""
         self.ops = ops
-        for block in self.transformer.h:
+        for block in self.blocks:
             block.ops = ops
 
     def compile_blocks(self) -> None:
         """Compile each block, embedding, final norm and loss for fixed shapes: few graphs at any depth."""
-        for block in self.transformer.h:
+        for block in self.blocks:
             block.compile(dynamic=False)
         names = ("embed", "final_norm") + (("loss",) if self.ops.loss is head_loss else ())
         compiled = {name: torch.compile(getattr(self.ops, name), dynamic=False) for name in names}
@@ -286,12 +296,12 @@ class GPT(nn.Module):
         cos, sin = self._rotary(idx.size(1), span)
         x = ops.embed(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
-        states = [None] * len(self.transformer.h) if cache is None else cache.layers
+        states = [None] * len(self.blocks) if cache is None else cache.layers
         call = self._block_call(cache is not None)
         with self._attention_kernels(idx.size(1), cache is not None):
-            for block, state in zip(self.transformer.h, states, strict=True):
+            for block, state in zip(self.blocks, states, strict=True):
                 x, delta = call(block, x, delta, cos, sin, state, span)
-        if cache is not None:
+        if cache is not None and span is not None:
             cache.advance(span)
         return ops.final_norm(x, delta)
 
@@ -300,17 +310,14 @@ class GPT(nn.Module):
         length = T if span is None else span.end
         length = -(-length // self.config.sequence_len) * self.config.sequence_len
         cos, sin = rotary_tables(length, self.config.head_dim, self.device)
-        if span is None:
-            places: slice | Tensor = slice(T)
-        else:
-            places = span.positions if span.start is None else slice(span.start, span.end)
+        places = slice(T) if span is None else span.places
         return cos[places], sin[places]
 
     def _block_call(self, is_decoding: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         if is_decoding:
             return Block.forward  # not the compiled one: positions differ at every call
         if self.checkpoints_activations and torch.is_grad_enabled():
-            return partial(checkpoint, use_reentrant=False)
+            return cast("Callable[..., tuple[Tensor, Tensor]]", partial(checkpoint, use_reentrant=False))
         return Block.__call__
 
     def _attention_kernels(self, T: int, is_decoding: bool) -> AbstractContextManager:
@@ -376,10 +383,9 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> dict[str, int]:
         """Return the number of parameters of wte, lm_head, attention, slc2, mlp and in total."""
-        counts = dict.fromkeys(("wte", "lm_head", "attention", "slc2", "mlp"), 0)
-        counts["wte"] = self.transformer.wte.weight.numel()
-        counts["lm_head"] = self.lm_head.weight.numel()
-        for block, kind in zip(self.transformer.h, self.config.layer_kinds, strict=True):
+        wte, lm_head = self.transformer.wte.weight.numel(), self.lm_head.weight.numel()
+        counts = {"wte": wte, "lm_head": lm_head, "attention": 0, "slc2": 0, "mlp": 0}
+        for block, kind in zip(self.blocks, self.config.layer_kinds, strict=True):
             counts[kind] += sum(p.numel() for p in block.attn.parameters())
             counts["mlp"] += sum(p.numel() for p in block.mlp.parameters())
         return {**counts, "total": sum(counts.values())}

@@ -72,7 +72,7 @@ def check_ops(model: GPT, ops: Ops, bound: float) -> None:
     h, dy = norm(noise(model, 1, T, c.n_embd)), noise(model, 1, T, c.n_embd, seed=1)
     compare = _Comparison(ops, bound)
     with noise_for_zeros(model), torch.enable_grad(), sdpa_kernel(ANY_LENGTH):
-        for i, (block, kind) in enumerate(zip(model.transformer.h, c.layer_kinds, strict=True)):
+        for i, (block, kind) in enumerate(zip(model.blocks, c.layer_kinds, strict=True)):
             mixer = _mixer(block, rotary)
             compare(f"layer {i} ({kind})", mixer, h, dy, block.attn)
             compare(f"layer {i} (MLP)", lambda o, h, b=block: b.mlp(h, o.mlp), h, dy, block.mlp)
@@ -95,13 +95,13 @@ class _Comparison:
     def __call__(
         self, layer: str, function: Callable[[Ops, Tensor], Tensor], h: Tensor, dy: Tensor, module: nn.Module
     ) -> None:
-        results = []
-        for ops in (self.ops, PLAIN):
+        def value_and_gradients(ops: Ops) -> list[Tensor]:
             x = h.detach().clone().requires_grad_()
             y = function(ops, x)
-            gradients = torch.autograd.grad(y, [x, *module.parameters()], dy.to(y.dtype))
-            results.append([y.detach(), *gradients])
-        require_same(layer, *results, self.bound, "the training kernels", "train with --fused=False")
+            return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy.to(y.dtype))]
+
+        fast, plain = value_and_gradients(self.ops), value_and_gradients(PLAIN)
+        require_same(layer, fast, plain, self.bound, "the training kernels", "train with --fused=False")
 
 
 def _relative_error(value: Tensor, reference: Tensor) -> float:

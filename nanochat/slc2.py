@@ -17,6 +17,7 @@ gives a float64 reference and a bfloat16 input runs on the tensor cores.
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def short_conv(u: Tensor, weight: Tensor, window: Tensor | None = None) -> Tenso
     T, K = u.size(1), weight.size(-1)
     past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)  # (B, K-1+T, E)
     # bf16 u times a float32 weight is float32: the sum of the taps is rounded once, at the end
-    z = sum(past[:, w : w + T] * weight[:, 0, w] for w in range(K))
+    z = reduce(torch.add, (past[:, w : w + T] * weight[:, 0, w] for w in range(K)))
     if window is not None:
         window.copy_(past[:, T:])
     return z.to(u.dtype)

@@ -37,7 +37,7 @@ def _check_layers(kernels: KernelModel, model: GPT) -> None:
     T = max(2, min(PREFIX + 1, kernels.context))
     x = SCALE * noise(model, T, c.n_embd)
     cos, sin = (table[:T] for table in rotary_tables(kernels.context, c.head_dim, model.device))
-    for i, (block, layer) in enumerate(zip(model.transformer.h, kernels.layers, strict=True)):
+    for i, (block, layer) in enumerate(zip(model.blocks, kernels.layers, strict=True)):
         name, plain = f"layer {i} ({c.layer_kinds[i]})", _plain_mixer(block, x, cos, sin)
         _require(name, _decoded_mixer(kernels, layer, x), [plain[:-1], plain[-1:], plain[[-1, -1]]])
         plain = block.mlp(norm(x))

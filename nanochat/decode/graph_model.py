@@ -26,6 +26,7 @@ from nanochat.kernels.decode.linear import (
 )
 from nanochat.kernels.decode.pointwise import embed, norm_relu2
 from nanochat.kernels.decode.slc2 import slc2_mix, slc2_row
+from nanochat.slc2 import SLC2
 
 ATTENTION_PROGRAMS = 640  # at least, where the batch allows: about five for each multiprocessor
 
@@ -40,13 +41,13 @@ def packed_weights(model: GPT, dtype: torch.dtype) -> list[Tensor]:
         return torch.cat([weight.detach().to(dtype) for weight in weights])
 
     packed = [pack(model.transformer.wte.weight), pack(model.lm_head.weight)]
-    for block in model.transformer.h:
+    for block in model.blocks:
         mixer = block.attn
         names = ("c_q", "c_k", "c_v") if block.is_attention else ("x_proj", "B_proj", "A_proj", "alpha_proj")
         mixer_in = pack(*(getattr(mixer, name).weight for name in names))
         packed.append(F.pad(mixer_in, (0, 0, 0, -len(mixer_in) % 64)))  # cuBLAS is slow with odd sizes
         packed += [pack(layer.weight) for layer in (mixer.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
-        if not block.is_attention:
+        if isinstance(mixer, SLC2):
             packed.append(mixer.conv1d.weight.detach().float().clone())
     return packed
 

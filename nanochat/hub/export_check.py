@@ -41,14 +41,15 @@ def check_exported_code(config: GPTConfig) -> None:
             h = norm(noise(plain, 1, TOKENS, narrow.n_embd))
             tables = rotary_tables(TOKENS, narrow.head_dim, plain.device)
             angles = rotary_angles(torch.arange(TOKENS)[None], narrow.head_dim)
-            pairs = zip(exported.transformer.h, plain.transformer.h, narrow.layer_kinds, strict=True)
+            pairs = zip(exported.transformer.h, plain.blocks, narrow.layer_kinds, strict=True)
             for i, (theirs, ours, kind) in enumerate(pairs):
+                attn, mlp = theirs.get_submodule("attn"), theirs.get_submodule("mlp")
                 if ours.is_attention:
-                    mixed = theirs.attn(h, *angles, None, None), ours.attn(h, *tables)
+                    mixed = attn(h, *angles, None, None), ours.attn(h, *tables)
                 else:
-                    mixed = theirs.attn(h, None, None), ours.attn(h)
+                    mixed = attn(h, None, None), ours.attn(h)
                 _require(f"layer {i} ({kind})", *mixed)
-                _require(f"layer {i} (MLP)", theirs.mlp(h), ours.mlp(h))
+                _require(f"layer {i} (MLP)", mlp(h), ours.mlp(h))
             ids = torch.arange(TOKENS)[None] * 7 % narrow.vocab_size
             _require("the logits", exported(ids).logits, plain(ids))
 

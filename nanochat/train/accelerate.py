@@ -78,4 +78,4 @@ def attention_backend(model: GPT) -> str:
     """Name what scaled_dot_product_attention chooses for training this model: the fastest on its card."""
     shape = (1, model.config.n_head, model.config.sequence_len, model.config.head_dim)
     q = torch.empty(shape, device=model.device, dtype=model.activation_dtype, requires_grad=True)
-    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    return SDPBackend(torch.ops.aten._fused_sdp_choice(q, q, q, is_causal=True)).name

@@ -83,6 +83,7 @@ class _SummedHeadLoss(torch.autograd.Function):
                 cross_entropy_(logits, targets[rows], losses[rows], cap, has_grad=True, narrow=narrow)
                 dx[rows] = head.gradient(narrow)
             else:
+                assert cast is not None, "without a narrow head"
                 logits = x[rows] @ cast.T
                 cross_entropy_(logits, targets[rows], losses[rows], cap, has_grad=True)
                 torch.mm(logits, cast, out=dx[rows])
