@@ -102,3 +102,44 @@ def model_hub(tmp_path, monkeypatch):
         close_session()
         yield server
         close_session()
+
+
+@pytest.fixture(params=[False, True], ids=["synchronous", "overlapping"])
+def make_worker(request, monkeypatch):
+    """Return a function that makes workers, which collect a launch before or after the next one."""
+    from nanochat.decode.decoder import PlainDecoder
+    from nanochat.serve.worker import Worker
+    from tests.helpers.workers import TOKENIZER, small_model
+
+    monkeypatch.setattr(PlainDecoder, "overlaps", request.param)
+    workers = []
+
+    def make(model=None, start=True, **settings):
+        worker = Worker(model or small_model(), TOKENIZER, "small", **settings)
+        workers.append(worker)
+        if start:
+            worker.start()
+        return worker
+
+    yield make
+    for worker in workers:
+        if worker._thread.is_alive():
+            worker.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def backend():
+    """Return a backend with scripted answers."""
+    from tests.helpers.fake_backend import FakeBackend
+    from tests.helpers.vocabulary import train_tokenizer
+
+    return FakeBackend(train_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def server(backend):
+    """Return a client of a chat server with the scripted backend."""
+    from tests.helpers.fake_backend import serve
+
+    with serve(backend) as client:
+        yield client

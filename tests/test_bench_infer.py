@@ -1,4 +1,4 @@
-"""bench_infer: a line for each batch size and context, and what a step must read."""
+"""bench_infer: a line for each batch size and context, and the bytes that a step must read."""
 
 import json
 
@@ -20,22 +20,22 @@ def test_lines(capsys):
         )
         assert all(line[name] > 0 for name in ("floor_share", "prefill_ms", "first_token_ms"))
         assert (line["temperature"], line["top_k"], line["depth"]) == (0.7, 5, 1)
-        assert line["decoder"] == "PlainDecoder"  # it said "best" of whatever was taken
+        assert line["decoder"] == "PlainDecoder"  # it used to print "best", whatever the decoder was
 
 
-def test_no_weight_is_zero_and_the_floor_counts_each_once():
+def test_no_weight_is_zero_and_the_floor_counts_each_weight_once():
     config = small_config(vocab_size=100)
     model = random_model(config, "cpu")
     assert all((parameter != 0).float().mean() > 0.9 for parameter in model.parameters())
     wte = model.transformer.wte.weight.numel()
     weights = 4 * (sum(p.numel() for p in model.parameters()) - wte)
-    attention, slc2 = 4 * 2 * 24, 4 * 2 * 24  # bytes a token in a layer, and a sequence in a layer
+    attention, slc2 = 4 * 2 * 24, 4 * 2 * 24  # bytes per token and layer, and per sequence and layer
     kinds = config.layer_kinds
     state = 10 * kinds.count("attention") * attention + kinds.count("slc2") * slc2
     assert step_bytes(model, batch_size=3, context=10) == weights + 3 * state
 
 
-def test_d20_reads_what_was_worked_out_by_hand():
+def test_bytes_of_a_step_at_d20_equal_those_computed_by_hand():
     import torch
 
     from nanochat.gpt import GPT
@@ -49,7 +49,10 @@ def test_d20_reads_what_was_worked_out_by_hand():
     ("arguments", "message"),
     [
         (["--steps=64", "--contexts", "64"], "steps=64"),
-        (["--steps=64", "--contexts", "67"], "must be more than 67 tokens each"),  # it crashed in a prefill
+        (
+            ["--steps=64", "--contexts", "67"],
+            "must be more than 67 tokens each",
+        ),  # it used to crash in a prefill
         (["--batch-sizes", "0"], "batch_sizes"),
         (["--depth=0"], "depth=0"),
     ],

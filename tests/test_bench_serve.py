@@ -1,4 +1,4 @@
-"""The load test, in a small size: answers are right, slots come back, and what is wrong is noticed."""
+"""A small load test: answers are right, slots are freed, and failures are detected."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TOKENIZER = train_tokenizer()
 
 @pytest.fixture
 def run(capsys):
-    """Run against a server; returns status and result."""
+    """Return a function that runs the load test on a server and returns status and result."""
 
     def run(client, *flags):
         status = bench_serve.main([f"--url={client.url}", *flags])
@@ -30,7 +30,7 @@ def run(capsys):
 
 @pytest.fixture
 def expectations():
-    """A file of questions with the answers of the echo model."""
+    """Return a file of questions with the answers of the echo model."""
     return save_echo()
 
 
@@ -39,7 +39,7 @@ def echo_worker(**settings):
 
 
 def test_answers_under_load_are_those_given_alone(run):
-    """Random weights, whose answers depend on all of the decode state; a fifth of the clients leaves."""
+    """With random weights, answers depend on the whole decode state; a fifth of the clients disconnects."""
     config = small_config(vocab_size=TOKENIZER.get_vocab_size(), sequence_len=512)
     worker = Worker(random_model(config).eval(), TOKENIZER, "random", slots=8)
     with serve(worker) as client:
@@ -48,14 +48,14 @@ def test_answers_under_load_are_those_given_alone(run):
     assert result["first_problems"] == []
     assert status == 0
     assert result["compared"]
-    assert result["complete"] + result["left"] >= 24  # each asks once at least
+    assert result["complete"] + result["left"] >= 24  # each client asks at least once
     assert result["left"] > 0
     assert stats["requests_cancelled"] > 0
     assert (stats["running"], stats["waiting"], stats["requests_failed"]) == (0, 0, 0)
-    assert result["health_s"]["median"] < result["first_token_s"]["median"] / 2  # it waits for no slot
+    assert result["health_s"]["median"] < result["first_token_s"]["median"] / 2  # it does not wait for a slot
 
 
-def test_no_answer_is_another_s(run, expectations):
+def test_no_answer_depends_on_other_rows(run, expectations):
     with serve(echo_worker(slots=4, prefill_chunk=32)) as client:
         status, result = run(client, "--clients=12", "--seconds=1", f"--expect={expectations}")
     assert result["first_problems"] == []
@@ -64,7 +64,7 @@ def test_no_answer_is_another_s(run, expectations):
     assert result["complete"] > 0
 
 
-def test_a_wrong_answer_is_noticed(run, expectations):
+def test_a_wrong_answer_is_detected(run, expectations):
     lines = [json.loads(line) for line in expectations.read_text().splitlines()]
     for line in lines[::2]:
         line["answer"] = line["answer"][:-1] + "!"
@@ -76,7 +76,7 @@ def test_a_wrong_answer_is_noticed(run, expectations):
     assert "wrong: " in result["first_problems"][0]
 
 
-def test_failures_are_noticed(run, monkeypatch):
+def test_failures_are_detected(run, monkeypatch):
     monkeypatch.setattr(bench_serve, "RETRY_S", 0.01)
     backend = FakeBackend(TOKENIZER)
     backend.scripts = [["the", End(0, "error", "CUDA error")], ValueError("no"), ["the river"]]
@@ -88,17 +88,17 @@ def test_failures_are_noticed(run, monkeypatch):
     assert "status 400" in result["first_problems"][1]
 
 
-def test_a_slot_that_is_not_freed_is_noticed(run, monkeypatch):
+def test_a_slot_that_is_not_freed_is_detected(run, monkeypatch):
     monkeypatch.setattr(bench_serve, "DRAIN_S", 0.3)
     backend, pause = FakeBackend(TOKENIZER), Pause()
     submit = backend.submit
 
-    def submit_for_ever(request, emit):
+    def submit_uncancellable(request, emit):
         handle = submit(request, emit)
         handle.cancel = lambda: None
         return handle
 
-    monkeypatch.setattr(backend, "submit", submit_for_ever)
+    monkeypatch.setattr(backend, "submit", submit_uncancellable)
     backend.scripts = [["river"] * 40 + [pause]]
     with serve(backend) as client:
         status, result = run(client, "--clients=1", "--seconds=0.5", "--disconnect=1")
@@ -113,11 +113,11 @@ def test_a_slot_that_is_not_freed_is_noticed(run, monkeypatch):
         (["--url=127.0.0.1:8000"], "must be like http://"),
         (["--clients=0"], "clients=0"),
         (["--disconnect=1.5"], "disconnect=1.5"),
-        (["--check", "--expect=x"], "leave one out"),
+        (["--check", "--expect=x"], "exclude each other"),
         (["--expect=x"], "No such file"),
         (["--url=http://127.0.0.1:9"], "Connect call failed"),
     ],
 )
-def test_settings_that_cannot_be(flags, message):
+def test_invalid_settings(flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         bench_serve.main(flags)

@@ -29,10 +29,10 @@ from nanochat.calculator import LARGEST, MAX_LENGTH, calculate
         ("1 / 1,000,000,000", "0.000000001"),
         ("1234567890123.5 + 0", "1234567890123.5"),
         ("123456789 * 987654321 * 1000", "121932631112635269000"),
-        ("100000000000000000001 / 1", "100000000000000000001"),  # no float could hold it
+        ("100000000000000000001 / 1", "100000000000000000001"),  # not representable as a float
         ('"strawberry".count("r")', "3"),
         ("'banana'.count('an') + 1", "3"),
-        ('"1,234".count(",")', "1"),  # commas are stripped from numbers alone
+        ('"1,234".count(",")', "1"),  # commas are removed only from numbers
         ('"it\'s 1,000".count("\'")', "1"),
         ('"abc".count("")', "4"),
     ],
@@ -56,7 +56,7 @@ def test_value(expression, value):
         "1e999 - 1e999",
         "nan",
         "1e20 * 1e20",
-        "1e-300",  # 302 characters are nothing to force into a stream
+        "1e-300",  # 302 characters are too many for a result
         "True",
         "1j",
         "x",
@@ -94,18 +94,18 @@ def test_no_value(expression):
 
 
 @pytest.mark.parametrize("text", ["(" * 10_000 + "1" + ")" * 10_000, "-" * 100_000 + "1", "9" * 10_000])
-def test_endless_expressions_have_no_value(text):
+def test_long_expressions_have_no_value(text):
     assert calculate(text) is None
 
 
-def test_the_deepest_expressions_that_are_short_enough_do_no_harm():
+def test_the_deepest_expressions_of_the_allowed_length_do_not_crash():
     parentheses = (MAX_LENGTH - 1) // 2
     assert calculate("(" * parentheses + "1" + ")" * parentheses) in ("1", None)
     assert calculate("-" * (MAX_LENGTH - 1) + "1") in ("-1", None)
     assert calculate("+".join("1" * (MAX_LENGTH // 2))) == str(MAX_LENGTH // 2)
 
 
-def test_an_exhausted_stack_is_no_value():
+def test_an_exhausted_stack_gives_no_value():
     def deeper(levels):
         return calculate("1" + "+1" * 200) if levels == 0 else deeper(levels - 1)
 
@@ -120,13 +120,13 @@ def test_the_largest_number():
     assert calculate(f"{LARGEST} + 1 - 1") is None
 
 
-def test_works_in_any_thread():
+def test_it_is_thread_safe():
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(calculate, [f"{n} * {n} / 4" for n in range(0, 200, 2)])
     assert list(results) == [str(n * n) for n in range(100)]
 
 
-ADVISED = r"""
+WITH_WARNINGS = r"""
 from threading import Thread
 from nanochat.calculator import calculate
 thread = Thread(target=lambda: print(calculate(r'"a\w".count("w")'), calculate("1if 2 else 3")))
@@ -136,8 +136,8 @@ print(calculate(r'"a\d".count("d")'), calculate("0or 1"))
 """
 
 
-def test_pythons_advice_is_not_shown():
-    """What a model wrote went to stderr."""
-    command = [sys.executable, "-W", "default", "-c", ADVISED]
+def test_python_s_warnings_are_not_shown():
+    """Text of the model went to stderr in warnings of Python's parser."""
+    command = [sys.executable, "-W", "default", "-c", WITH_WARNINGS]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("1 None\n1 None\n", "")

@@ -1,4 +1,4 @@
-"""chat_cli: what is shown, what is remembered, and how it starts and ends."""
+"""chat_cli: what it shows, the history, the conversation, and the command."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ def tokenizer():
 
 
 class ScriptedEngine:
-    """Says what it is told to, and keeps the prompts and settings that it was given."""
+    """Gives scripted replies, and records the prompts and settings."""
 
     def __init__(self, tokenizer, *replies, context=200):
         self.tokenizer, self.replies = tokenizer, iter(replies)
@@ -53,7 +53,7 @@ class ScriptedEngine:
             yield from (([id], [1]) for id in ids)
 
 
-def say(*pieces):
+def reply_of(*pieces):
     return [*pieces, "<|assistant_end|>", "never shown"]
 
 
@@ -67,9 +67,9 @@ def shown(tokenizer, capsys, *pieces):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A function that sits a user at a terminal and has them type lines; KeyboardInterrupt is Ctrl-C."""
+    """Return a function that simulates a terminal with typed lines; KeyboardInterrupt is Ctrl-C."""
 
-    def sit(*lines):
+    def use_terminal(*lines):
         typed = iter(lines)
 
         def read(prompt):
@@ -82,7 +82,7 @@ def terminal(monkeypatch):
         for stream in (sys.stdin, sys.stdout):
             monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
 
-    return sit
+    return use_terminal
 
 
 def pipe(monkeypatch, content):
@@ -90,28 +90,35 @@ def pipe(monkeypatch, content):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is shown
+# What it shows
 
 
-def test_characters_are_whole(tokenizer, capsys, monkeypatch):
-    """It decoded token by token, which broke emoji and CJK."""
+def test_characters_come_whole(tokenizer, capsys, monkeypatch):
+    """Decoding token by token broke emoji and CJK."""
     written = []
     monkeypatch.setattr("builtins.print", lambda text, **_: written.append(text))
-    Chat(ScriptedEngine(tokenizer, say("\u732b \U0001f63a!")), max_tokens=50, sampling=GREEDY).answer("hello")
+    Chat(ScriptedEngine(tokenizer, reply_of("\u732b \U0001f63a!")), max_tokens=50, sampling=GREEDY).answer(
+        "hello"
+    )
     assert "".join(written) == "\u732b \U0001f63a!"
-    assert [text for text in written if text] == ["\u732b", " ", "\U0001f63a", "!"]  # each when it is whole
+    assert [text for text in written if text] == [
+        "\u732b",
+        " ",
+        "\U0001f63a",
+        "!",
+    ]  # each as soon as it is complete
 
 
-def test_a_character_that_is_never_finished(tokenizer, capsys):
+def test_an_incomplete_character(tokenizer, capsys):
     start = tokenizer.encode("\U0001f63a")[:-1]
-    assert shown(tokenizer, capsys, *say("a", *start)) == "a\ufffd\n"
-    assert shown(tokenizer, capsys, *say("a", *start, *CALL)) == "a\ufffd[12*7 = 84]\n"
+    assert shown(tokenizer, capsys, *reply_of("a", *start)) == "a\ufffd\n"
+    assert shown(tokenizer, capsys, *reply_of("a", *start, *CALL)) == "a\ufffd[12*7 = 84]\n"
 
 
-def test_nothing_after_the_end(tokenizer, capsys):
-    assert shown(tokenizer, capsys, *say("yes")) == "yes\n"
+def test_nothing_is_shown_after_the_end(tokenizer, capsys):
+    assert shown(tokenizer, capsys, *reply_of("yes")) == "yes\n"
     assert shown(tokenizer, capsys, "yes", "<|bos|>", "a document") == "yes\n"
-    assert shown(tokenizer, capsys, "yes", "<|user_start|>", "what I would say") == "yes\n"
+    assert shown(tokenizer, capsys, "yes", "<|user_start|>", "what I would reply_of") == "yes\n"
 
 
 @pytest.mark.parametrize(
@@ -120,38 +127,38 @@ def test_nothing_after_the_end(tokenizer, capsys):
         (("It is ", *CALL, " then."), "It is [12*7 = 84] then.\n"),
         (CALL, "[12*7 = 84]\n"),
         ((*CALL, *CALL), "[12*7 = 84][12*7 = 84]\n"),
-        ((*CALL[:3], " or so"), "[12*7] or so\n"),  # the calculator had no answer
+        ((*CALL[:3], " or so"), "[12*7] or so\n"),  # the calculator had no result
         ((*CALL[:3], *CALL), "[12*7][12*7 = 84]\n"),
         (CALL[:2], "[12*7]\n"),
         (("<|python_start|>", "<|python_end|>", "none"), "none\n"),
-        (CALL[3:], "[84]\n"),  # a result of nothing, which the model made up
+        (CALL[3:], "[84]\n"),  # a result without a call, written by the model
     ],
 )
 def test_calculator(tokenizer, capsys, pieces, expected):
-    assert shown(tokenizer, capsys, *say(*pieces)) == expected
+    assert shown(tokenizer, capsys, *reply_of(*pieces)) == expected
 
 
 def test_calculator_is_dim_on_a_terminal(tokenizer, capsys, terminal):
     terminal()
-    assert shown(tokenizer, capsys, *say("so ", *CALL, ".")) == "so \033[2m[12*7 = 84]\033[0m.\n"
+    assert shown(tokenizer, capsys, *reply_of("so ", *CALL, ".")) == "so \033[2m[12*7 = 84]\033[0m.\n"
     assert shown(tokenizer, capsys, *CALL[:2]) == "\033[2m[12*7]\033[0m\n"  # never left dim
 
 
 def test_no_text_controls_the_terminal(tokenizer, capsys):
-    """Escape sequences, also one that is split over tokens or written in the 8-bit form of ESC [."""
+    """Escape sequences, also split over tokens or in the 8-bit form of ESC [."""
     evil = "a\x1b[31mb\x1b]0;title\x07c\rd\x08e\x9b2Jf\x7fg\x00h"
-    assert shown(tokenizer, capsys, *say(evil)) == "a[31mb]0;titlecde2Jfgh\n"
-    assert shown(tokenizer, capsys, *say("<|python_start|>", "1\x1b[0m")) == "[1[0m]\n"
-    assert shown(tokenizer, capsys, *say("x\ty\n\u00e9t\u00e9\u200d")) == "x\ty\n\u00e9t\u00e9\u200d\n"
+    assert shown(tokenizer, capsys, *reply_of(evil)) == "a[31mb]0;titlecde2Jfgh\n"
+    assert shown(tokenizer, capsys, *reply_of("<|python_start|>", "1\x1b[0m")) == "[1[0m]\n"
+    assert shown(tokenizer, capsys, *reply_of("x\ty\n\u00e9t\u00e9\u200d")) == "x\ty\n\u00e9t\u00e9\u200d\n"
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is remembered
+# The history
 
 
 def test_history(tokenizer, capsys):
-    """The model sees again exactly what was said, calls and results included."""
-    engine = ScriptedEngine(tokenizer, say("It is ", *CALL, "."), say("yes"))
+    """The next prompt has the exact tokens of the reply, including calls and results."""
+    engine = ScriptedEngine(tokenizer, reply_of("It is ", *CALL, "."), reply_of("yes"))
     sampling = SamplingParams(temperature=0.5, top_k=7, seed=3)
     chat = Chat(engine, max_tokens=100, sampling=sampling)
     chat.answer("12 times 7?")
@@ -164,8 +171,8 @@ def test_history(tokenizer, capsys):
 
 
 def test_an_empty_reply_does_not_break_the_next_turn(tokenizer, capsys):
-    """The renderer refuses a message without content."""
-    engine = ScriptedEngine(tokenizer, say(), [STOP_HERE], say("yes"))
+    """The renderer refuses messages without content."""
+    engine = ScriptedEngine(tokenizer, reply_of(), [STOP_HERE], reply_of("yes"))
     chat = Chat(engine, max_tokens=50, sampling=GREEDY)
     chat.answer("one")
     with pytest.raises(KeyboardInterrupt):
@@ -176,8 +183,8 @@ def test_an_empty_reply_does_not_break_the_next_turn(tokenizer, capsys):
     assert engine.prompts[-1].count("<|assistant_start|><|assistant_end|>") == 2
 
 
-def test_old_turns_fall_away(tokenizer, capsys):
-    engine = ScriptedEngine(tokenizer, *itertools.repeat(say("the river"), 30), context=64)
+def test_old_turns_are_dropped(tokenizer, capsys):
+    engine = ScriptedEngine(tokenizer, *itertools.repeat(reply_of("the river"), 30), context=64)
     chat = Chat(engine, max_tokens=1000, sampling=GREEDY)
     assert (chat.max_tokens, chat.room) == (32, 32)
     for turn in range(30):
@@ -195,7 +202,7 @@ def test_old_turns_fall_away(tokenizer, capsys):
 
 @pytest.mark.parametrize("command", ["/clear", "/new", " /clear "])
 def test_forget(tokenizer, capsys, terminal, command):
-    engine = ScriptedEngine(tokenizer, say("yes"), say("no"))
+    engine = ScriptedEngine(tokenizer, reply_of("yes"), reply_of("no"))
     terminal("one", command, "", "two")
     converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert engine.prompts[1] == "<|bos|><|user_start|>two<|user_end|><|assistant_start|>"
@@ -203,30 +210,30 @@ def test_forget(tokenizer, capsys, terminal, command):
 
 @pytest.mark.parametrize("leave", ["/quit", "exit", "quit", EOFError, KeyboardInterrupt])
 def test_leave(tokenizer, capsys, terminal, leave):
-    engine = ScriptedEngine(tokenizer, say("yes"))
+    engine = ScriptedEngine(tokenizer, reply_of("yes"))
     terminal("one", leave, "two")
     converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert len(engine.prompts) == 1
     assert capsys.readouterr().out.startswith("hello\nyes\n")
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(tokenizer, capsys, terminal):
-    engine = ScriptedEngine(tokenizer, ["the river", STOP_HERE, " and more"], say("yes"))
+def test_ctrl_c_stops_the_answer_and_keeps_its_text(tokenizer, capsys, terminal):
+    engine = ScriptedEngine(tokenizer, ["the river", STOP_HERE, " and more"], reply_of("yes"))
     terminal("one", "two")
     converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert capsys.readouterr().out == "hello\nthe river\nyes\n\n"
     assert "<|assistant_start|>the river<|assistant_end|><|user_start|>two" in engine.prompts[1]
 
 
-def test_a_second_ctrl_c_keeps_what_was_said(tokenizer, capsys, terminal, monkeypatch):
-    """It came while the end of the line was printed: the reply was missing, and the next turn an error."""
-    engine = ScriptedEngine(tokenizer, ["the river", STOP_HERE], say("yes"))
+def test_a_second_ctrl_c_keeps_the_text(tokenizer, capsys, terminal, monkeypatch):
+    """While the line end was printed, it lost the reply, and the next turn was an error."""
+    engine = ScriptedEngine(tokenizer, ["the river", STOP_HERE], reply_of("yes"))
     terminal("one", "two")
     ends_of_lines = []
 
     def print_until_interrupted(*text, end="\n", **_):
         ends_of_lines.append(end)
-        if end and ends_of_lines.count(end) == 2:  # the first is the greeting's
+        if end and ends_of_lines.count(end) == 2:  # the first one is that of the greeting
             raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.print", print_until_interrupted)
@@ -240,10 +247,10 @@ def test_ctrl_c_ends_a_run_over_a_pipe(tokenizer, capsys, monkeypatch):
         converse(Chat(ScriptedEngine(tokenizer, [STOP_HERE]), max_tokens=50, sampling=GREEDY), "hello")
 
 
-def test_a_pipe_sees_the_answers_alone(tokenizer, capsys, monkeypatch):
-    """One line is one turn; bytes that are no UTF-8 are not the end, and a last line needs no newline."""
+def test_a_pipe_gets_only_the_answers(tokenizer, capsys, monkeypatch):
+    """Each line is a turn; invalid UTF-8 does not end the input, and the last line needs no newline."""
     pipe(monkeypatch, "one \u732b\n\n".encode() + b"t\xffwo\nquit please")
-    engine = ScriptedEngine(tokenizer, say("yes"), say("no"), say("well"))
+    engine = ScriptedEngine(tokenizer, reply_of("yes"), reply_of("no"), reply_of("well"))
     converse(Chat(engine, max_tokens=50, sampling=GREEDY), "hello")
     assert capsys.readouterr().out == "yes\nno\nwell\n"
     for prompt, text in zip(engine.prompts, ("one \u732b", "t\ufffdwo", "quit please"), strict=True):
@@ -251,12 +258,12 @@ def test_a_pipe_sees_the_answers_alone(tokenizer, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The script
+# The command
 
 
 @pytest.fixture
 def checkpoint(tokenizer, base_dir):
-    """Models of the SFT and the mid stage; the convolutions of the first are dead, which loading warns of."""
+    """Save SFT and mid models; those of SFT have zero convolutions, of which loading warns."""
     tokenizer.save(base_dir / "tokenizer")
     config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
     for seed, (stage, step) in enumerate((("sft", 3), ("sft", 7), ("mid", 5))):
@@ -268,7 +275,7 @@ def checkpoint(tokenizer, base_dir):
 
 
 def greedy(text, source="sft", step=None, max_tokens=20):
-    """What the model says, through the engine alone; only plain text is asked for."""
+    """Return the greedy reply of the model, from the engine; it must be plain text."""
     model, tokenizer, _ = load_model(source, torch.device("cpu"), "eval", step=step)
     prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]}, 44)
     (row,) = Engine(model, tokenizer).complete([prompt], max_tokens=max_tokens, sampling=GREEDY)
@@ -297,7 +304,7 @@ def test_decoder(checkpoint, capsys, monkeypatch, flags):
 
 
 def test_answers_differ_unless_seeded(checkpoint, capsys):
-    """The engine's seed was always 42: answers were identical at any temperature."""
+    """The engine's seed was always 42: answers were the same at any temperature."""
 
     def answers(*flags):
         for _ in range(2):
@@ -308,14 +315,14 @@ def test_answers_differ_unless_seeded(checkpoint, capsys):
     assert len(set(answers("--seed=1"))) == 1
 
 
-def test_half_of_the_context_stays_for_the_prompt(checkpoint, capsys, monkeypatch):
+def test_half_of_the_context_is_for_the_prompt(checkpoint, capsys, monkeypatch):
     pipe(monkeypatch, b"the river\nthe bridge\n")
     assert chat_cli.main(["--device-type=cpu", "-t", "0"]) == 0
     assert capsys.readouterr().err == "replies have at most 32 tokens, half of the context, not 512\n"
 
 
 def test_only_the_answer_is_on_stdout(checkpoint, base_dir):
-    """Warnings of loading go to stderr, from the script as users start it."""
+    """Warnings of loading go to stderr, in the command as users start it."""
     command = [sys.executable, "-m", "scripts.chat_cli", "-p", "the river", "-t", "0", "-m", "20"]
     done = subprocess.run([*command, "--device-type=cpu"], cwd=ROOT, capture_output=True, check=True)
     assert done.stdout.decode() == greedy("the river") + "\n"
@@ -342,6 +349,6 @@ def test_no_checkpoint(capsys, base_dir):
         (["-s", "4"], "no checkpoint of step 4"),
     ],
 )
-def test_settings_that_cannot_be(flags, message, checkpoint):
+def test_invalid_settings(flags, message, checkpoint):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         chat_cli.main(["--device-type=cpu", *flags])

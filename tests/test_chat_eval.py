@@ -1,4 +1,4 @@
-"""Chat evaluation: batched is alone is by hand, and the figures are what they say."""
+"""Chat evaluation: batched answers equal single ones, and the figures are right."""
 
 import random
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def attentive_model(**plan):
-    """A model that looks at more than the last token, which is the same in every prompt."""
+    """Return a model whose logits depend on more than the last token, which is the same in all prompts."""
     model = random_model(small_config(vocab_size=VOCAB_SIZE, sequence_len=SEQ_LEN, **plan))
     with torch.no_grad():
         for block in model.transformer.h:
@@ -41,7 +41,7 @@ def model():
 
 
 class Choices(Task):
-    """Multiple choice of 2 to 5 letters, prompts of many lengths; notes what it is asked to judge."""
+    """Multiple choice of 2 to 5 letters with prompts of many lengths; records the answers that it judges."""
 
     eval_type = "categorical"
 
@@ -67,7 +67,7 @@ class Choices(Task):
 
 
 class Echo(Task):
-    """A generative task whose judge wants what the model, asked alone and greedily, writes."""
+    """A generative task whose judge accepts the greedy answer of the model to the prompt alone."""
 
     def __init__(self, model, tokenizer, n=9):
         super().__init__()
@@ -98,16 +98,18 @@ def without_time(result):
 
 
 @torch.no_grad()
-def by_hand(model, tokenizer, conversation):
+def by_full_forward(model, tokenizer, conversation):
     prompt = render_for_completion(tokenizer, conversation, SEQ_LEN)
     logits = model(torch.tensor([prompt]))[0, -1]
     return max(conversation["letters"], key=lambda letter: logits[letter_id(tokenizer, letter)])
 
 
 @pytest.mark.parametrize("plan", [{}, {"slc_rate": 0}, {"slc_rate": 2, "n_kernel": 5}])
-def test_letters_of_a_batch_are_those_of_full_forwards(plan, tokenizer):
+def test_letters_of_a_batch_equal_those_of_full_forwards(plan, tokenizer):
     model = attentive_model(**plan)
-    expected = {c["index"]: by_hand(model, tokenizer, c) for c in map(Choices().get_example, range(23))}
+    expected = {
+        c["index"]: by_full_forward(model, tokenizer, c) for c in map(Choices().get_example, range(23))
+    }
     assert len(set(expected.values())) > 2
     for batch_size in (1, 4, 64):
         task = Choices()
@@ -116,7 +118,7 @@ def test_letters_of_a_batch_are_those_of_full_forwards(plan, tokenizer):
 
 
 def test_letters_are_compared_in_float32(tokenizer):
-    """On CUDA their logits were rounded to bfloat16 first, and the first of equals was taken."""
+    """On CUDA their logits were rounded to bfloat16, and the first of equal ones was taken."""
     model = attentive_model()
     model.compute_dtype = torch.bfloat16
     a, b = (letter_id(tokenizer, letter) for letter in "AB")
@@ -159,7 +161,7 @@ def test_generative_task(model, tokenizer):
 
 @pytest.mark.parametrize("flags", [[], ["--decoder=plain"]])
 def test_decoder(model, tokenizer, base_dir, monkeypatch, flags):
-    """Of the command, and of the replies to a generative task."""
+    """The flag of the command reaches the replies to a generative task."""
     kinds = []
     monkeypatch.setattr(engine, "decoder_for", lambda *args: kinds.append(args[3]) or decoder_for(*args))
     monkeypatch.setattr(mixtures, "eval_tasks", lambda data: {"Echo": lambda: Echo(model, tokenizer, n=1)})
@@ -169,7 +171,7 @@ def test_decoder(model, tokenizer, base_dir, monkeypatch, flags):
 
 
 def test_prompts_leave_room_for_the_reply(model, tokenizer):
-    """A prompt of more than the context less the reply loses its start, and what was said is still asked."""
+    """A prompt longer than the context minus the reply loses its start."""
     task = Echo(model, tokenizer, n=1)
     long = {"index": 1, "messages": [{"role": "user", "content": " ".join(WORDS * 9)}]}
     task.get_example = lambda index: long
@@ -187,7 +189,7 @@ def test_max_problems(model, tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class OneOfRanks(Runtime):
-    """Notes what it would send to the others."""
+    """A rank that records what it would send to the others."""
 
     sent: list
 
@@ -199,7 +201,7 @@ class OneOfRanks(Runtime):
 @pytest.mark.parametrize("make", [lambda m, t: Choices(n=5), lambda m, t: Echo(m, t, n=5)])
 @pytest.mark.parametrize("world_size", [2, 7])
 def test_ranks_share_the_conversations(make, world_size, model, tokenizer):
-    """Seven ranks for five conversations: two of them have nothing to do, and still take part in the sum."""
+    """With seven ranks for five conversations, two have none and still take part in the sum."""
     whole = evaluate(make(model, tokenizer), model, tokenizer)
     sent = []
     for rank in range(world_size):

@@ -1,4 +1,4 @@
-"""Conversations as tokens: by hand, malformed, and cut to any length."""
+"""Rendering of conversations: compared with tokens by hand, malformed input, and cuts to any length."""
 
 import json
 import random
@@ -16,14 +16,14 @@ def tokenizer():
 
 
 def chat(*texts, system=None):
-    """user, assistant, user ... in turn."""
+    """Return a conversation in which user and assistant take turns."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return {"messages": [*([{"role": "system", "content": system}] if system else []), *messages]}
 
 
 @pytest.fixture(scope="module")
 def spell(tokenizer):
-    """Spell ids: names of special tokens as they are, other texts encoded."""
+    """Return a function that gives the ids of texts and of names of special tokens."""
 
     def spelled(*pieces):
         return [
@@ -130,8 +130,8 @@ def test_malformed_conversations(tokenizer, messages, message):
 
 
 @pytest.mark.parametrize("conversation", [None, {}, {"messages": "x"}, {"messages": ["x"]}])
-def test_what_is_no_conversation(tokenizer, conversation):
-    """It was a KeyError or an AttributeError."""
+def test_values_that_are_not_conversations(tokenizer, conversation):
+    """These used to be a KeyError or an AttributeError."""
     for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
         with pytest.raises(ValueError, match="a conversation must be"):
             render(conversation)
@@ -148,7 +148,7 @@ LONG_CHAT = (
 
 
 def assert_well_formed(tokenizer, ids, open_end):
-    """bos, then user and assistant blocks in turn; the last may lack its end."""
+    """Check for bos, then user and assistant blocks in turn; the last may lack its end."""
     marks = [tokenizer.id_to_token(id) for id in ids if id >= VOCAB_SIZE - 9]
     block = ["<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
     blocks = ["<|bos|>", *block * (len(marks) // 4 + 1)]
@@ -158,7 +158,7 @@ def assert_well_formed(tokenizer, ids, open_end):
 
 
 def test_conversation_cut_at_every_length(tokenizer):
-    """Whole exchanges from the start; within the first one, always something to learn."""
+    """Whole exchanges are kept from the start; the first one always has tokens to learn."""
     wholes = [tokenizer.render_conversation(chat(*LONG_CHAT[:n]), 10_000) for n in (2, 4, 6)]
     sizes = [len(ids) for ids, _ in wholes]
     for max_tokens in range(6, sizes[-1] + 3):
@@ -175,7 +175,7 @@ def test_conversation_cut_at_every_length(tokenizer):
 
 @pytest.mark.parametrize(("question_words", "reply_words"), [(60, 1), (60, 60), (1, 60), (20, 40)])
 def test_first_exchange_cut_at_every_length(tokenizer, spell, question_words, reply_words):
-    """nanochat cut on the right: a long question lost its answer, and the loss was NaN."""
+    """nanochat cuts on the right: a long question lost its answer, and the loss was NaN."""
     rng = random.Random(1)
     question, reply = (" ".join(rng.choices(WORDS, k=k)) for k in (question_words, reply_words))
     q, r = spell(question), spell("<|assistant_start|>", reply, "<|assistant_end|>")
@@ -189,12 +189,12 @@ def test_first_exchange_cut_at_every_length(tokenizer, spell, question_words, re
         assert mask == [0] * (middle + 2) + [1] * (len(kept_r) - 1)
         assert len(ids) == min(max_tokens, 3 + len(q) + len(r))
         assert len(kept_r) >= min(len(r), 2)
-        if kept_r != r:  # the question gave way down to half of the room
+        if kept_r != r:  # the question is cut to half of the room
             assert len(kept_q) == min(len(q), (max_tokens - 3) // 2)
 
 
 def test_completion_cut_at_every_length(tokenizer, spell):
-    """nanochat cut on the right: the last question went first, and <|user_end|> with it."""
+    """nanochat cuts on the right: the last question and its <|user_end|> were lost first."""
     wholes = [tokenizer.render_for_completion(chat(*LONG_CHAT[n:5]), 10_000) for n in (4, 2, 0)]
     sizes = [len(ids) for ids in wholes]
     question = spell(LONG_CHAT[4])
@@ -214,8 +214,8 @@ def test_completion_cut_at_every_length(tokenizer, spell):
         assert_well_formed(tokenizer, ids, open_end=True)
 
 
-def test_the_system_text_stays_when_exchanges_fall_away(tokenizer):
-    """It was the first thing that a long chat lost: it stood in the oldest exchange."""
+def test_the_system_text_stays_when_exchanges_are_dropped(tokenizer):
+    """It is in the oldest exchange, so a long chat lost it first."""
     wholes = [
         tokenizer.render_for_completion(chat(*LONG_CHAT[n:5], system="stone"), 10_000) for n in (4, 2, 0)
     ]
@@ -227,7 +227,7 @@ def test_the_system_text_stays_when_exchanges_fall_away(tokenizer):
         assert tokenizer.decode(ids).startswith("<|bos|><|user_start|>stone\n\n")
 
 
-def test_a_question_that_is_too_long_leaves_the_system_text_half_of_the_room(tokenizer, spell):
+def test_a_long_question_leaves_the_system_text_half_of_the_room(tokenizer, spell):
     question = " ".join(random.Random(1).choices(WORDS, k=60))
     preface, words = spell("Be brief.\n\n"), spell(question)
     whole = tokenizer.render_for_completion(chat(question, system="Be brief."), 10_000)
@@ -249,7 +249,7 @@ def test_too_few_tokens_for_any_conversation(tokenizer, max_tokens):
             render(chat("Hi", "Hello"), max_tokens=max_tokens)
 
 
-def test_half_of_the_context_is_the_prompt_s():
+def test_a_reply_has_half_of_the_context_at_most():
     warnings = []
     assert limit_reply(20, 41, warnings.append) == limit_reply(20, 40, warnings.append) == 20
     assert warnings == []

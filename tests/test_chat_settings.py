@@ -1,4 +1,4 @@
-"""mid_train, chat_sft and chat_eval told what cannot be: one clear line, and the disk is as it was."""
+"""Invalid settings of mid_train, chat_sft and chat_eval: one clear line, and no change on disk."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def base(base_dir, monkeypatch):
-    """A base model d2, and what each stage learns from and is measured on."""
+    """Save a base model d2 and set the tasks of training and evaluation."""
     write_base_checkpoint(base_dir)
     learn(monkeypatch, ColourTask(20))
     monkeypatch.setattr(recipes, "eval_tasks", lambda data: {"Colour": lambda: ColourTask(30, seed=1)})
@@ -60,7 +60,7 @@ def error_of(main):
         ("sft", ["--epochs=2"], "Unrecognized options: --epochs=2"),
     ],
 )
-def test_settings_that_cannot_work(stage, flags, message, monkeypatch):
+def test_invalid_settings(stage, flags, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     directory = checkpoint_dir(stage, "d2")
     directory.mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_midtraining_validates_as_often_as_the_published_run():
     assert chat_sft.ChatSFTConfig().cadence.eval_every == 250
 
 
-def test_checkpoints_are_not_mixed_or_overwritten_unasked():
+def test_checkpoints_are_not_mixed_or_overwritten_by_default():
     train("sft", "--num-iterations=2")
     before = weights("sft", 2)
     assert "--resume" in error_of(lambda: train("sft", "--num-iterations=1"))
@@ -104,6 +104,6 @@ def test_a_resume_with_other_conversations(monkeypatch):
         (["-i", "best"], "'best' is not one of base"),
     ],
 )
-def test_evaluations_that_cannot_be(flags, message):
+def test_invalid_evaluations(flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         chat_eval.main(["--device-type=cpu", *flags])

@@ -1,4 +1,4 @@
-"""chat_web: from the command line to a reply and a quiet end; what must not be started is not."""
+"""chat_web: from the command line to a reply and a clean exit, and invalid settings."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def checkpoint(base_dir):
 
 
 def test_from_start_to_end(checkpoint):
-    """It says where it is, answers, lets no stranger in, and SIGTERM is no failure."""
+    """It prints its address, answers, refuses clients without the key, and exits with 0 after SIGTERM."""
     command = [
         sys.executable,
         "-m",
@@ -66,7 +66,7 @@ def test_from_start_to_end(checkpoint):
     assert "the river" not in out
 
 
-def test_a_port_that_is_taken(checkpoint):
+def test_a_port_in_use(checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1, port {port} .*choose others"):
@@ -88,7 +88,7 @@ def test_a_port_that_is_taken(checkpoint):
         (["--allowed-origins", "https://example.org", "example.com"], "'example.com' must be like https"),
     ],
 )
-def test_settings_that_cannot_be(checkpoint, flags, message):
+def test_invalid_settings(checkpoint, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         chat_web.main(["--device-type=cpu", *flags])
 
@@ -112,8 +112,8 @@ def test_decoder(checkpoint, monkeypatch, flags):
         (["--host=0.0.0.0"], ()),
     ],
 )
-def test_without_a_key_this_machine_is_served_alone(checkpoint, monkeypatch, flags, hosts):
-    """A page of another name at this machine's address could use the model."""
+def test_without_a_key_only_this_machine_is_served(checkpoint, monkeypatch, flags, hosts):
+    """A web page whose name has this machine's address could use the model."""
     found = []
 
     def end(pool, settings):

@@ -1,4 +1,4 @@
-"""Both decoders say what the model says, whoever else is there; the fast one without Python in the loop."""
+"""Both decoders draw the tokens of the model, whatever else is decoded beside them."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0.0)
 SHAPES = [
     GPTConfig(64, 100, 2, 2, 1, 2 * 16, 3, 3),
     *(
-        pytest.param(shape, marks=pytest.mark.gpu)  # they would take the interpreter minutes
+        pytest.param(shape, marks=pytest.mark.gpu)  # the interpreter would take minutes
         for shape in (
             GPTConfig(64, 300, 4, 3, 3, 3 * 32, 3, 3),
             GPTConfig(64, 300, 4, 4, 2, 4 * 16, 4, 2),
@@ -35,26 +35,26 @@ def model_on(device, config, dtype=torch.float32):
 
 
 @torch.no_grad()
-def alone(model, prompt, n):
-    """n greedy tokens after a prompt, by full forwards."""
+def greedy_by_full_forwards(model, prompt, n):
+    """Return n greedy tokens after a prompt."""
     tokens = [*prompt]
     for _ in range(n):
         tokens.append(int(model(torch.tensor([tokens], device=model.device))[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
-def follow(decoder, last, n, said):
+def follow(decoder, last, n, drawn):
     for _ in range(n):
         last = dict(zip(last, decoder.step(last), strict=True))
         for slot, token in last.items():
-            said[slot].append(token)
+            drawn[slot].append(token)
     return last
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", [PlainDecoder, GraphDecoder])
-def test_greedy_is_the_full_forward_in_any_company(device, kind, config):
-    """Sequences join, fork and leave, slots are used again; prompts are fed whole, in parts or not at all."""
+def test_greedy_tokens_are_those_of_full_forwards_in_any_batch(device, kind, config):
+    """Sequences join, fork and leave, slots are reused; prompts are fed whole, in parts or not at all."""
     model = model_on(device, config)
     decoder = kind(model, slots=7)
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [20], [30, 31], [40, 41, 42, 43, 44]]
@@ -63,10 +63,12 @@ def test_greedy_is_the_full_forward_in_any_company(device, kind, config):
     decoder.feed(slots[0], prompts[0][1:7])
     decoder.feed(slots[2], prompts[2][:-1])
     decoder.feed(slots[3], prompts[3][:-1])
-    said = {slot: [] for slot in slots}
+    drawn = {slot: [] for slot in slots}
     last = {slot: prompt[-1] for slot, prompt in zip(slots, prompts, strict=True)}
-    last = follow(decoder, last, 3, said)
-    assert [said[slot] for slot in slots] == [alone(model, prompt, 3) for prompt in prompts]
+    last = follow(decoder, last, 3, drawn)
+    assert [drawn[slot] for slot in slots] == [
+        greedy_by_full_forwards(model, prompt, 3) for prompt in prompts
+    ]
 
     decoder.close(slots[1])
     del last[slots[1]]
@@ -74,15 +76,15 @@ def test_greedy_is_the_full_forward_in_any_company(device, kind, config):
     first = decoder.open(GREEDY)
     decoder.feed(first, new_prompt[:-1])
     new = [first, *(decoder.fork(first, GREEDY) for _ in range(3))]
-    said.update((slot, []) for slot in new)
-    follow(decoder, last | dict.fromkeys(new, 63), 3, said)
+    drawn.update((slot, []) for slot in new)
+    follow(decoder, last | dict.fromkeys(new, 63), 3, drawn)
     for slot in new:
-        assert said[slot] == alone(model, new_prompt, 3)
-    assert said[slots[0]] == alone(model, prompts[0], 6)
+        assert drawn[slot] == greedy_by_full_forwards(model, new_prompt, 3)
+    assert drawn[slots[0]] == greedy_by_full_forwards(model, prompts[0], 6)
 
 
 @pytest.mark.parametrize("config", SHAPES[:3], ids=str)
-def test_sampling_and_logits_are_the_plain_decoders(device, config):
+def test_sampling_and_logits_equal_the_plain_decoder_s(device, config):
     model = model_on(device, config)
     found = []
     for kind in (PlainDecoder, GraphDecoder):
@@ -95,11 +97,11 @@ def test_sampling_and_logits_are_the_plain_decoders(device, config):
             decoder.fork(a, SamplingParams(top_p=0.7, temperature=0.9, seed=2**40 + 5)),
             decoder.open(SamplingParams(repetition_penalty=1.2, temperature=0.0)),
         ]
-        last, said = dict.fromkeys(rows, 9), {row: [] for row in rows}
-        last = follow(decoder, last, 5, said)
+        last, drawn = dict.fromkeys(rows, 9), {row: [] for row in rows}
+        last = follow(decoder, last, 5, drawn)
         logits = decoder.logits.clone()
-        follow(decoder, {rows[2]: last[rows[2]]} if kind is GraphDecoder else last, 1, said)
-        found.append(([said[row][:5] for row in rows], said[rows[2]][5], logits))
+        follow(decoder, {rows[2]: last[rows[2]]} if kind is GraphDecoder else last, 1, drawn)
+        found.append(([drawn[row][:5] for row in rows], drawn[rows[2]][5], logits))
     assert found[0][:2] == found[1][:2]
     assert len({*map(tuple, found[0][0])}) == 4
     assert torch.allclose(found[0][2], found[1][2], atol=1e-4)
@@ -116,53 +118,53 @@ def test_launches_may_overlap(device, kind):
     first = decoder.collect()
     decoder.launch({a: 50, b: None, c: None})
     second, third = decoder.collect(), decoder.collect()
-    assert [first[1], second[0], third[1]] == alone(model, [6], 3)
-    assert [second[2], third[2]] == alone(model, [7], 2)
-    assert [first[0], second[1]] == alone(model, [5], 2)
-    assert third[0] == alone(model, [5, first[0], 50], 1)[0]
+    assert [first[1], second[0], third[1]] == greedy_by_full_forwards(model, [6], 3)
+    assert [second[2], third[2]] == greedy_by_full_forwards(model, [7], 2)
+    assert [first[0], second[1]] == greedy_by_full_forwards(model, [5], 2)
+    assert third[0] == greedy_by_full_forwards(model, [5, first[0], 50], 1)[0]
 
 
 @pytest.mark.parametrize("kind", [PlainDecoder, GraphDecoder])
-def test_a_slot_forgets_whose_it_was(device, kind):
-    """A closed slot's windows, tokens seen and place do not reach the next sequence in it."""
+def test_a_closed_slot_leaves_no_state(device, kind):
+    """The convolution state, the tokens seen and the position of a slot must not reach its next sequence."""
     model = model_on(device, SMALL)
-    decoder, said = kind(model, slots=1), []
+    decoder, drawn = kind(model, slots=1), []
     params = SamplingParams(repetition_penalty=1.5, seed=1)
     for _ in range(2):
         slot = decoder.open(params)
         with pytest.raises(IndexError):
             decoder.open(params)
-        told = {slot: []}
-        follow(decoder, {slot: 8}, 4, told)
-        said.append(told[slot])
+        tokens = {slot: []}
+        follow(decoder, {slot: 8}, 4, tokens)
+        drawn.append(tokens[slot])
         decoder.close(slot)
         busy = decoder.open(GREEDY)
         decoder.feed(busy, [33, 34, 35])
         decoder.close(busy)
-    assert said[0] == said[1]
+    assert drawn[0] == drawn[1]
 
 
-def test_load_takes_over_new_weights(device):
+def test_load_replaces_the_weights(device):
     model, other = model_on(device, SMALL), random_model(SMALL, seed=5).eval().to(device)
-    assert alone(model, [8], 3) != alone(other, [8], 3)
+    assert greedy_by_full_forwards(model, [8], 3) != greedy_by_full_forwards(other, [8], 3)
     decoder = GraphDecoder(model, slots=1)
     for current in (model, other):
         current.compute_dtype = torch.float32
         decoder.load(current)
         slot = decoder.open(GREEDY)
-        said = {slot: []}
-        follow(decoder, {slot: 8}, 3, said)
-        assert said[slot] == alone(current, [8], 3)
+        drawn = {slot: []}
+        follow(decoder, {slot: 8}, 3, drawn)
+        assert drawn[slot] == greedy_by_full_forwards(current, [8], 3)
         decoder.close(slot)
 
 
-def test_context_is_not_left(device):
+def test_the_context_is_not_exceeded(device):
     model = model_on(device, SMALL)
     decoder = GraphDecoder(model, slots=2)
     slot = decoder.open(GREEDY)
     decoder.feed(slot, [1] * 63)
-    said = {slot: []}
-    last = follow(decoder, {slot: 2}, 1, said)
+    drawn = {slot: []}
+    last = follow(decoder, {slot: 2}, 1, drawn)
     with pytest.raises(ValueError, match="context of 64"):
         decoder.step(last)
     with pytest.raises(ValueError, match="2 tokens after 64 do not fit a context of 64"):
@@ -171,15 +173,15 @@ def test_context_is_not_left(device):
         GraphDecoder(model, slots=129)
 
 
-def test_what_there_are_no_graphs_for_is_said(monkeypatch, caplog):
-    """chat_eval -b 256 and chat_web --slots=200 were several times slower than with half of that."""
+def test_a_warning_without_graphs_for_so_many_rows(monkeypatch, caplog):
+    """chat_eval -b 256 and chat_web --slots=200 were several times slower than with half, silently."""
     monkeypatch.setattr(running, "PlainDecoder", lambda *_: "plain")
     model = SimpleNamespace(device=torch.device("cuda"), config=SMALL)
     assert decoder_for(model, 129) == "plain"
     assert "no CUDA graphs for 129 rows" in caplog.text
 
 
-def test_a_plain_decoder_if_asked_for(monkeypatch, caplog):
+def test_a_plain_decoder_on_request(monkeypatch, caplog):
     monkeypatch.setattr(running, "PlainDecoder", lambda *args: args)
     model = SimpleNamespace(device=torch.device("cuda"), config=SMALL)
     assert decoder_for(model, 129, 64, kind="plain") == (model, 129, 64)
@@ -193,7 +195,7 @@ def test_decoder_for_a_cpu_is_plain():
 
 
 @pytest.mark.gpu
-def test_decoder_for_a_gpu_is_fast_where_the_kernels_fit():
+def test_decoder_for_a_gpu_has_graphs_if_the_kernels_fit():
     assert isinstance(decoder_for(model_on("cuda", SMALL), 2), GraphDecoder)
     odd = GPTConfig(64, 300, 2, 2, 2, 2 * 24, 3, 3)
     assert isinstance(decoder_for(model_on("cuda", odd), 2), PlainDecoder)
@@ -202,7 +204,7 @@ def test_decoder_for_a_gpu_is_fast_where_the_kernels_fit():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_graph_path_at_d20():
-    """256 greedy tokens, equal in float32; in bfloat16 the logits are near, position by position."""
+    """256 greedy tokens are equal in float32; in bfloat16 the logits of all positions are close."""
     config = GPTConfig.from_depth(20, vocab_size=65_536)
     model = model_on("cuda", config)
     prompt = torch.randint(0, 65_536, (300,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -211,9 +213,9 @@ def test_graph_path_at_d20():
         decoder = kind(model, slots=2)
         slot = decoder.open(GREEDY)
         decoder.feed(slot, prompt[:-1])
-        said = {slot: []}
-        follow(decoder, {slot: prompt[-1]}, 256, said)
-        tokens[kind] = said[slot]
+        drawn = {slot: []}
+        follow(decoder, {slot: prompt[-1]}, 256, drawn)
+        tokens[kind] = drawn[slot]
         del decoder
     assert tokens[PlainDecoder] == tokens[GraphDecoder]
     assert len({*tokens[GraphDecoder]}) > 16
@@ -238,7 +240,7 @@ def test_graph_path_at_d20():
 
 
 @pytest.mark.gpu
-def test_warming_up_records_all_graphs_and_changes_nothing():
+def test_warm_up_records_all_graphs_and_changes_no_tokens():
     model = model_on("cuda", SMALL)
     cold, warm = GraphDecoder(model, slots=5), GraphDecoder(model, slots=5)
     warm.warm_up()
@@ -247,8 +249,8 @@ def test_warming_up_records_all_graphs_and_changes_nothing():
     for decoder in (cold, warm):
         slot = decoder.open(SamplingParams(repetition_penalty=1.3, seed=2))
         decoder.feed(slot, [4, 5, 6])
-        said = {slot: []}
-        follow(decoder, {slot: 7}, 6, said)
-        found.append(said[slot])
+        drawn = {slot: []}
+        follow(decoder, {slot: 7}, 6, drawn)
+        found.append(drawn[slot])
     assert found[0] == found[1]
     assert warm._graphs == graphs

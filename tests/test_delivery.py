@@ -1,4 +1,4 @@
-"""The way over from the worker's thread."""
+"""Delivery of events from the worker's thread to the event loop."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ def backend():
     return FakeBackend(train_tokenizer())
 
 
-def test_a_worker_that_goes_on_after_the_loop_is_closed(backend, monkeypatch):
+def test_a_worker_that_emits_after_the_loop_is_closed(backend, monkeypatch):
     failures = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
     pause = Pause()
@@ -34,22 +34,22 @@ def test_a_worker_that_goes_on_after_the_loop_is_closed(backend, monkeypatch):
     assert backend.tokens_generated > len(backend.ids("the"))
 
 
-def test_what_waits_is_taken_at_once(backend):
-    """So a slow client costs no more than a quick one."""
+def test_waiting_events_are_delivered_together(backend):
+    """So a slow client costs no more than a fast one."""
     backend.prepare(["the river of light"])
 
     async def count():
         generation = Generations(backend).start(Request(tokens=[1], max_tokens=99))
         backend.threads[-1].join()
-        return [len(pieces) async for pieces in generation.deltas()]
+        return [len(deltas) async for deltas in generation.deltas()]
 
     num_tokens = len(backend.ids("the river of light"))
     assert num_tokens > 3
     assert asyncio.run(count())[-1] >= num_tokens
 
 
-def test_the_loop_is_woken_once_a_tick(backend):
-    """It was woken for every token, and took the interpreter from the worker each time."""
+def test_the_loop_wakes_at_most_once_per_tick(backend):
+    """It woke for every token, and took the interpreter from the worker each time."""
     backend.prepare(*[[*["river"] * 500, Pause()]] * 3)
 
     async def count():
@@ -62,8 +62,8 @@ def test_the_loop_is_woken_once_a_tick(backend):
         started = [generations.start(Request(tokens=[1], max_tokens=5000)) for _ in range(3)]
         texts = ["", "", ""]
         for i, generation in enumerate(started):
-            async for pieces in generation.deltas():
-                texts[i] += "".join(piece.text for piece in pieces)
+            async for deltas in generation.deltas():
+                texts[i] += "".join(delta.text for delta in deltas)
                 if len(texts[i]) == len("river" * 500):
                     break
         return len(wakes), loop.time() - start, texts
@@ -76,7 +76,7 @@ def test_the_loop_is_woken_once_a_tick(backend):
 
 
 class Emitters:
-    """A backend that keeps what a request is emitted by."""
+    """A backend that records the emit functions of its requests."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.emits = tokenizer, []
@@ -86,8 +86,8 @@ class Emitters:
         return FakeHandle()
 
 
-def test_many_clients_are_sent_to_less_often(backend):
-    """Two hundred streams took a packet every 20 ms each: the loop did little but send."""
+def test_many_clients_get_fewer_larger_packets(backend):
+    """Two hundred streams with a packet every 20 ms each kept the loop busy with sending."""
     num_clients = int(5 * TICK_S / SEND_S)
 
     async def wait_for_second():
@@ -98,8 +98,8 @@ def test_many_clients_are_sent_to_less_often(backend):
         for number in range(2):
             for emit in emitters.emits[: None if number == 0 else 1]:
                 emit(Token(0, backend.ids("the")[0]))
-            async for pieces in started[0].deltas():
-                assert len(pieces) == 1
+            async for deltas in started[0].deltas():
+                assert len(deltas) == 1
                 times.append(asyncio.get_running_loop().time())
                 break
         return times[1] - times[0]
@@ -107,8 +107,8 @@ def test_many_clients_are_sent_to_less_often(backend):
     assert asyncio.run(wait_for_second()) > 4 * TICK_S
 
 
-def test_much_that_waits_lets_others_have_a_turn(backend):
-    """A long answer that had been waiting was turned into text in one go, while nobody else was served."""
+def test_many_waiting_events_let_other_tasks_run(backend):
+    """A long answer that was waiting became text in one go, which blocked the loop."""
 
     async def turns():
         emitters = Emitters(backend.tokenizer)
@@ -127,4 +127,4 @@ def test_much_that_waits_lets_others_have_a_turn(backend):
 
 
 async def _all(generation):
-    return [pieces async for pieces in generation.deltas()]
+    return [deltas async for deltas in generation.deltas()]

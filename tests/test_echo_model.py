@@ -1,4 +1,4 @@
-"""The model for load tests says what it should, whatever its size, and would notice another row's state."""
+"""The model for load tests: its answers are known at any size, and depend on the state of their own row."""
 
 import random
 
@@ -8,7 +8,7 @@ import torch
 from nanochat.serve.worker import Worker
 from tests.helpers.echo_model import KEYS, echo, echo_config, echo_model
 from tests.helpers.vocabulary import WORDS, train_tokenizer
-from tests.test_worker import Reader
+from tests.helpers.workers import Reader
 
 TOKENIZER = train_tokenizer()
 
@@ -27,7 +27,7 @@ def model_of(dtype=torch.float32, **changes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, {"n_layer": 6, "n_head": 4, "n_kv_head": 2, "n_embd": 256}])
-def test_answers_in_a_crowd(dtype, changes):
+def test_answers_in_a_batch(dtype, changes):
     rng = random.Random(0)
     prompts = [prompt(rng, num_words) for num_words in (1, 2, 9, 40, 3, 1, 200, 7)]
     worker = Worker(model_of(dtype, **changes), TOKENIZER, "echo", slots=3, prefill_chunk=16)
@@ -47,8 +47,8 @@ def test_logits_are_far_apart():
 
 
 @pytest.mark.parametrize("kind", ["conv", "attention"])
-def test_the_state_of_another_row_is_noticed(kind):
-    """In two rows, swap what one layer remembers, and nothing else."""
+def test_the_state_of_another_row_changes_the_answer(kind):
+    """Swap the state of one layer between two rows."""
     model = model_of()
     ids = TOKENIZER.encode("a K river"), TOKENIZER.encode("of B light")
     cache, first = model.new_cache(2, 64), []
@@ -60,17 +60,17 @@ def test_the_state_of_another_row_is_noticed(kind):
     layer = cache.layers[kind == "attention"]
     for state in [layer.window] if kind == "conv" else [layer.k, layer.v]:
         state.copy_(state.flip(0))
-    said = [tokens]
+    drawn = [tokens]
     for _ in range(5):
-        said.append(model.next_logits(said[-1][:, None], cache).argmax(-1))
+        drawn.append(model.next_logits(drawn[-1][:, None], cache).argmax(-1))
     for row, prompt_ids in enumerate(ids):
         expected = echo(TOKENIZER, prompt_ids, 6)
-        found = TOKENIZER.decode([int(column[row]) for column in said])
+        found = TOKENIZER.decode([int(column[row]) for column in drawn])
         assert found[0] == expected[0]
         assert found[1:] != expected[1:]
 
 
-def test_shapes_and_prompts_that_cannot_be():
+def test_invalid_shapes_and_prompts():
     with pytest.raises(ValueError, match="106 wide"):
         model_of(n_embd=64)
     with pytest.raises(ValueError, match="slc2, attention"):

@@ -1,4 +1,4 @@
-"""The engine: many rows are as each alone, the calculator's tokens are forced, and who has ended leaves."""
+"""The engine: rows do not depend on the batch, results of the calculator are forced, ended rows leave."""
 
 import itertools
 from collections import Counter, deque
@@ -38,7 +38,7 @@ def engine(tokenizer):
 
 @pytest.fixture(scope="module")
 def spell(tokenizer):
-    """Spell ids: names of special tokens as they are, other texts encoded."""
+    """Return the ids of texts and of names of special tokens."""
 
     def spelled(*pieces):
         parts = [
@@ -49,7 +49,7 @@ def spell(tokenizer):
     return spelled
 
 
-def some_prompts(n=7):
+def random_prompts(n=7):
     torch.manual_seed(1)
     return [torch.randint(0, 300, (length,)).tolist() for length in (5, 1, 20, 2, 3, 9, 5)[:n]]
 
@@ -59,8 +59,8 @@ def some_prompts(n=7):
 
 
 @torch.no_grad()
-def by_full_forwards(model, prompt, n, ends):
-    """Greedy tokens, each by a forward over everything before it."""
+def greedy_by_full_forwards(model, prompt, n, ends):
+    """Return greedy tokens, each from a forward over all tokens before it, and the end token."""
     found = []
     for _ in range(n):
         token = int(model(torch.tensor([[*prompt, *found]]))[0, -1].argmax())
@@ -71,11 +71,11 @@ def by_full_forwards(model, prompt, n, ends):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_rows_of_a_batch_are_as_if_alone(plan, tokenizer):
+def test_rows_do_not_depend_on_the_batch(plan, tokenizer):
     model = random_model(small_config(vocab_size=VOCAB_SIZE, **plan))
-    engine, prompts = Engine(model, tokenizer), some_prompts()
+    engine, prompts = Engine(model, tokenizer), random_prompts()
     ends = {tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")}
-    expected = [by_full_forwards(model, prompt, 12, ends) for prompt in prompts]
+    expected = [greedy_by_full_forwards(model, prompt, 12, ends) for prompt in prompts]
     for batch_size in (64, 2, 1):
         found = engine.complete(prompts, max_tokens=12, batch_size=batch_size, sampling=GREEDY)
         assert [(row.tokens, row.end_token) for row in found] == expected
@@ -88,9 +88,9 @@ def test_rows_of_a_batch_are_as_if_alone(plan, tokenizer):
         assert masks == 2 * [[0] * len(prompt) + [1] * len(tokens)]
 
 
-def test_the_rows_that_go_on_are_the_right_ones(engine, monkeypatch):
-    """Ends are rare in a random model: a token that it writes often is made one, so the batch shrinks."""
-    prompts = some_prompts()
+def test_the_right_rows_continue_when_others_end(engine, monkeypatch):
+    """A random model rarely ends a row, so a token that it samples often becomes the end token."""
+    prompts = random_prompts()
     plain = engine.complete(prompts, max_tokens=14, sampling=GREEDY)
     frequent = Counter(token for row in plain for token in set(row.tokens[1:])).most_common(4)
     sizes = []
@@ -102,7 +102,7 @@ def test_the_rows_that_go_on_are_the_right_ones(engine, monkeypatch):
         engine.special["<|assistant_end|>"] = end
         ends = {end, engine.special["<|bos|>"]}
         found = engine.complete(prompts, max_tokens=14, sampling=GREEDY)
-        expected = [by_full_forwards(engine.model, prompt, 14, ends) for prompt in prompts]
+        expected = [greedy_by_full_forwards(engine.model, prompt, 14, ends) for prompt in prompts]
         assert [(row.tokens, row.end_token) for row in found] == expected
         assert sum(row.end_token == end for row in found) >= n_rows
     assert len(set(sizes)) > 1
@@ -116,7 +116,9 @@ def test_every_sample_draws_its_own_first_token(engine):
         probabilities = engine.model(torch.tensor([[1, 2, 3]]))[0, -1].softmax(-1)
     shares = torch.bincount(torch.tensor(column), minlength=VOCAB_SIZE) / 4000
     assert (shares - probabilities).abs().sum() / 2 < 0.15
-    assert (shares - 1 / VOCAB_SIZE).abs().sum() / 2 > 0.2  # which is not because all shares are alike
+    assert (
+        shares - 1 / VOCAB_SIZE
+    ).abs().sum() / 2 > 0.2  # a uniform distribution does not meet the bound above
     results, _ = engine.generate_batch([1, 2, 3], num_samples=64, max_tokens=2, seed=0)
     assert len({tuple(row[3:4]) for row in results}) > 20
 
@@ -132,11 +134,11 @@ def test_seeds(engine):
     assert draw(None) != draw(None)
     state = torch.get_rng_state()
     draw(3)
-    assert torch.equal(state, torch.get_rng_state())  # nobody else's random numbers are drawn
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is untouched
 
 
 def test_samples_of_several_prompts(engine):
-    prompts = some_prompts()
+    prompts = random_prompts()
     done = []
     settings = {"num_samples": 3, "batch_size": 7, "on_done": done.append}
     found = engine.complete(prompts, max_tokens=6, sampling=GREEDY, **settings)
@@ -146,7 +148,7 @@ def test_samples_of_several_prompts(engine):
     assert engine.complete([], max_tokens=6, sampling=GREEDY) == []
 
 
-def test_interleaved_generations_do_not_mix_and_the_model_can_be_trained_after(engine):
+def test_interleaved_generations_do_not_mix_and_leave_the_model_trainable(engine):
     one = engine.generate([1, 2], max_tokens=6, temperature=0)
     two = engine.generate([3, 4, 5], max_tokens=6, temperature=0)
     mixed = list(zip(one, two, strict=True))
@@ -157,7 +159,7 @@ def test_interleaved_generations_do_not_mix_and_the_model_can_be_trained_after(e
 
 
 def test_an_interrupted_prompt_frees_its_slots(engine, monkeypatch):
-    """Ctrl-C while a prompt was run left no slot for the next question."""
+    """Ctrl-C during a prefill left no slot for the next prompt."""
     wanted = engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, sampling=SEEDED)
     decoder = engine._idle[0]
     for name in ("feed", "fork"):
@@ -173,14 +175,14 @@ def test_an_interrupted_prompt_frees_its_slots(engine, monkeypatch):
         assert engine.complete([[1, 2, 3]], max_tokens=5, num_samples=3, sampling=SEEDED) == wanted
 
 
-def test_idle_decoders_do_not_pile_up(engine):
-    """Each larger request kept the decoder of the one before, with its weights, state and graphs."""
+def test_idle_decoders_do_not_accumulate(engine):
+    """Each larger request kept the previous decoder, with its weights, state and graphs."""
     for num_samples in (2, 1, 3, 4):
         engine.complete([[1, 2]], max_tokens=2, sampling=GREEDY, num_samples=num_samples)
     assert [decoder.slots for decoder in engine._idle] == [4]
     engine.complete(
         [[1] * 30], max_tokens=engine.model.config.sequence_len, sampling=GREEDY
-    )  # few rows, but long
+    )  # few rows, but a long context
     assert [decoder.slots for decoder in engine._idle] == [4, 1]
 
 
@@ -195,7 +197,7 @@ def test_idle_decoders_do_not_pile_up(engine):
         ({"top_p": 0.0}, "top_p=0.0"),
     ],
 )
-def test_settings_that_mean_nothing(engine, settings, message):
+def test_settings_out_of_range(engine, settings, message):
     settings = {"tokens": [1], **settings}
     with pytest.raises(ValueError, match=message):
         next(engine.generate(**settings))
@@ -203,12 +205,12 @@ def test_settings_that_mean_nothing(engine, settings, message):
         engine.generate_batch(**settings)
 
 
-def test_a_batch_holds_the_samples_of_a_prompt(engine):
+def test_batch_size_must_hold_the_samples_of_a_prompt(engine):
     with pytest.raises(ValueError, match="num_samples=3 must fit into batch_size=2"):
         engine.complete([[1]], max_tokens=1, sampling=GREEDY, num_samples=3, batch_size=2)
 
 
-def test_what_the_context_has_left_is_the_default(engine):
+def test_max_tokens_defaults_to_the_rest_of_the_context(engine):
     engine.special["<|bos|>"] = engine.special["<|assistant_end|>"] = -1  # rows never end
     for n_prompt, n_new in ((30, 2), (31, 1), (40, 1)):  # the context has 32
         assert len(list(engine.generate([1] * n_prompt, temperature=0))) == n_new
@@ -216,11 +218,11 @@ def test_what_the_context_has_left_is_the_default(engine):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# With a model that writes what the test says
+# With a scripted model
 
 
 class ScriptedDecoder(Decoder):
-    """The i-th sequence to be opened or forked writes scripts[i]; `given` has the tokens of each launch."""
+    """The i-th sequence that is opened or forked draws scripts[i]; `given` has the inputs of each launch."""
 
     device, overlaps = torch.device("cpu"), False
 
@@ -260,7 +262,7 @@ class ScriptedDecoder(Decoder):
 
 
 class ScriptedModel:
-    """Row i writes scripts[i], whatever it is given."""
+    """Row i draws scripts[i], whatever its input."""
 
     config, device = SimpleNamespace(sequence_len=64), torch.device("cpu")
 
@@ -268,9 +270,9 @@ class ScriptedModel:
         self.scripts, self.given = scripts, []
 
 
-@pytest.fixture(params=[False, True], ids=["in step", "overlapping"])
+@pytest.fixture(params=[False, True], ids=["synchronous", "overlapping"])
 def scripted(request, monkeypatch):
-    """Engines of scripted models get a decoder that waits for its tokens, or one that works ahead."""
+    """Give engines of scripted models a synchronous or an overlapping decoder; return if it overlaps."""
     monkeypatch.setattr(ScriptedDecoder, "overlaps", request.param)
     monkeypatch.setattr(
         engine_module, "decoder_for", lambda model, *_: ScriptedDecoder(model.scripts, model.given)
@@ -280,16 +282,16 @@ def scripted(request, monkeypatch):
 
 @pytest.fixture
 def write(tokenizer, spell, scripted):
-    """Let a row write pieces, where None is a place whose token is forced; return its completion."""
+    """Let a row draw pieces, where None is a token that will be forced; return its completion."""
 
     def written(*pieces, n_more=0):
         script = [id for piece in pieces for id in ([0] if piece is None else spell(piece))]
         model = ScriptedModel(script)
         (row,) = Engine(model, tokenizer).complete([[1]], max_tokens=len(script) + n_more, sampling=GREEDY)
         fed = [inputs[0] for inputs in model.given[1:]]
-        expected = row.tokens[:-1] if row.end_token is None else row.tokens  # the model sees forced ones
+        expected = row.tokens[:-1] if row.end_token is None else row.tokens  # forced ones are inputs, too
         assert fed[: len(expected)] == expected
-        assert len(fed) - len(expected) <= scripted  # one step too many where it works ahead
+        assert len(fed) - len(expected) <= scripted  # an overlapping decoder runs one step too many
         return row
 
     return written
@@ -307,7 +309,7 @@ def test_the_result_of_a_call_is_forced(write, spell):
     assert [row.end_token] == spell("<|assistant_end|>")
 
 
-def test_an_end_that_is_sampled_where_a_token_is_forced_is_no_end(write, spell):
+def test_an_end_token_sampled_where_a_token_is_forced_is_ignored(write, spell):
     result = spell("<|output_start|>", "5", "<|output_end|>")
     row = write("<|python_start|>", "2+3", "<|python_end|>", *["<|bos|>"] * len(result), "ok", "<|bos|>")
     assert row.tokens == [*spell("<|python_start|>", "2+3", "<|python_end|>"), *result, *spell("ok")]
@@ -317,12 +319,12 @@ def test_an_end_that_is_sampled_where_a_token_is_forced_is_no_end(write, spell):
 @pytest.mark.parametrize(
     "pieces",
     [
-        ("<|python_start|>", "2+3"),  # never finished
+        ("<|python_start|>", "2+3"),  # no end
         ("<|python_start|>", "2+3", "<|assistant_end|>"),
         ("<|python_start|>", "<|python_end|>", "ok"),
         ("<|python_start|>", "1/0", "<|python_end|>", "ok"),
         ("<|python_start|>", "import os", "<|python_end|>", "ok"),
-        ("2+3", "<|python_end|>", "ok"),  # never begun
+        ("2+3", "<|python_end|>", "ok"),  # no start
         ("<|python_start|>", "2+", "<|python_end|>", "3", "<|python_end|>", "ok"),
         ("<|output_start|>", "2+3", "<|output_end|>", "ok"),
     ],
@@ -333,20 +335,20 @@ def test_calls_that_force_nothing(write, spell, pieces):
     assert row.mask == [1] * len(row.tokens)
 
 
-def test_a_call_that_begins_anew_and_a_second_call(write, spell):
+def test_a_restarted_call_and_a_second_call(write, spell):
     result = spell("<|output_start|>", "7", "<|output_end|>")
     call = ("<|python_start|>", "3+4", "<|python_end|>")
     row = write("<|python_start|>", "1+", *call, *[None] * len(result), *call, *[None] * len(result), "ok")
     first = spell("<|python_start|>", "1+", *call)
     assert row.tokens == [*first, *result, *spell(*call), *result, *spell("ok")]
     assert row.mask.count(0) == 2 * len(result)
-    cut = write(*call, n_more=1)  # max_tokens end it in the middle of the result
+    cut = write(*call, n_more=1)  # max_tokens is reached in the middle of the result
     assert cut.tokens == [*spell(*call), result[0]]
     assert (cut.mask[-1], cut.end_token) == (0, None)
 
 
-def test_rows_that_have_ended_make_room(tokenizer, spell, scripted):
-    """They went on through the model until the last one ended."""
+def test_ended_rows_free_their_slots(tokenizer, spell, scripted):
+    """They used to run through the model until the last row ended."""
     (end,) = spell("<|assistant_end|>")
     lengths = [1, 9, 2, 5, 3, 5, 2, 16]
     scripts = [[100 + row] * length + [end] for row, length in enumerate(lengths)]
@@ -358,11 +360,11 @@ def test_rows_that_have_ended_make_room(tokenizer, spell, scripted):
     assert {row.end_token for row in found} == {end}
     sizes = [len(inputs) for inputs in model.given]
     assert max(sizes) == 3
-    surplus = len(scripts) if scripted else 0  # a step for each that had ended when it was looked at
+    surplus = len(scripts) if scripted else 0  # overlapping: one step too many for each row
     assert sum(sizes) == sum(map(len, scripts)) + surplus
 
 
-def test_columns_have_every_sample_and_ended_ones_repeat_their_end(tokenizer, spell, scripted):
+def test_columns_have_every_sample_and_ended_ones_repeat_their_end_token(tokenizer, spell, scripted):
     (end,) = spell("<|assistant_end|>")
     model = ScriptedModel([50, 51, end], [50, end], [50, 52, 53, 54, end])
     columns = list(Engine(model, tokenizer).generate([1, 2], num_samples=3, temperature=0))
@@ -381,8 +383,8 @@ def test_columns_have_every_sample_and_ended_ones_repeat_their_end(tokenizer, sp
     assert masks == [[0, 0, 1, 1], [0, 0, 1], [0, 0, 1, 1, 1, 1]]
 
 
-def test_settings_come_in_nanochat_s_order(engine):
-    """top_p stood before seed: scripts that gave the seed by its place were told top_p=42."""
+def test_positional_settings_are_in_nanochat_s_order(engine):
+    """top_p came before seed: a positional seed of 42 was an invalid top_p."""
     named = {"num_samples": 2, "max_tokens": 5, "temperature": 0.6, "top_k": 50, "seed": 42}
     assert list(engine.generate([1, 2], 2, 5, 0.6, 50, 42)) == list(engine.generate([1, 2], **named))
     assert engine.generate_batch([1, 2], 2, 5, 0.6, 50, 42) == engine.generate_batch([1, 2], **named)

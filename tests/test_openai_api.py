@@ -1,4 +1,4 @@
-"""OpenAI's API, through OpenAI's own client and by hand."""
+"""OpenAI's API, through OpenAI's own client and by plain requests: chats and completions."""
 
 import json
 
@@ -7,52 +7,18 @@ import pytest
 
 from nanochat.sampling import SamplingParams
 from nanochat.serve.protocol import End, QueueFull, Token
-from tests.helpers.fake_backend import FakeBackend, Pause, serve, wait_for
-from tests.helpers.vocabulary import train_tokenizer
+from tests.helpers.chat_client import MESSAGES
+from tests.helpers.fake_backend import Pause, wait_for
+
+pytest_plugins = "tests.helpers.openai_client"
 
 ROCKET = "\U0001f680"
-MESSAGES = [{"role": "user", "content": "the river"}]
 CALL = ["<|python_start|>", "12*7", "<|python_end|>", "<|output_start|>", "84", "<|output_end|>"]
 
 
-@pytest.fixture(scope="module")
-def backend():
-    return FakeBackend(train_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def server(backend):
-    with serve(backend) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
-
-
 @pytest.fixture(autouse=True)
-def forget(backend):
+def clear_scripts(backend):
     backend.prepare()
-
-
-@pytest.fixture
-def ask(client):
-    """Ask through OpenAI's client."""
-
-    def ask(**fields):
-        return client.chat.completions.create(model="d2-fake", messages=MESSAGES, **fields)
-
-    return ask
-
-
-@pytest.fixture
-def continue_(client):
-    def continue_(**fields):
-        return client.completions.create(model="d2-fake", **{"prompt": "the river", **fields})
-
-    return continue_
 
 
 def byte_ids(backend, text):
@@ -134,11 +100,11 @@ def test_length(ask, continue_, backend):
         assert answer.usage.completion_tokens == 2
 
 
-def test_messages(client, backend):
-    """Instructions, parts of text, and a reply sent back as it came."""
-    reply = client.chat.completions.create(model="d2-fake", messages=MESSAGES).choices[0].message
+def test_messages(openai_client, backend):
+    """A developer message, parts of text, and a reply sent back unchanged."""
+    reply = openai_client.chat.completions.create(model="d2-fake", messages=MESSAGES).choices[0].message
     parts = [{"type": "text", "text": "of "}, {"type": "text", "text": "light"}]
-    client.chat.completions.create(
+    openai_client.chat.completions.create(
         model="d2-fake",
         messages=[
             {"role": "developer", "content": "water"},
@@ -153,9 +119,9 @@ def test_messages(client, backend):
     )
 
 
-def test_the_oldest_exchanges_fall_away(client, backend):
+def test_the_oldest_exchanges_are_dropped(openai_client, backend):
     turns = [{"role": ("user", "assistant")[i % 2], "content": f"{i} and the river " * 5} for i in range(9)]
-    answer = client.chat.completions.create(model="d2-fake", messages=turns, max_tokens=50)
+    answer = openai_client.chat.completions.create(model="d2-fake", messages=turns, max_tokens=50)
     assert answer.usage.prompt_tokens <= 150
     assert "8 and" in backend.prompts()[0]
     assert "0 and" not in backend.prompts()[0]
@@ -180,7 +146,7 @@ def test_the_calculator_is_not_in_the_content(ask, backend, stream):
 @pytest.mark.parametrize("stop", ["END", ["\n\n", "END"], ["END", "x", "y", "z"]])
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop(ask, backend, stop, stream):
-    """Over tokens; and the row does not go on for nobody."""
+    """A stop string may cross tokens, and it ends the row."""
     backend.prepare([*byte_ids(backend, "the ENd END river"), Pause()])
     answer = ask(stop=stop, stream=stream)
     if stream:
@@ -192,12 +158,12 @@ def test_stop(ask, backend, stop, stream):
         assert answer.usage.completion_tokens == len("the ENd END")
         finish = answer.choices[0].finish_reason
     assert finish == "stop"
-    wait_for(lambda: not backend.stats()["running"])  # though it has a pause to make
+    wait_for(lambda: not backend.stats()["running"])  # although the script has a pause
     assert backend.handles[0].cancelled.is_set()
 
 
 def test_samples(ask, backend):
-    """Each has its own text, characters in parts included, and its own end."""
+    """Each has its own text, with characters that arrive in parts, and its own end."""
     script = [
         (i % 2, id)
         for pair in zip(byte_ids(backend, ROCKET), byte_ids(backend, "\u00e9t\u00e9"), strict=False)
@@ -225,7 +191,7 @@ def test_samples_of_a_stream(ask, backend):
     assert finishes == ["length", "stop"]
 
 
-def test_a_sample_that_stops_leaves_the_others_going(ask, backend):
+def test_a_sample_that_stops_does_not_stop_the_others(ask, backend):
     backend.prepare([(0, "the\n"), (0, "never"), (1, "river of light"), (1, "\n"), Pause()])
     answer = ask(n=2, stop="\n")
     assert [choice.message.content for choice in answer.choices] == ["the", "river of light"]
@@ -282,8 +248,8 @@ def test_text_logprobs(continue_, backend):
     assert scores.text_offset == [0] + [len(the)] * 4
 
 
-def test_parts_of_characters_have_names_of_their_own(continue_, backend):
-    """Two of them were both "\ufffd", so that one was lost; and so was a token drawn from further down."""
+def test_parts_of_characters_have_distinct_names(continue_, backend):
+    """Two were both called "\ufffd", so that one was lost; a token outside the alternatives was lost, too."""
     first, second, *_ = byte_ids(backend, ROCKET)
     the, *_ = backend.ids("the")
     backend.prepare([Token(0, the, logprob=-3.0, alternatives=((second, -0.5), (first, -1.5)))])
@@ -335,7 +301,7 @@ def test_several_prompts(continue_, backend, stream):
 
 
 def test_a_stop_string_of_a_later_prompt(continue_, backend):
-    """Prompts were read one after the other: the later ones ran on until the first had ended."""
+    """Prompts were read one after the other: later ones ran on until the first had ended."""
     pause = Pause()
     backend.prepare([pause, "the"], ["light river light", Pause()])
     choices = (part.choices[0] for part in continue_(prompt=["a", "b"], stop="river", stream=True))
@@ -347,20 +313,20 @@ def test_a_stop_string_of_a_later_prompt(continue_, backend):
 
 
 def test_several_prompts_of_tokens(continue_, backend):
-    """Evaluation programs send a list of lists even for one."""
+    """Evaluation programs send a list of lists even for one prompt."""
     assert len(continue_(prompt=[[5, 6]]).choices) == 1
     assert len(continue_(prompt=[[5], [6, 7]]).choices) == 2
     assert [request.tokens for request in backend.requests] == [[5, 6], [5], [6, 7]]
 
 
-def test_several_prompts_are_taken_all_or_none(continue_, backend):
+def test_all_or_none_of_several_prompts_are_submitted(continue_, backend):
     backend.prepare([Pause()], QueueFull("full"))
     with pytest.raises(openai.RateLimitError):
         continue_(prompt=["a", "b"])
     assert backend.handles[0].cancelled.is_set()
 
 
-def test_completions_fill_the_context_and_no_more(continue_, backend):
+def test_completions_may_fill_the_context(continue_, backend):
     continue_(prompt=[5] * 190)
     assert backend.requests[0].max_tokens == 10
     continue_(prompt=[5] * 190, max_tokens=10)
@@ -369,162 +335,3 @@ def test_completions_fill_the_context_and_no_more(continue_, backend):
             continue_(**fields)
         assert error.value.code == "context_length_exceeded"
     assert len(backend.requests) == 2
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Models and errors
-
-
-def test_models(client):
-    assert [model.id for model in client.models.list()] == ["d2-fake"]
-    assert client.models.retrieve("d2-fake").id == "d2-fake"
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-2'"):
-        client.models.retrieve("gpt-2")
-
-
-def test_another_model(client, backend):
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-2', only 'd2-fake'") as error:
-        client.chat.completions.create(model="gpt-2", messages=MESSAGES)
-    assert error.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="gpt-2", prompt="a")
-    assert not backend.requests
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools=[{'type': 'function'}] is not served here"),
-        ({"tool_choice": "required"}, "tool_choice='required' is not served here"),
-        ({"response_format": {"type": "json_object"}}, "response_format={'type': 'json_object'} is not"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty=0.5 is not served here"),
-        ({"logit_bias": {"5": 100}}, "logit_bias={'5': 100} is not served here"),
-        ({"reasoning_effort": "high"}, "reasoning_effort='high' is not served here"),
-        ({"service_tier": "flex"}, "service_tier='flex' is not served here"),
-        ({"modalities": ["text", "audio"]}, "modalities=['text', 'audio'] is not served here"),
-        ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obf"),
-        ({"web_search_options": {}}, "web_search_options: Extra inputs"),
-        ({"n": 0}, "n: "),
-        ({"n": 9}, "n: "),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop: must be a string of 1 to 200 characters, or a list of"),
-        (
-            {"stop": ""},
-            "stop: must be a string of 1 to 200 characters, or a list of up to 4 such strings, not ''",
-        ),
-        ({"stop": ["a", ""]}, "stop: must be a string"),
-        ({"temperature": 2.5}, "temperature: "),
-        ({"top_logprobs": 2}, "top_logprobs needs logprobs=true"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens and max_completion_tokens"),
-        ({"max_tokens": 101}, "max_tokens=101 is more than 100, half of the context"),
-        ({"max_completion_tokens": 101}, "max_completion_tokens=101 is more than 100, half of the context"),
-        ({"stream_options": {"include_usage": True}}, "stream_options need stream=true"),
-        ({"messages": []}, "the last message must be the user's"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: "),
-        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages.0.name: "),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            """messages.0.content: must be a string, or a list of {"type": "text", "text": ...}, not [{'""",
-        ),
-        ({"messages": MESSAGES * 2}, "user and assistant take turns"),
-    ],
-)
-def test_bad_requests(server, backend, fields, message):
-    response = server.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert message in error["message"]
-    assert error["type"] == "invalid_request_error"
-    assert error["param"].split(".")[0] in fields
-    assert not backend.requests
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": []},
-        {"prompt": [[]]},
-        {"prompt": ["a", 5]},
-        {"prompt": [[5], "a"]},
-        {"prompt": ["a"] * 129},
-        {"prompt": {"list[str]": 1}},
-        {"prompt": [10**6]},
-        {"prompt": [[5], [10**6]]},
-        {"prompt": [-1]},
-        {"prompt": "a" * 32001},
-        {"echo": True},
-        {"best_of": 2},
-        {"suffix": "a"},
-        {"logprobs": 6},
-        {},
-    ],
-)
-def test_bad_completions(server, backend, fields):
-    body = fields if "prompt" in fields or not fields else {"prompt": "a", **fields}
-    response = server.post("/v1/completions", json=body)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["param"] == next(iter(fields), "prompt")
-    if isinstance(fields.get("prompt"), (list, dict)) and "no token" not in error["message"]:
-        rule = "a string or a list of token ids, or a list of 1 to 128 of one kind of them"
-        assert error["message"].startswith(f"prompt: must be {rule}, not ")
-    assert not backend.requests
-
-
-def test_what_asks_for_nothing_is_let_through(server, backend):
-    """Many clients send all the fields that they know."""
-    body = {
-        **{
-            "messages": MESSAGES,
-            "frequency_penalty": 0,
-            "presence_penalty": 0.0,
-            "logit_bias": {},
-            "n": None,
-        },
-        **{"response_format": {"type": "text"}, "tools": None, "user": "ann", "store": False, "stop": None},
-        **{"parallel_tool_calls": True, "service_tier": "auto", "modalities": ["text"], "verbosity": None},
-        **{"function_call": "none", "prompt_cache_key": "ann", "reasoning_effort": "none"},
-        **{"logprobs": False, "top_logprobs": 0, "stream": True},
-        **{"stream_options": {"include_usage": False, "include_obfuscation": False}},
-    }
-    assert server.post("/v1/chat/completions", json=body).status_code == 200
-    assert backend.requests[0].n == 1
-
-
-def test_too_many(ask, backend):
-    backend.prepare(QueueFull("full"))
-    with pytest.raises(openai.RateLimitError) as error:
-        ask()
-    assert int(error.value.response.headers["retry-after"]) > 0
-
-
-def test_failure_of_the_model(ask, backend):
-    """The status says so, or where that is sent already, an event that the client raises."""
-    backend.prepare([End(0, "error", "CUDA error")], ["the", End(0, "error", "CUDA error")])
-    with pytest.raises(openai.InternalServerError) as error:
-        ask()
-    assert error.value.status_code == 500
-    assert "CUDA" not in str(error.value)
-    chunks = iter(ask(stream=True))
-    num_chunks = 1 + len(backend.ids("the"))
-    assert "".join(next(chunks).choices[0].delta.content for _ in range(num_chunks)) == "the"
-    with pytest.raises(openai.APIError, match="the model failed"):
-        next(chunks)
-
-
-def test_a_client_that_leaves(ask, backend):
-    backend.prepare(["the", Pause()])
-    with ask(stream=True) as stream:
-        assert next(iter(stream)).choices[0].delta.role == "assistant"
-        assert not backend.handles[0].cancelled.is_set()
-    wait_for(lambda: backend.handles[0].cancelled.is_set())
-
-
-def test_key(backend):
-    with serve(backend, api_key="secret") as client:
-        url = f"{client.url}/v1"
-        stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0)
-        with pytest.raises(openai.AuthenticationError), stranger:
-            stranger.models.list()
-        with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as friend:
-            assert [model.id for model in friend.models.list()] == ["d2-fake"]

@@ -1,4 +1,4 @@
-"""Several workers: the least busy one serves, and who has a full queue is passed over."""
+"""Several workers as one: the least busy one serves, and those with full queues are skipped."""
 
 import queue
 
@@ -26,7 +26,7 @@ def submit(pool):
     return pool.submit(Request(tokens=[1, 2], max_tokens=5, sampling=GREEDY), events.put), events
 
 
-def test_requests_are_spread_and_answered_alike(pool):
+def test_requests_are_spread_and_get_the_same_tokens(pool):
     requests = [submit(pool) for _ in range(6)]
     assert sorted(handle.gpu for handle, _ in requests) == [0, 0, 0, 1, 1, 1]
     assert requests[0][0].gpu != requests[1][0].gpu
@@ -43,8 +43,8 @@ def test_requests_are_spread_and_answered_alike(pool):
         submit(pool)
 
 
-def test_a_broken_worker_is_passed_over(pool):
-    """It has nothing to do, so it was given nearly everything."""
+def test_a_broken_worker_is_skipped(pool):
+    """It is the least busy one, so it got nearly all requests."""
     first, second = pool.workers
     first._is_closing = first.is_broken = True
     assert not pool.is_broken
@@ -55,9 +55,9 @@ def test_a_broken_worker_is_passed_over(pool):
         submit(pool)
 
 
-def test_a_full_worker_is_passed_over(pool):
+def test_a_full_worker_is_skipped(pool):
     full, free = pool.workers
     for _ in range(3):
         full.submit(Request(tokens=[1], max_tokens=5), lambda event: None)
-    free._running.seats, free.max_waiting = [None] * 9, 20  # busy, but with room to wait
+    free._running.seats, free.max_waiting = [None] * 9, 20  # busy, but its queue has room
     assert submit(pool)[0].gpu == 1

@@ -23,16 +23,16 @@ def test_top_k():
     assert kept(filter_logits(LOGITS, top_k=0)) == kept(filter_logits(LOGITS, top_k=99)) == [[0, 1, 2, 3]] * 2
 
 
-def test_top_p_is_the_least_set_of_each_row():
+def test_top_p_is_the_smallest_set_of_each_row():
     """The published code shifted along the batch: a no-op for one row, wrong rows for several."""
-    assert kept(filter_logits(LOGITS, top_p=0.6)) == [[0, 1, 2], [3]]  # 1 and 2 are alike
+    assert kept(filter_logits(LOGITS, top_p=0.6)) == [[0, 1, 2], [3]]  # 1 and 2 are equal
     assert kept(filter_logits(LOGITS, top_p=0.5)) == [[0], [3]]
     assert kept(filter_logits(LOGITS, top_p=0.95)) == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert kept(filter_logits(LOGITS, top_p=1e-9)) == [[0], [3]]
     assert kept(filter_logits(LOGITS, top_p=1.0)) == [[0, 1, 2, 3]] * 2
 
 
-def test_top_p_counts_the_mass_that_top_k_left():
+def test_top_p_is_a_share_of_the_mass_after_top_k():
     assert kept(filter_logits(LOGITS[:1], top_k=3, top_p=0.5)) == [[0]]
     logits = torch.tensor([[0.5, 0.21, 0.19, 0.1]]).log()
     assert kept(filter_logits(logits, top_k=3, top_p=0.57)) == [[0, 1]]
@@ -56,10 +56,10 @@ def test_greedy_and_seeded_draws():
     assert (cold == 0).float().mean() == pytest.approx(0.25 / 0.34, abs=0.03)
 
 
-def test_noise_depends_on_seed_and_place_alone():
-    seeds, places = torch.tensor([1, 2, 1, 2**40 + 5]), torch.tensor([0, 0, 3, 7])
-    noise = gumbel_noise(seeds, places, 1000)
-    assert torch.equal(noise[2], gumbel_noise(seeds[2:3], places[2:3], 1000)[0])
+def test_noise_depends_only_on_seed_and_position():
+    seeds, positions = torch.tensor([1, 2, 1, 2**40 + 5]), torch.tensor([0, 0, 3, 7])
+    noise = gumbel_noise(seeds, positions, 1000)
+    assert torch.equal(noise[2], gumbel_noise(seeds[2:3], positions[2:3], 1000)[0])
     assert noise.isfinite().all()
     correlation = torch.corrcoef(noise)
     assert (correlation - torch.eye(4)).abs().max() < 0.12
@@ -134,7 +134,7 @@ def test_samples_of_a_request_have_seeds_of_their_own():
 
 @pytest.mark.parametrize("tiny", [1e-50, 1e-300, 1e-7])
 def test_tiny_settings_are_greedy(tiny):
-    """In float32 they were 0: a top_p that kept nothing gave token 0, a temperature NaN."""
+    """In float32 they were 0: a top_p of 0 kept nothing and gave token 0, a temperature of 0 gave NaN."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     for settings in ({"temperature": tiny}, {"top_p": tiny}):
         params = SamplingParams(**settings)

@@ -1,4 +1,4 @@
-"""StreamDecoder: whole characters as soon as they are whole, and in all what tokenizer.decode says."""
+"""StreamDecoder: characters as soon as they are complete, and the same text as tokenizer.decode."""
 
 import random
 
@@ -15,7 +15,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("character", ["\u00f1", "\u732b", "\U0001f63a"])
 def test_a_character_comes_with_its_last_byte(tokenizer, character):
-    """Decoding token by token broke emoji and CJK: every piece of a character was a U+FFFD."""
+    """Decoding token by token broke emoji and CJK: each byte of a character became U+FFFD."""
     ids = tokenizer.encode(character)
     assert len(ids) == len(character.encode()) > 1  # none is in the vocabulary, so each byte is a token
     decoder = StreamDecoder(tokenizer)
@@ -31,23 +31,23 @@ def test_characters_joined_from_several(tokenizer):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_nothing_whole_is_held_back(tokenizer):
+def test_complete_characters_are_not_held_back(tokenizer):
     decoder = StreamDecoder(tokenizer)
     for id in tokenizer.encode("the river, the bridge"):
         assert decoder.feed(id) == tokenizer.decode([id])
 
 
-def test_flush_ends_a_broken_character_and_starts_anew(tokenizer):
+def test_flush_ends_a_broken_character_and_resets_the_decoder(tokenizer):
     decoder = StreamDecoder(tokenizer)
     first, *_, last = tokenizer.encode("\U0001f63a")
     assert decoder.feed(first) == ""
     assert decoder.flush() == "\ufffd"
     assert decoder.flush() == ""
-    assert decoder.feed(last) == "\ufffd"  # the end of no character: nothing of the first text was kept
+    assert decoder.feed(last) == "\ufffd"  # a last byte alone: no byte of the first text is left
     assert "".join(map(decoder.feed, tokenizer.encode("\u732b"))) == "\u732b"
 
 
-def test_any_ids_say_what_decode_says(tokenizer):
+def test_the_text_of_any_ids_equals_decode(tokenizer):
     """Random bytes, valid or not, in tokens of any length."""
     rng = random.Random(0)
     ordinary = tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens())
@@ -57,6 +57,6 @@ def test_any_ids_say_what_decode_says(tokenizer):
         assert "".join(map(decoder.feed, ids)) + decoder.flush() == tokenizer.decode(ids)
 
 
-def test_no_such_token(tokenizer):
+def test_an_unknown_token(tokenizer):
     with pytest.raises(KeyError):
         StreamDecoder(tokenizer).feed(tokenizer.get_vocab_size())

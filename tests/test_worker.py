@@ -1,105 +1,21 @@
-"""Requests that come and go: each is answered as if it were alone, and leaves nothing behind."""
+"""The worker: requests come and go, and each gets the tokens that it would get alone."""
 
-import itertools
-import queue
 import random
-import subprocess
-import sys
-import threading
 import time
 
 import pytest
 import torch
 
-from nanochat.cache import HybridCache
-from nanochat.decode.decoder import PlainDecoder
 from nanochat.engine import Engine
-from nanochat.sampling import GREEDY, SamplingParams
-from nanochat.serve.protocol import Closed, End, QueueFull, Request, Token
+from nanochat.sampling import GREEDY
+from nanochat.serve.protocol import Closed, End, QueueFull
 from nanochat.serve.worker import Worker
-from tests.helpers.models import random_model, small_config
-from tests.helpers.vocabulary import train_tokenizer
-
-TOKENIZER = train_tokenizer()
-
-
-def small_model(**changes):
-    shape = {"sequence_len": 64, "vocab_size": TOKENIZER.get_vocab_size(), **changes}
-    return random_model(small_config(**shape)).eval()
-
-
-@pytest.fixture(params=[False, True], ids=["in step", "overlapping"])
-def make_worker(request, monkeypatch):
-    """Workers that land a launch before the next one, or after it."""
-    monkeypatch.setattr(PlainDecoder, "overlaps", request.param)
-    workers = []
-
-    def make(model=None, start=True, **settings):
-        worker = Worker(model or small_model(), TOKENIZER, "small", **settings)
-        workers.append(worker)
-        if start:
-            worker.start()
-        return worker
-
-    yield make
-    for worker in workers:
-        if worker._thread.is_alive():
-            worker.close(drain=False)
-
+from tests.helpers.workers import TOKENIZER, Reader, next_token_model, prompts, small_model
 
 SPECIAL = ("python_start", "python_end", "output_start", "output_end", "assistant_end")
 
 
-def next_token_model(chain, then):
-    """A model without mixers and MLPs, which says of each token in a chain the next, and so for then."""
-    model = small_model(vocab_size=TOKENIZER.get_vocab_size(), n_embd=48, n_head=2)
-    followers = {**dict(itertools.pairwise(chain)), **then}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("c_proj.weight") or name == "lm_head.weight":
-                parameter.zero_()
-        embeddings = torch.nn.functional.normalize(model.transformer.wte.weight)
-        for token, follower in followers.items():
-            model.lm_head.weight[follower] = 4 * embeddings[token]
-    return model
-
-
-class Reader:
-    """Collects what a request emits."""
-
-    def __init__(self, worker, *, tokens, max_tokens, n=1, logprobs=None, **sampling):
-        self.events = queue.Queue()
-        self.n = n
-        request = Request(
-            tokens=tokens, max_tokens=max_tokens, sampling=SamplingParams(**sampling), n=n, logprobs=logprobs
-        )
-        self.handle = worker.submit(request, self.events.put)
-        self.tokens = [[] for _ in range(self.n)]
-        self.ends = {}
-
-    def next(self):
-        event = self.events.get(timeout=60)
-        if isinstance(event, Token):
-            assert event.sample not in self.ends
-            self.tokens[event.sample].append(event.token)
-        else:
-            assert event.sample not in self.ends
-            self.ends[event.sample] = event.reason
-        return event
-
-    def all(self):
-        while len(self.ends) < self.n:
-            self.next()
-        assert self.events.empty()
-        return self
-
-
-def prompts(n, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(300) for _ in range(rng.randint(1, 30))] for _ in range(n)]
-
-
-def test_greedy_answers_in_a_crowd_are_the_engine_s(make_worker):
+def test_greedy_tokens_in_a_batch_are_the_engine_s(make_worker):
     model = small_model()
     worker = make_worker(model, slots=5, prefill_chunk=7)
     readers = [Reader(worker, tokens=p, max_tokens=20, temperature=0.0) for p in prompts(23)]
@@ -112,7 +28,7 @@ def test_greedy_answers_in_a_crowd_are_the_engine_s(make_worker):
     assert (stats["running"], stats["waiting"], stats["requests_finished"]) == (0, 0, 23)
 
 
-def test_a_seed_says_the_same_alone_and_in_a_crowd(make_worker):
+def test_a_seed_draws_the_same_tokens_alone_and_in_a_batch(make_worker):
     model = small_model()
     settings = {"max_tokens": 15, "temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2}
     alone = make_worker(model, slots=1)
@@ -131,12 +47,12 @@ def test_samples_of_one_prompt_differ_and_repeat_with_the_seed(make_worker):
     assert len({tuple(tokens) for tokens in first.tokens}) == 4
 
 
-def test_a_long_prompt_does_not_hold_up_others():
-    """By hand: a turn at a time, without the thread."""
+def test_a_long_prompt_does_not_delay_others():
+    """Step by step, without the thread."""
     worker = Worker(small_model(), TOKENIZER, "small", slots=3, prefill_chunk=4)
     quick = Reader(worker, tokens=[1], max_tokens=30, temperature=0.0)
     worker._turn()
-    Reader(worker, tokens=list(range(20)), max_tokens=5, temperature=0.0)  # a sample may be the end at once
+    Reader(worker, tokens=list(range(20)), max_tokens=5, temperature=0.0)  # a sample may end at once
     for _ in range(4):
         before = quick.events.qsize()
         worker._turn()
@@ -147,7 +63,7 @@ def test_a_long_prompt_does_not_hold_up_others():
 
 
 def test_rows_that_end_free_their_slots_at_once(make_worker):
-    """By hand: whoever waits has the slot of a row that has ended while others still run."""
+    """Step by step: a waiting request gets the slot of an ended row while others still run."""
     chain = [TOKENIZER.encode("ask")[0], *range(300, 340)]
     worker = make_worker(next_token_model(chain, then={}), start=False, slots=2)
     request = {"tokens": chain[:1], "temperature": 0.0}
@@ -161,14 +77,14 @@ def test_rows_that_end_free_their_slots_at_once(make_worker):
         assert reader.tokens == [chain[1:4]]
         assert worker.stats()["running"] == 1
     assert worker.stats()["waiting"] == 0
-    assert worker.stats()["tokens_generated"] < 3 * 4 + 3 * 4 + 6  # and each began at once
+    assert worker.stats()["tokens_generated"] < 3 * 4 + 3 * 4 + 6  # and each started at once
     while worker._has_work():
         worker._turn()
     assert long.all().tokens == [chain[1:41]]
 
 
 def test_cancelled_requests_end_once_and_free_their_slots(make_worker):
-    """By hand, or the thread might be at the end before it is told."""
+    """Step by step, or the thread might reach the end before the cancellation."""
     worker = make_worker(start=False, slots=2)
     running = Reader(worker, tokens=[1, 2], max_tokens=60, n=2, temperature=1.0, seed=0)
     waiting = Reader(worker, tokens=[3], max_tokens=3)
@@ -184,15 +100,15 @@ def test_cancelled_requests_end_once_and_free_their_slots(make_worker):
     assert worker.stats()["running"] == 0
 
 
-def test_a_sample_can_be_stopped_and_others_go_on(make_worker):
+def test_a_sample_can_be_stopped_and_others_continue(make_worker):
     worker = make_worker(start=False, slots=3)
     reader = Reader(worker, tokens=[1, 2], max_tokens=60, n=2, temperature=1.0, seed=0)
     served = Reader(worker, tokens=[1, 2], max_tokens=60, temperature=1.0, seed=0)
-    while served.events.empty():  # by hand: the thread might be at the end before it is told to stop
+    while served.events.empty():  # step by step, as the thread might reach the end first
         worker._turn()
     reader.handle.stop(1)
     served.handle.stop(0)
-    served.handle.cancel()  # as the server does once all is said
+    served.handle.cancel()  # as the server does when a response is complete
     worker.start()
     reader.all()
     assert reader.ends[1] == "stop"
@@ -202,7 +118,7 @@ def test_a_sample_can_be_stopped_and_others_go_on(make_worker):
 
 
 def test_calculator_results_are_forced_into_the_stream(make_worker):
-    """The model's weights make it say 12*7; what follows is the result, whatever it would say."""
+    """The model's weights make it write 12*7; the result follows, whatever the model draws."""
     special = {name: TOKENIZER.encode_special(f"<|{name}|>") for name in SPECIAL}
     call = [special["python_start"], *TOKENIZER.encode("12*7"), special["python_end"]]
     result = [special["output_start"], *TOKENIZER.encode("84"), special["output_end"]]
@@ -218,7 +134,7 @@ def test_calculator_results_are_forced_into_the_stream(make_worker):
         assert reader.ends[0] == "stop"
 
 
-def test_large_seeds_harm_nobody(make_worker):
+def test_large_seeds_are_allowed(make_worker):
     worker = make_worker(slots=4)
     other = Reader(worker, tokens=[3], max_tokens=40, temperature=0.0)
     assert set(Reader(worker, tokens=[1], max_tokens=4, n=2, seed=2**63 - 1).all().ends.values()) <= {
@@ -228,7 +144,7 @@ def test_large_seeds_harm_nobody(make_worker):
     assert other.all().ends[0] in ("stop", "length")
 
 
-def test_a_request_that_waits_can_be_cancelled():
+def test_a_waiting_request_can_be_cancelled():
     worker = Worker(small_model(), TOKENIZER, "small", slots=1)
     Reader(worker, tokens=[1], max_tokens=50)
     waiting = Reader(worker, tokens=[2], max_tokens=50)
@@ -240,8 +156,8 @@ def test_a_request_that_waits_can_be_cancelled():
     assert not worker._queue
 
 
-def test_a_full_queue_says_so():
-    """Those that come at once to free slots do not count: they need not wait."""
+def test_a_full_queue():
+    """Requests for free slots do not count, since they need not wait."""
     worker = Worker(small_model(), TOKENIZER, "small", slots=3, max_waiting=2)
     for _ in range(5):
         Reader(worker, tokens=[1], max_tokens=5)
@@ -286,153 +202,8 @@ def test_close_lets_requests_end_or_cancels_them(make_worker):
     assert [reader.all().ends[0] for reader in readers] == ["cancelled"] * 3
 
 
-def test_a_failing_step_ends_its_requests_and_no_others(make_worker, monkeypatch):
-    worker = make_worker(start=False, slots=2)
-    good = worker.model.next_logits
-    broken = threading.Event()
-
-    def next_logits(idx, *rest):
-        if broken.is_set() and idx.size(1) == 1:
-            raise RuntimeError("out of memory")
-        return good(idx, *rest)
-
-    monkeypatch.setattr(worker.model, "next_logits", next_logits)
-    broken.set()
-    worker.start()
-    failed = Reader(worker, tokens=[1, 2, 3], max_tokens=30, n=2).all()
-    assert set(failed.ends.values()) == {"error"}
-    broken.clear()
-    assert Reader(worker, tokens=[1, 2, 3], max_tokens=3).all().ends[0] in ("stop", "length")
-    assert worker.stats()["requests_failed"] == 1
-
-
-def test_a_failing_prompt_ends_its_request_and_no_other(make_worker, monkeypatch):
-    """It ended all that ran; and the slots of samples that were being forked were lost for ever."""
-    worker = make_worker(start=False, slots=4)
-    good = Reader(worker, tokens=[1], max_tokens=40, temperature=0.0)
-    worker._turn()
-    feed, fork = worker.decoder.feed, worker.decoder.fork
-
-    def no_memory(*args):
-        raise RuntimeError("out of memory")
-
-    def no_third(slot, params):
-        return no_memory() if len(worker._queue[0].slots) == 2 else fork(slot, params)
-
-    for name, failing, whole in (("feed", no_memory, feed), ("fork", no_third, fork)):
-        monkeypatch.setattr(worker.decoder, name, failing)
-        assert set(_turns_until_all(worker, tokens=[1, 2, 3], max_tokens=5, n=3).values()) == {"error"}
-        monkeypatch.setattr(worker.decoder, name, whole)
-    assert "error" not in _turns_until_all(worker, tokens=[1, 2, 3], max_tokens=5, n=3).values()
-    worker.start()
-    expected = Engine(worker.model, TOKENIZER).complete([[1]], max_tokens=40, sampling=GREEDY)[0]
-    assert good.all().tokens[0] == expected.tokens
-
-
-def _turns_until_all(worker, **request):
-    reader = Reader(worker, **request)
-    while len(reader.ends) < reader.n:
-        worker._turn()
-        while not reader.events.empty():
-            reader.next()
-    return reader.ends
-
-
-@pytest.mark.parametrize("leaves", ["nobody", "one who is answered", "one whose prompt is run"])
-def test_a_device_that_is_lost_ends_everything(make_worker, monkeypatch, leaves):
-    """What was under way failed once more in the clean-up, and the thread died: clients waited for ever.
-
-    To close a slot copies a row on the device, so that fails, too.
-    """
-    worker = make_worker(start=False, slots=3, prefill_chunk=4)
-    prompts = ([1, 2], [1, 2], [*range(30)], [*range(30)])
-    readers = [Reader(worker, tokens=prompt, max_tokens=30, temperature=0.0) for prompt in prompts]
-    for _ in range(2):
-        worker._turn()
-    if leaves != "nobody":
-        readers[0 if leaves == "one who is answered" else 2].handle.cancel()
-
-    def lost(*args):
-        raise RuntimeError("device-side assert triggered")
-
-    for name in ("feed", "launch", "collect", "close"):
-        monkeypatch.setattr(worker.decoder, name, lost)
-    monkeypatch.setattr(HybridCache, "copy_row", lost)
-    worker.decoder.device = torch.device("meta")  # from which no value comes back
-    assert not worker.is_broken
-    worker.start()
-    expected = ["error"] * 4
-    if leaves == "one whose prompt is run":
-        expected[2] = "cancelled"
-    assert [reader.all().ends[0] for reader in readers] == expected
-    worker._thread.join(timeout=60)
-    assert worker.is_broken
-    with pytest.raises(Closed, match="the GPU has failed"):
-        Reader(worker, tokens=[1], max_tokens=5)
-
-
-LOSE_THE_GPU = """
-import queue, torch
-from nanochat.serve.protocol import Closed, End, Request
-from nanochat.serve.worker import Worker
-from tests.test_worker import TOKENIZER, small_model
-worker = Worker(small_model().to("cuda"), TOKENIZER, "small", slots=2)
-worker.start()
-reasons, is_lost = [], False
-while len(reasons) < 20:
-    events = queue.Queue()
-    try:
-        worker.submit(Request(tokens=[1, 2], max_tokens=5), events.put)
-    except Closed as error:
-        print(error)
-        break
-    while not isinstance(event := events.get(timeout=60), End):
-        pass
-    reasons.append(event.reason)
-    if not is_lost:
-        is_lost = True
-        try:
-            torch.zeros(3, device="cuda")[torch.tensor([9], device="cuda")].cpu()
-        except RuntimeError:
-            pass
-worker.close(drain=True)
-print(worker.is_broken, reasons[0] in ("stop", "length"), set(reasons[1:]) <= {"error"})
-"""
-
-
-@pytest.mark.gpu
-def test_a_gpu_that_is_lost():
-    """In a process of its own: an index out of range makes every later call to the GPU fail."""
-    done = subprocess.run([sys.executable, "-c", LOSE_THE_GPU], capture_output=True, text=True, timeout=300)
-    assert done.stdout == "the GPU has failed\nTrue True True\n", done.stderr
-
-
-def test_handlers_submit_while_the_worker_looks_through_its_queue():
-    """A deque must not grow while it is read: all that ran failed, once in a while."""
-    worker = Worker(small_model(), TOKENIZER, "small", slots=1, max_waiting=1 << 20)
-    request, is_over = Request(tokens=[1], max_tokens=5), threading.Event()
-
-    def submit():
-        while not is_over.is_set():
-            worker.submit(request, print)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    handlers = [threading.Thread(target=submit) for _ in range(2)]
-    try:
-        for handler in handlers:
-            handler.start()
-        while worker.stats()["waiting"] < 1000:
-            worker._drop()
-    finally:
-        is_over.set()
-        sys.setswitchinterval(interval)
-        for handler in handlers:
-            handler.join()
-
-
 def test_logprobs_of_many_rows_come_in_one_transfer(make_worker, monkeypatch):
-    """Each row of a client with logprobs cost two more waits for the GPU, in everyone's step."""
+    """Each row with logprobs cost two more waits for the GPU, in every step of all rows."""
     model = small_model()
     worker = make_worker(model, start=False, slots=4)
     readers = [
@@ -444,7 +215,7 @@ def test_logprobs_of_many_rows_come_in_one_transfer(make_worker, monkeypatch):
     worker._admit()
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(self.shape) or tolist(self))
     worker._step()
-    assert len(transfers) == 1 + 1  # with the tokens drawn
+    assert len(transfers) == 1 + 1  # the other one has the drawn tokens
     for i, (n, reader) in enumerate(zip((3, None, 0, 1), readers, strict=True)):
         event = reader.next()
         expected = model(torch.tensor([[i + 1, 5]]))[0, -1].log_softmax(-1)
@@ -454,7 +225,7 @@ def test_logprobs_of_many_rows_come_in_one_transfer(make_worker, monkeypatch):
         assert event.logprob == (None if n is None else pytest.approx(expected[event.token].item(), abs=1e-4))
 
 
-def test_logprobs_are_the_model_s_own(make_worker):
+def test_logprobs_ignore_temperature_and_filters(make_worker):
     model = small_model()
     worker = make_worker(model)
     reader = Reader(worker, tokens=[4, 5], max_tokens=1, temperature=0.5, top_k=3, logprobs=2, seed=0)
@@ -467,7 +238,7 @@ def test_logprobs_are_the_model_s_own(make_worker):
 
 
 def test_many_clients_come_and_go(make_worker):
-    """Random arrivals and cancellations: what ends by itself is right, and all slots are free in the end."""
+    """Random arrivals and cancellations: complete answers are right, and all slots are free in the end."""
     model = small_model()
     worker = make_worker(model, slots=6, prefill_chunk=16)
     rng = random.Random(1)
