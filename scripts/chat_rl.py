@@ -110,6 +110,17 @@ def check_resumed(run: Run) -> None:
         )
 
 
+def make_plan(config: ChatRLConfig, n_questions: int, max_new_tokens: int) -> Plan:
+    """Derive the steps from the settings; the last one is filled up from the next epoch."""
+    num_steps = -(-config.num_epochs * n_questions // config.examples_per_step)
+    return Plan(
+        num_steps=num_steps if config.num_steps == -1 else config.num_steps,
+        accumulation=1,
+        tokens_per_step=config.examples_per_step * config.num_samples * max_new_tokens,  # at most
+        lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/chat_rl.json."""
     config = parse(ChatRLConfig, argv)
@@ -143,24 +154,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         top_k=config.top_k,
         seed=config.seed,
     )
-    num_steps = -(-config.num_epochs * len(train_task) // config.examples_per_step)
-    plan = Plan(
-        num_steps=num_steps if config.num_steps == -1 else config.num_steps,
-        accumulation=1,
-        tokens_per_step=config.examples_per_step * config.num_samples * max_new_tokens,  # at most
-        lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
+    plan = make_plan(config, len(train_task), max_new_tokens)
+    evaluate = partial(
+        evaluate_task,
+        test_task,
+        model,
+        tokenizer,
+        runtime,
+        batch_size=config.rollout_batch_size,
+        max_new_tokens=max_new_tokens,
+        max_problems=config.eval_examples,
     )
-    limits = {"batch_size": config.rollout_batch_size, "max_new_tokens": max_new_tokens}
-    limits["max_problems"] = config.eval_examples
+    sample = partial(print_replies, model, tokenizer, runtime, test_task, max_tokens=max_new_tokens)
     run.begin(plan)
-    is_finished = train(
-        run,
-        rollouts,
-        plan,
-        batch_size=config.device_batch_size,
-        evaluate=partial(evaluate_task, test_task, model, tokenizer, runtime, **limits),
-        sample=partial(print_replies, model, tokenizer, runtime, test_task, max_tokens=max_new_tokens),
-    )
+    batch_size = config.device_batch_size
+    is_finished = train(run, rollouts, plan, batch_size=batch_size, evaluate=evaluate, sample=sample)
     run.close()
     if is_finished and runtime.is_main:
         print(report_rl(run, plan))
