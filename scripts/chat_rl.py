@@ -19,6 +19,7 @@ import tyro
 
 from nanochat.common import parse, require_at_least, require_counts, setup_runtime
 from nanochat.common import run as run_script
+from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class ChatRLConfig:
     rollout_batch_size: int = 128
     """answers decoded at a time on one device, on a GPU fastest up to 128; lower it when memory runs out in
     sampling or evaluation"""
+    decoder: DecoderKind = "best"
+    """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
     device_batch_size: int = 8
     """answers of one forward to learn from on one device; lower it when memory runs out in learning"""
 
@@ -145,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     max_new_tokens = limit_reply(config.max_new_tokens, model.config.sequence_len, warn)
     rollouts = Rollouts(
         task=train_task,
-        engine=Engine(model, tokenizer),
+        engine=Engine(model, tokenizer, config.decoder),
         examples_per_step=config.examples_per_step,
         num_samples=config.num_samples,
         max_new_tokens=max_new_tokens,
@@ -164,8 +167,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=config.rollout_batch_size,
         max_new_tokens=max_new_tokens,
         max_problems=config.eval_examples,
+        decoder=config.decoder,
     )
-    sample = partial(print_replies, model, tokenizer, runtime, test_task, max_tokens=max_new_tokens)
+    sample = partial(
+        print_replies,
+        model,
+        tokenizer,
+        runtime,
+        test_task,
+        max_tokens=max_new_tokens,
+        decoder=config.decoder,
+    )
     run.begin(plan)
     batch_size = config.device_batch_size
     is_finished = train(run, rollouts, plan, batch_size=batch_size, evaluate=evaluate, sample=sample)

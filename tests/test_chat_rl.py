@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import engine
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_tensors, model_path
 from nanochat.decode.graph_decoder import supports
+from nanochat.decode.running import decoder_for
 from nanochat.gpt import GPTConfig
 from nanochat.report import text as report_text
 from scripts import chat_rl
@@ -155,6 +157,16 @@ def test_settings_that_cannot_work(flags, message):
     with pytest.raises(ValueError, match=message):
         chat_rl.main([*SMALL, *flags])
     assert not checkpoint_dir("rl", "d2").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--decoder=plain"]])
+def test_decoder(flags, monkeypatch):
+    """Of rollouts, evaluation and samples."""
+    kinds = []
+    monkeypatch.setattr(engine, "decoder_for", lambda *args: kinds.append(args[3]) or decoder_for(*args))
+    chat_rl.main([*SMALL, "--num-steps=1", "--eval-every=1", "--sample-every=1", *flags])
+    assert len(kinds) >= 3
+    assert set(kinds) == {"plain" if flags else "best"}
 
 
 def test_too_many_new_tokens_are_reported(capsys):
