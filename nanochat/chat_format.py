@@ -126,8 +126,8 @@ def _exchanges(tokenizer: Tokenizer, conversation: dict[str, Any]) -> tuple[list
         expected = ("user", "assistant")[(index - turns_from) % 2]
         if message.get("role") != expected:
             raise ValueError(
-                f"message {index} has role {message.get('role')!r} where {expected!r} is due: user and "
-                "assistant take turns, after a system message if there is one"
+                f"message {index} has role {message.get('role')!r} and must have {expected!r}: user and "
+                "assistant take turns, after an optional system message"
             )
         if expected == "user":
             text = ("" if exchanges else preface) + _string(content, index)
@@ -157,7 +157,7 @@ def _reply(tokenizer: Tokenizer, content: Any, index: int) -> tuple[list[int], l
 
 def _string(value: Any, index: int) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"message {index} has {value!r} where text is due")
+        raise ValueError(f"message {index} has {value!r} and must have text")
     return value
 
 
@@ -165,7 +165,7 @@ def _fit(exchange: _Exchange, max_tokens: int, num_kept: int = 0) -> _Exchange:
     """Cut an exchange to max_tokens after <|bos|>; it keeps its first num_kept tokens, or half the room."""
     room = max_tokens - 3  # <|bos|>, <|user_start|>, <|user_end|>
     if room < 3:
-        raise ValueError(f"max_tokens={max_tokens} must be 6 at least: 4 special tokens, 1 of text each")
+        raise ValueError(f"max_tokens={max_tokens} must be at least 6: 4 special tokens, 1 of text each")
     kept = min(len(exchange.user), max(room - len(exchange.reply), room // 2))
     head = exchange.user[: min(num_kept, kept // 2)]
     return _Exchange(

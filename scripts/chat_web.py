@@ -86,7 +86,7 @@ def devices(first: torch.device, n: int) -> list[torch.device]:
 
     available = torch.cuda.device_count() if first.type == "cuda" else 1
     if n > available:
-        raise ValueError(f"num_gpus={n}, but there is {available} device ({first.type}) to serve with")
+        raise ValueError(f"num_gpus={n} must be at most {available}, the number of {first.type} devices")
     return [first] if n == 1 else [torch.device("cuda", i) for i in range(n)]
 
 
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     if config.host not in LOOPBACK and not api_key:
-        print("warning: whoever can reach this machine can use the server; see --api-key", file=sys.stderr)
+        print("warning: anyone who can reach this machine can use the server; see --api-key", file=sys.stderr)
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{sock.getsockname()[1]}"
     sock.listen(BACKLOG)

@@ -101,24 +101,24 @@ def test_conversation_without_last_reply(tokenizer, spell):
     [
         ([], "none of the 0 messages is the user's"),
         ([("system", "x")], "none of the 1 messages is the user's"),
-        ([("assistant", "x")], "message 0 has role 'assistant' where 'user' is due"),
-        ([("user", "x"), ("user", "y")], "message 1 has role 'user' where 'assistant' is due"),
-        ([("system", "x"), ("assistant", "y")], "message 1 has role 'assistant' where 'user' is due"),
+        ([("assistant", "x")], "message 0 has role 'assistant' and must have 'user'"),
+        ([("user", "x"), ("user", "y")], "message 1 has role 'user' and must have 'assistant'"),
+        ([("system", "x"), ("assistant", "y")], "message 1 has role 'assistant' and must have 'user'"),
         (
             [("user", "x"), ("assistant", "y"), ("system", "z")],
-            "message 2 has role 'system' where 'user' is due",
+            "message 2 has role 'system' and must have 'user'",
         ),
         ([("user", "x"), (None, "y")], "message 1 has role None"),
         ([("user", "x"), ("assistant", "")], "message 1 is empty"),
         ([("user", "x"), ("assistant", [])], "message 1 is empty"),
         ([("user", None)], "message 0 is empty"),
-        ([("user", [{"type": "text", "text": "x"}])], r"message 0 has \[.* where text is due"),
-        ([("user", "x"), ("assistant", 7)], "message 1 has 7 where text is due"),
+        ([("user", [{"type": "text", "text": "x"}])], r"message 0 has \[.* and must have text"),
+        ([("user", "x"), ("assistant", 7)], "message 1 has 7 and must have text"),
         (
             [("user", "x"), ("assistant", [{"type": "image", "text": "x"}])],
             "message 1 has a part of type 'image'",
         ),
-        ([("user", "x"), ("assistant", [{"type": "text"}])], "message 1 has None where text is due"),
+        ([("user", "x"), ("assistant", [{"type": "text"}])], "message 1 has None and must have text"),
     ],
 )
 def test_malformed_conversations(tokenizer, messages, message):
@@ -245,7 +245,7 @@ def test_a_long_question_leaves_the_system_text_half_of_the_room(tokenizer, spel
 @pytest.mark.parametrize("max_tokens", [-1, 0, 5])
 def test_too_few_tokens_for_any_conversation(tokenizer, max_tokens):
     for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
-        with pytest.raises(ValueError, match=f"max_tokens={max_tokens} must be 6 at least"):
+        with pytest.raises(ValueError, match=f"max_tokens={max_tokens} must be at least 6"):
             render(chat("Hi", "Hello"), max_tokens=max_tokens)
 
 

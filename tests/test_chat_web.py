@@ -77,7 +77,7 @@ def test_a_port_in_use(checkpoint):
     ("flags", "message"),
     [
         (["-n", "0"], "num_gpus=0 must be at least 1"),
-        (["-n", "2", "-p", "0"], r"num_gpus=2, but there is 1 device \(cpu\)"),
+        (["-n", "2", "-p", "0"], r"num_gpus=2 must be at most 1, the number of cpu devices"),
         (["-p", "70000"], "port=70000"),
         (["-t", "3"], "temperature"),
         (["-k", "201"], "top_k"),

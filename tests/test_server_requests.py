@@ -21,7 +21,7 @@ def clear_scripts(backend):
     [
         ({"messages": []}, "the last message must be the user's"),
         ({"messages": [user("one"), {"role": "assistant", "content": "two"}]}, "the last message must be"),
-        ({"messages": [user("one"), user("two")]}, "message 1 has role 'user' where 'assistant' is due: "),
+        ({"messages": [user("one"), user("two")]}, "message 1 has role 'user' and must have 'assistant': "),
         ({"messages": [{"role": "robot", "content": "one"}]}, "messages.0.role: "),
         ({"messages": [user("")]}, "message 0 is empty"),
         ({"messages": [user(7)]}, "messages.0.content: "),
@@ -83,7 +83,7 @@ def test_a_body_that_is_not_json(server):
     """The message was "1: JSON decode error", with 1 as the parameter."""
     headers = {"content-type": "application/json"}
     response = server.post("/chat/completions", content=b"{", headers=headers)
-    assert error_message(response, 400).startswith("the body is no JSON: Expecting property name ")
+    assert error_message(response, 400).startswith("the body is not JSON: Expecting property name ")
     assert error_message(response, 400).endswith(", at character 1")
     assert response.json()["error"]["param"] is None
 
@@ -163,7 +163,7 @@ def test_internal_errors_show_no_details(server, backend):
 
 def test_unknown_paths_and_methods(server):
     message = error_message(server.get("/nothing"), 404)
-    assert message.startswith("there is no /nothing here, but /v1/models, ")
+    assert message.startswith("unknown path /nothing; there are /v1/models, ")
     assert "/chat/completions" in message
     assert error_message(server.get("/chat/completions"), 405) == "/chat/completions is for POST, not GET"
 

@@ -50,7 +50,7 @@ def _describe(error: dict[str, Any], body: Any) -> tuple[str | None, str]:
     """Return the field with a validation error, None if it is not in a field, and the message."""
     kind, value = error["type"], reprlib.repr(error["input"])
     if kind == "json_invalid":
-        return None, f"the body is no JSON: {error['ctx']['error']}, at character {error['loc'][1]}"
+        return None, f"the body is not JSON: {error['ctx']['error']}, at character {error['loc'][1]}"
     path = ".".join(_path(error["loc"][1:], body, is_missing=kind == "missing"))
     if not path:
         return None, "the body must be a JSON object, sent with Content-Type: application/json"
@@ -81,7 +81,7 @@ def install_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"there is no {request.url.path[:100]} here, but {', '.join(app.openapi()['paths'])}"
+            message = f"unknown path {request.url.path[:100]}; there are {', '.join(app.openapi()['paths'])}"
         elif error.status_code == 405 and error.headers:
             message = f"{request.url.path} is for {error.headers['Allow']}, not {request.method[:100]}"
         return ApiError(error.status_code, message, headers=error.headers).response()
@@ -95,4 +95,4 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         headers = {"Connection": "close"}  # uvicorn closes it, which the client must know
-        return ApiError(500, "the server made a mistake; its log says more", headers=headers).response()
+        return ApiError(500, "internal error; the server's log has the details", headers=headers).response()

@@ -117,7 +117,9 @@ def chat_prompt(
 
 def _check_messages(settings: Settings, messages: Sequence[Message]) -> None:
     if not messages or messages[-1].role != "user":
-        raise ApiError(400, "the last message must be the user's, as it is answered", param="messages")
+        raise ApiError(
+            400, "the last message must be the user's, since the reply answers it", param="messages"
+        )
     if len(messages) > settings.max_messages:
         raise ApiError(
             400, f"{len(messages)} messages are more than {settings.max_messages}", param="messages"

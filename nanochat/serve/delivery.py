@@ -137,7 +137,7 @@ class Generation:
         if sample.finish is None and isinstance(event, End):
             if event.reason == "error":
                 logger.error("a request failed: %s", event.message)
-                raise ApiError(500, "the model failed; the server's log says why")
+                raise ApiError(500, "the model failed; the server's log has the details")
             if event.reason == "cancelled":
                 raise ApiError(503, CLOSING)
         delta = sample.feed(event)

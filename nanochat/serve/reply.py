@@ -72,11 +72,11 @@ class Sample(Output):
             self._waiting.append((len(self.text) + len(self._held), event))
         self._append(addition, delta)
         if addition.ends:
-            begun = self._parser.parts[-1]
-            if begun["type"] == "python" or addition.part["type"] == "python_output":
+            part = self._parser.parts[-1]  # the next one
+            if part["type"] == "python" or addition.part["type"] == "python_output":
                 self._emit_call(delta)
-            if begun["type"] != "text":
-                self._call.append(begun)
+            if part["type"] != "text":
+                self._call.append(part)
 
     def _append(self, addition: PartDelta, delta: Delta) -> None:
         if not addition.text or addition.part["type"] != "text":
