@@ -45,6 +45,14 @@ if not torch.cuda.is_available():
     interpret_kernels()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Mark the tests that take the `browser` fixture."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("browser")
+
+
 @pytest.fixture(autouse=True)
 def base_dir(tmp_path, monkeypatch):
     path = tmp_path / "base"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets everything up and runs all tests; arguments go to pytest (bash tests/run.sh -m gpu).
+# Set up and run the tests. Arguments go to pytest: `bash tests/run.sh -m "not slow and not gpu"` leaves out the
+# slow tests, `-m gpu` runs those that need an NVIDIA GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash dev/setup.sh --tests
@@ -13,4 +14,6 @@ if command -v cargo >/dev/null; then
 else
     echo "cargo is not on the PATH: the Rust tests of rustbpe are not run"
 fi
-.venv/bin/python -m pytest "$@"
+workers=2
+[[ " $* " != *" -m gpu "* ]] || workers=0 # tests on one GPU run one at a time
+.venv/bin/python -m pytest --numprocesses=$workers --dist=worksteal "$@"
