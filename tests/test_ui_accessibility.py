@@ -34,10 +34,12 @@ def check_controls(page):
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
-def test_screens(open_page, server, width):
+def test_screens(open_page, chat_server, width):
     page = open_page(viewport={"width": width, "height": 568}, has_touch=True, is_mobile=width < 1000)
     check_controls(page)
-    server.replies = [tokens("```\n" + "wide " * 60 + "\n```\n" + "x" * 300 + "\n\n| " + "long_word_" * 20)]
+    chat_server.replies = [
+        tokens("```\n" + "wide " * 60 + "\n```\n" + "x" * 300 + "\n\n| " + "long_word_" * 20)
+    ]
     box(page).fill("long title " * 20 + "w" * 200)
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
@@ -63,19 +65,19 @@ def test_screens(open_page, server, width):
     assert dialog["y"] + dialog["height"] <= 568
 
 
-def test_box_grows_and_shift_enter_inserts_a_line(page, server):
+def test_box_grows_and_shift_enter_inserts_a_line(page, chat_server):
     height = box(page).bounding_box()["height"]
     box(page).press("a")
     for _ in range(3):
         box(page).press("Shift+Enter")
     assert box(page).bounding_box()["height"] > height + 40
-    assert server.requests == []
+    assert chat_server.requests == []
     for _ in range(60):
         box(page).press("Shift+Enter")
     assert box(page).bounding_box()["height"] <= 0.41 * page.viewport_size["height"]
 
 
-def test_enter_of_an_input_method_does_not_send(page, server):
+def test_enter_of_an_input_method_does_not_send(page, chat_server):
     box(page).focus()
     keyboard = page.context.new_cdp_session(page)
     keyboard.send(
@@ -94,7 +96,7 @@ def test_enter_of_an_input_method_does_not_send(page, server):
     )
     keyboard.send("Input.insertText", {"text": "\u65e5\u672c"})
     expect(box(page)).to_have_value(re.compile("\u65e5\u672c"))
-    assert server.requests == []
+    assert chat_server.requests == []
     box(page).press("Enter")
     expect(answers(page)).to_have_text("Fine.")
 
@@ -108,14 +110,14 @@ ESCAPES = """(node) => {
 }"""
 
 
-def test_escape_of_an_input_method_stops_nothing(page, server):
+def test_escape_of_an_input_method_stops_nothing(page, chat_server):
     """The Escape that cancels a conversion also stopped the answer, the edit or the rename."""
-    server.replies = [[*tokens("Slow"), WAIT]]
+    chat_server.replies = [[*tokens("Slow"), WAIT]]
     say(page, "Hello")
     expect(answers(page)).to_have_text("Slow")
     box(page).evaluate(ESCAPES)
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    server.resume()
+    chat_server.resume()
     finish(page)
     page.get_by_role("button", name="Edit").click()
     box(page).evaluate(ESCAPES)
@@ -127,7 +129,7 @@ def test_escape_of_an_input_method_stops_nothing(page, server):
     expect(page.get_by_role("heading", level=1)).to_have_text("Flowers")
 
 
-def test_keyboard_only(page, server):
+def test_keyboard_only(page, chat_server):
     """Tab reaches every control in the order of the page, and each shows that it has the focus."""
     expect(box(page)).to_be_focused()
     page.keyboard.type("Hello")
@@ -155,20 +157,20 @@ def test_keyboard_only(page, server):
     ]
 
 
-def test_view_follows_until_the_user_scrolls_up(page, server):
+def test_view_follows_until_the_user_scrolls_up(page, chat_server):
     lines = tokens(*(f"line {i}\n\n" for i in range(60)))
-    server.replies = [[*lines, WAIT, *lines, WAIT, *lines]]
+    chat_server.replies = [[*lines, WAIT, *lines, WAIT, *lines]]
     say(page, "Go")
     expect(answers(page).get_by_text("line 59")).to_be_in_viewport()
     page.locator("#scroller").hover()
     page.mouse.wheel(0, -400)
     expect(page.get_by_role("button", name="To the latest message")).to_be_visible()
     top = page.locator("#scroller").evaluate("(node) => node.scrollTop")
-    server.resume()
+    chat_server.resume()
     expect(answers(page).get_by_text("line 59")).to_have_count(2)
     assert abs(page.locator("#scroller").evaluate("(node) => node.scrollTop") - top) < 2
     page.get_by_role("button", name="To the latest message").click()
-    server.resume()
+    chat_server.resume()
     expect(answers(page).get_by_text("line 59")).to_have_count(3)
     expect(answers(page).get_by_text("line 59").last).to_be_in_viewport()
     finish(page)
@@ -228,7 +230,7 @@ CONTRAST = r"""() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast(open_page, server, scheme):
+def test_contrast(open_page, chat_server, scheme):
     """WCAG AA: at least 4.5 to 1 for text, 3 to 1 for the borders of input fields."""
     page = open_page(color_scheme=scheme)
     seen = {}
@@ -238,7 +240,7 @@ def test_contrast(open_page, server, scheme):
 
     look()
     call = {"tool": {"expression": "1+1", "result": "2"}}
-    server.replies = [[*tokens(MARKDOWN), call], Refusal(500)]
+    chat_server.replies = [[*tokens(MARKDOWN), call], Refusal(500)]
     exchange(page, "Go")
     say(page, "Again")
     expect(page.locator("#notice")).to_be_visible()
@@ -262,15 +264,15 @@ def test_contrast(open_page, server, scheme):
     assert {text: ratio for text, ratio in seen.items() if ratio < 4.5} == {}
 
 
-def test_reduced_motion(open_page, server):
+def test_reduced_motion(open_page, chat_server):
     page = open_page(reduced_motion="reduce")
-    server.replies = [[WAIT]]
+    chat_server.replies = [[WAIT]]
     say(page, "Hello")
     assert page.locator(".waiting").evaluate("(node) => getComputedStyle(node).animationName") == "none"
-    server.resume()
+    chat_server.resume()
 
 
-def test_japanese(open_page, server):
+def test_japanese(open_page, chat_server):
     page = open_page(locale="ja-JP")
     expect(page.locator("html")).to_have_attribute("lang", "ja")
     page.get_by_label("\u30e1\u30c3\u30bb\u30fc\u30b8", exact=True).fill("Hello")

@@ -12,27 +12,29 @@ from tests.helpers.fake_chat_server import PAGE, Refusal, tokens
 pytest_plugins = "tests.helpers.chat_browser"
 
 
-def test_calls_of_the_calculator_are_chips(page, server):
+def test_calls_of_the_calculator_are_chips(page, chat_server):
     call = {"tool": {"expression": "12*7", "result": "84"}}
-    answer = ask(page, server, [*tokens("So **it is "), call, *tokens("**.")])
+    answer = ask(page, chat_server, [*tokens("So **it is "), call, *tokens("**.")])
     expect(answer.locator("strong .chip")).to_have_text("12*7 = 84")
 
 
-def test_a_call_that_the_calculator_refused(page, server):
-    answer = ask(page, server, [{"tool": {"expression": "1/0", "result": None}}])
+def test_a_call_that_the_calculator_refused(page, chat_server):
+    answer = ask(page, chat_server, [{"tool": {"expression": "1/0", "result": None}}])
     expect(answer.locator(".chip")).to_have_text("1/0 = ?")
     page.reload()
     expect(answer.locator(".chip")).to_have_text("1/0 = ?")
 
 
-def test_text_cannot_imitate_a_call(page, server):
-    answer = ask(page, server, [{"tool": {"expression": "1+1", "result": "2"}}, *tokens(" \ue000 \ue001")])
+def test_text_cannot_imitate_a_call(page, chat_server):
+    answer = ask(
+        page, chat_server, [{"tool": {"expression": "1+1", "result": "2"}}, *tokens(" \ue000 \ue001")]
+    )
     expect(answer.locator(".chip")).to_have_count(1)
     expect(answer).to_have_text("1+1 = 2 \ufffd \ufffd")
 
 
-def test_markdown(page, server):
-    answer = ask(page, server, tokens(*re.findall(r"[\s\S]{1,7}", MARKDOWN)))
+def test_markdown(page, chat_server):
+    answer = ask(page, chat_server, tokens(*re.findall(r"[\s\S]{1,7}", MARKDOWN)))
     expect(answer.locator("h3")).to_have_text("Title")
     expect(answer.locator("strong")).to_have_text("bold")
     expect(answer.locator("em")).to_have_text(["slanted", "slanted too"])
@@ -47,19 +49,19 @@ def test_markdown(page, server):
     expect(link).to_have_attribute("rel", re.compile("noopener"))
 
 
-def test_code_is_copied(page, server):
+def test_code_is_copied(page, chat_server):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    answer = ask(page, server, tokens("```\nx = 1\n", "y = 2\n```\nDone."))
+    answer = ask(page, chat_server, tokens("```\nx = 1\n", "y = 2\n```\nDone."))
     answer.get_by_role("button", name="Copy").click()
     expect(page.locator("#live")).to_have_text("Copied")
     assert page.evaluate("() => navigator.clipboard.readText()") == "x = 1\ny = 2"
 
 
-def test_code_is_copied_from_an_insecure_page(page, server):
+def test_code_is_copied_from_an_insecure_page(page, chat_server):
     """navigator.clipboard does not exist over plain http from another machine."""
     page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     page.evaluate("() => addEventListener('copy', () => { window.copied = String(getSelection()) })")
-    answer = ask(page, server, tokens("```\nx = 1\n```"))
+    answer = ask(page, chat_server, tokens("```\nx = 1\n```"))
     answer.get_by_role("button", name="Copy").click()
     expect(page.locator("#live")).to_have_text("Copied")
     assert page.evaluate("() => window.copied") == "x = 1"
@@ -77,9 +79,9 @@ HOSTILE = """<img src=x onerror="window.owned = 1"> <script>window.owned = 1</sc
 ```"""
 
 
-def test_hostile_text_stays_text(page, server):
+def test_hostile_text_stays_text(page, chat_server):
     call = {"tool": {"expression": "<img src=x onerror='owned=1'>", "result": "<b>"}}
-    server.replies = [[*tokens(*HOSTILE.splitlines(keepends=True)), call]]
+    chat_server.replies = [[*tokens(*HOSTILE.splitlines(keepends=True)), call]]
     exchange(page, HOSTILE)  # its first line is the title
     expect(page.locator("h1")).to_contain_text("<img src=x")
     for place in (answers(page), page.locator("article.user"), page.locator("#chats"), page.locator("h1")):
@@ -88,7 +90,7 @@ def test_hostile_text_stays_text(page, server):
     expect(answers(page)).to_contain_text("<img src=x onerror=")
     expect(answers(page)).to_contain_text("[click](javascript:owned=1)")
     expect(page.locator("article.user .text")).to_have_text(HOSTILE, use_inner_text=True)
-    server.replies = [Refusal(400, {"error": {"message": HOSTILE}})]
+    chat_server.replies = [Refusal(400, {"error": {"message": HOSTILE}})]
     say(page, "again")
     expect(page.locator("#notice span")).to_contain_text("<img src=x")
     page.locator("#chats li").first.hover()
@@ -112,10 +114,10 @@ def test_hostile_storage_stays_text(page):
     assert page.evaluate("() => window.owned") is None
 
 
-def test_browser_refuses_html_even_from_the_page_itself(browser, server):
+def test_browser_refuses_html_even_from_the_page_itself(browser, chat_server):
     """The policy is the second line of defence: HTML sinks throw, other origins are unreachable."""
     page = browser.new_page()
-    page.goto(server.url)
+    page.goto(chat_server.url)
     attempts = {
         "() => { try { document.body.innerHTML = '<b>' } catch (error) { return error.name } }": "TypeError",
         """() => {
@@ -141,8 +143,8 @@ def test_browser_refuses_html_even_from_the_page_itself(browser, server):
 
 
 @pytest.mark.parametrize("text", ["*a " * 3000, "`" * 9000, "[" * 9000, "**" * 4500, "_a" * 4500])
-def test_pathological_text_is_fast(page, server, text):
-    server.replies = [tokens(text)]
+def test_pathological_text_is_fast(page, chat_server, text):
+    chat_server.replies = [tokens(text)]
     with at_most(2, page):
         exchange(page, "Go")
 
@@ -156,8 +158,8 @@ def test_pathological_lines_are_fast(page, line):
         page.evaluate("(line) => { for (let i = 0; i < 40; i++) blocksOf(line) }", line)
 
 
-def test_headings(page, server):
-    answer = ask(page, server, tokens("# One #\n## Two ##  \n### About C#\n#no"))
+def test_headings(page, chat_server):
+    answer = ask(page, chat_server, tokens("# One #\n## Two ##  \n### About C#\n#no"))
     expect(answer.locator("h3")).to_have_text("One")
     expect(answer.locator("h4")).to_have_text("Two")
     expect(answer.locator("h5")).to_have_text("About C#")

@@ -11,8 +11,8 @@ from tests.helpers.fake_chat_server import WAIT, tokens
 pytest_plugins = "tests.helpers.chat_browser"
 
 
-def test_reload_keeps_conversations_and_drafts(page, server):
-    server.replies = [[*tokens("See "), {"tool": {"expression": "2+3", "result": "5"}}]]
+def test_reload_keeps_conversations_and_drafts(page, chat_server):
+    chat_server.replies = [[*tokens("See "), {"tool": {"expression": "2+3", "result": "5"}}]]
     exchange(page, "first")
     page.get_by_role("button", name="New chat").click()
     exchange(page, "second")
@@ -24,8 +24,8 @@ def test_reload_keeps_conversations_and_drafts(page, server):
     expect(answers(page)).to_have_text("See 2+3 = 5")
 
 
-def test_reload_in_the_middle_of_an_answer(page, server):
-    server.replies = [[*tokens("Half"), WAIT], [WAIT]]
+def test_reload_in_the_middle_of_an_answer(page, chat_server):
+    chat_server.replies = [[*tokens("Half"), WAIT], [WAIT]]
     say(page, "first")
     expect(answers(page)).to_have_text("Half")
     page.reload()
@@ -37,14 +37,14 @@ def test_reload_in_the_middle_of_an_answer(page, server):
     expect(box(page)).to_have_value("second")
 
 
-def test_an_answer_continues_while_another_conversation_is_open(page, server):
-    server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")], tokens("Quick")]
+def test_an_answer_continues_while_another_conversation_is_open(page, chat_server):
+    chat_server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")], tokens("Quick")]
     say(page, "first")
     expect(answers(page)).to_have_text("Slow")
     page.get_by_role("button", name="New chat").click()
     exchange(page, "second")
     expect(answers(page)).to_have_text("Quick")
-    server.resume()
+    chat_server.resume()
     chat_button(page, "first").click()
     expect(answers(page)).to_have_text("Slow but sure")
 
@@ -77,22 +77,22 @@ def test_a_click_elsewhere_ends_a_rename_and_takes_effect(page):
     expect(chat_button(page, "Flowers")).to_be_visible()
 
 
-def test_the_list_keeps_the_focus(page, server):
+def test_the_list_keeps_the_focus(page, chat_server):
     """When an answer ended elsewhere, the list was rendered again and lost the focus."""
-    server.replies = [[*tokens("Slow"), WAIT]]
+    chat_server.replies = [[*tokens("Slow"), WAIT]]
     say(page, "first")
     expect(answers(page)).to_have_text("Slow")
     page.get_by_role("button", name="New chat").click()
     exchange(page, "second")
     chat_button(page, "second").focus()
-    server.resume()
+    chat_server.resume()
     expect(page.locator("#chats .title")).to_have_text(["first", "second"])
     expect(chat_button(page, "second")).to_be_focused()
 
 
-def test_a_deleted_answer_is_not_announced(page, server):
+def test_a_deleted_answer_is_not_announced(page, chat_server):
     """The partial answer was announced instead of "Deleted"."""
-    server.replies = [[*tokens("Half an"), WAIT]]
+    chat_server.replies = [[*tokens("Half an"), WAIT]]
     say(page, "first")
     expect(answers(page)).to_have_text("Half an")
     page.evaluate(
@@ -103,21 +103,21 @@ def test_a_deleted_answer_is_not_announced(page, server):
         }"""
     )
     page.get_by_role("button", name="Delete").click()
-    assert server.client_left.wait(PATIENCE_S)
+    assert chat_server.client_left.wait(PATIENCE_S)
     expect(page.locator("#live")).to_have_text("Deleted: first")
     page.wait_for_timeout(100)  # twice as long as an announcement waits
     assert page.evaluate("() => heard") == ["Deleted: first"]
     expect(page.get_by_role("button", name="Undo")).to_be_visible()
 
 
-def test_a_failure_elsewhere_names_the_conversation_and_keeps_undo(page, server):
-    server.replies = [tokens("A."), [WAIT, {"error": "the worker died"}]]
+def test_a_failure_elsewhere_names_the_conversation_and_keeps_undo(page, chat_server):
+    chat_server.replies = [tokens("A."), [WAIT, {"error": "the worker died"}]]
     exchange(page, "first")
     page.get_by_role("button", name="New chat").click()
     say(page, "second")
     chat_button(page, "first").click()
     page.get_by_role("button", name="Delete").last.click()
-    server.resume()
+    chat_server.resume()
     expect(page.locator("#notice span")).to_have_text("Deleted: first \u00b7 second: the worker died")
     page.get_by_role("button", name="Undo").click()
     expect(answers(page)).to_have_text("A.")
@@ -154,20 +154,20 @@ def test_forbidden_storage(open_page, storage):
     expect(page.locator("#chats li")).to_have_count(1)
 
 
-def test_two_tabs_see_each_other(page, server):
+def test_two_tabs_see_each_other(page, chat_server):
     exchange(page, "first")
     other = page.context.new_page()
-    other.goto(server.url)
+    other.goto(chat_server.url)
     chat_button(other, "first").click()
     exchange(other, "more", 1)
     expect(answers(page)).to_have_count(2)
-    server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")]]
+    chat_server.replies = [[*tokens("Slow"), WAIT, *tokens(" but sure")]]
     say(page, "and more")
     expect(answers(page).last).to_have_text("Slow")
     other.get_by_role("button", name="Rename").click()
     other.keyboard.type("Flowers")
     other.keyboard.press("Enter")
-    server.resume()
+    chat_server.resume()
     expect(answers(page)).to_have_text(["Fine.", "Fine.", "Slow but sure"])  # an answer in progress is kept
     expect(answers(other)).to_have_count(3)
     for tab in (page, other):  # so is the new name, which the end of the answer used to undo
@@ -175,11 +175,11 @@ def test_two_tabs_see_each_other(page, server):
 
 
 @pytest.fixture
-def twins(page, server):
+def twins(page, chat_server):
     """Two tabs showing the same conversation, as after duplicating a tab."""
     exchange(page, "first")
     other = page.context.new_page()
-    other.goto(server.url)
+    other.goto(chat_server.url)
     chat_button(other, "first").click()
     yield page, other
     other.close()

@@ -29,7 +29,7 @@ def browser():
 
 
 @pytest.fixture
-def server():
+def chat_server():
     """A server per test. Its port gives each test its own origin, so browser storage is not shared."""
     with FakeChatServer() as server:
         yield server
@@ -41,7 +41,7 @@ def context(browser):
 
 
 @pytest.fixture
-def open_page(browser, context, server):
+def open_page(browser, context, chat_server):
     """Return a function that opens the page; with options, in a browser context of its own.
 
     Errors on the page's console fail the test, except for refused requests.
@@ -56,7 +56,7 @@ def open_page(browser, context, server):
         page.set_default_timeout(1000 * PATIENCE_S)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.goto(server.url)
+        page.goto(chat_server.url)
         return page
 
     yield open_page

@@ -34,15 +34,15 @@ def exchange(page, text, number=0):
     expect(answers(page)).to_have_count(number + 1)
 
 
-def ask(page, server, reply):
+def ask(page, chat_server, reply):
     """Ask one question; return the locator of the rendered answer."""
-    server.replies = [reply]
+    chat_server.replies = [reply]
     exchange(page, "Go")
     return answers(page)
 
 
-def sent(server, number=-1):
-    return [(message["role"], message["content"]) for message in server.requests[number]["messages"]]
+def sent(chat_server, number=-1):
+    return [(message["role"], message["content"]) for message in chat_server.requests[number]["messages"]]
 
 
 def chat_button(page, title):
