@@ -72,7 +72,7 @@ def torchrun(n_nodes, n_ranks, *arguments):
     environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1"}
     nodes = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(n_nodes)]
     try:
-        assert [node.wait(timeout=240) for node in nodes] == [0] * n_nodes
+        assert [node.wait(timeout=900) for node in nodes] == [0] * n_nodes
     finally:
         for node in nodes:
             node.terminate()  # and with it its ranks
