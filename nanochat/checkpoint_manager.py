@@ -161,7 +161,7 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged ({error}); delete it or copy it again") from error
 
 
-def load_optimizer_shards(directory: Path, step: int) -> list[dict]:
+def load_optimizer_shards(directory: Path, step: int) -> list[dict[str, Any]]:
     """Read the optimizer state of a checkpoint: the share of every rank that saved it, in order of rank.
 
     Raise FileNotFoundError if there is none, DamagedError if a part of it is missing.

@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
@@ -54,14 +54,14 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, description: s
     raise ValueError(" ".join(text.replace("\u2502", " ").split()) + " (see --help)")
 
 
-def require_at_least(config: Any, **minima: int) -> None:
+def require_at_least(config: object, **minima: int) -> None:
     """Raise ValueError if a setting is below its minimum."""
     for name, minimum in minima.items():
         if getattr(config, name) < minimum:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {minimum}")
 
 
-def require_counts(config: Any, *names: str) -> None:
+def require_counts(config: object, *names: str) -> None:
     """Raise ValueError if a setting is neither a positive number nor -1, which means unset."""
     for name in names:
         if getattr(config, name) < 1 and getattr(config, name) != -1:

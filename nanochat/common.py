@@ -79,7 +79,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: Path | str, value: Any) -> None:
+def write_json(path: Path | str, value: object) -> None:
     """Write indented JSON atomically; create the directory if necessary."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "w") as file:

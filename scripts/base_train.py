@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_core(run: Run, bundle: Bundle) -> None:
+def measure_core(run: Run[BaseTrainConfig], bundle: Bundle) -> None:
     """Evaluate CORE and log it."""
     from nanochat.core_eval import evaluate_core
 

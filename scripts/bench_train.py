@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat.common import Runtime, parse, require_at_least, run, setup_runtime
 from nanochat.optim.schedule import Cadence
@@ -89,7 +89,9 @@ def by_part(kernels: Counter[str]) -> Counter[str]:
     return parts
 
 
-def profile_on_gpu(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple, n_kernels: int) -> dict:
+def profile_on_gpu(
+    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple, n_kernels: int
+) -> dict[str, Any]:
     """Return times of a micro-batch and an optimizer step; RuntimeError if attention is not the fastest."""
     import torch
 
@@ -112,7 +114,7 @@ def profile_on_gpu(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple, n
     }
 
 
-def measure(config: BenchTrainConfig, runtime: Runtime) -> dict:
+def measure(config: BenchTrainConfig, runtime: Runtime) -> dict[str, Any]:
     """Train for some steps; return speeds, memory and, on a GPU, the times of kernels."""
     import torch
 

@@ -102,7 +102,7 @@ class ChatRLConfig:
             raise ValueError("resume and overwrite exclude each other")
 
 
-def check_resumed(run: Run) -> None:
+def check_resumed(run: Run[ChatRLConfig]) -> None:
     """Raise ValueError if the steps done took other numbers of questions: plan and rates would change."""
     step, n = run.progress.step, run.config.examples_per_step
     if step and run.progress.loader_state["next_question"] != step * n:

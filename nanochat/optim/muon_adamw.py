@@ -160,13 +160,13 @@ def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
     return compiled(muon_step)
 
 
-def _update_muon(stack: Stack, group: dict) -> None:
+def _update_muon(stack: Stack, group: dict[str, Any]) -> None:
     step = fastest_muon_step(stack.own_grads)
     rate, momentum = torch.tensor(group["lr"]), torch.tensor(group["momentum"])  # 0-D: new values, same graph
     step(stack.own_weights, stack.own_grads, stack.state["momentum_buffer"], rate, momentum)
 
 
-def _update_adamw(stack: Stack, group: dict) -> None:
+def _update_adamw(stack: Stack, group: dict[str, Any]) -> None:
     step = compiled(adamw_step) if stack.weights.is_cuda else adamw_step
     bias, bias_sq = (1 - beta ** (stack.n_steps + 1) for beta in group["betas"])
     rate, bias_sq = torch.tensor(group["lr"] / bias), torch.tensor(bias_sq)

@@ -11,10 +11,10 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """True for a finite number that fits a float."""
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 

@@ -129,7 +129,7 @@ def _moving_average(values: Sequence[float], window: int) -> list[float]:
     return [sum(recent) / len(recent) for recent in windows]
 
 
-def chat_tasks(results: dict[str, dict]) -> Figure | None:
+def chat_tasks(results: dict[str, dict[str, Any]]) -> Figure | None:
     """Plot accuracy with standard errors, a group for each task and a bar for each stage; None without data.
 
     A dashed line marks the accuracy of guessing.
@@ -233,7 +233,7 @@ def series(records: list[dict], x: str, y: str) -> tuple[list[float], list[float
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _metrics(stage: str, results: dict[str, dict]) -> list[dict]:
+def _metrics(stage: str, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the metric records of a stage; empty if it was not run or its file is missing or damaged."""
     path = dig(results, stage, "metrics")
     if not isinstance(path, str):
@@ -245,7 +245,7 @@ def _metrics(stage: str, results: dict[str, dict]) -> list[dict]:
         return []
 
 
-def _or_nan(value: Any) -> float:
+def _or_nan(value: object) -> float:
     return value if is_number(value) else math.nan  # matplotlib leaves a gap for NaN
 
 

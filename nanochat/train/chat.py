@@ -69,6 +69,11 @@ class ChatTrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
+    @property
+    def device_batch_size(self) -> int:
+        """Return the rows of one forward on one device; 0: as many as its memory holds."""
+        raise NotImplementedError
+
     def rows_per_step(self, seq_len: int) -> int:
         """Return the rows of an optimizer step, over all devices, if each has seq_len tokens."""
         raise NotImplementedError

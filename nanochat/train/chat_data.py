@@ -13,6 +13,7 @@ from nanochat.common import Runtime
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim.schedule import Plan, lr_multiplier
 from nanochat.task import Task
+from nanochat.train.chat import ChatTrainConfig
 from nanochat.train.conversations import Conversations, Piece, by_width
 from nanochat.train.memory import choose_rows
 from nanochat.train.run import Run
@@ -28,7 +29,7 @@ class StepShape:
     accumulation: int  # forwards of a step on one rank
 
     @classmethod
-    def choose(cls, run: Run) -> StepShape:
+    def choose(cls, run: Run[ChatTrainConfig]) -> StepShape:
         """Derive the shape from the settings and the memory; ValueError if rows or tokens do not divide."""
         config, context = run.config, run.model.config.sequence_len
         seq_len = context if config.max_seq_len == -1 else config.max_seq_len
@@ -60,7 +61,7 @@ def accumulation_steps(rows_per_step: int, device_batch_size: int, runtime: Runt
 class ChatData:
     """Training and validation conversations, laid out in rows for the steps of a run."""
 
-    run: Run
+    run: Run[ChatTrainConfig]
     shape: StepShape
     train_set: Conversations
     val_set: Conversations
@@ -70,7 +71,7 @@ class ChatData:
 
     @classmethod
     def lay_out(
-        cls, run: Run, shape: StepShape, train_task: Task, val_task: Task, *, packed: bool
+        cls, run: Run[ChatTrainConfig], shape: StepShape, train_task: Task, val_task: Task, *, packed: bool
     ) -> ChatData:
         """Measure the conversations of both tasks and lay them out; all ranks take part."""
         conversations = partial(Conversations, tokenizer=run.tokenizer, seq_len=shape.seq_len, packed=packed)

@@ -14,9 +14,9 @@ number of ranks.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from nanochat.checkpoint_manager import (
     DamagedError,
@@ -41,7 +41,7 @@ from nanochat.common import Runtime, write_report
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW, build_optimizer
-from nanochat.optim.schedule import Plan
+from nanochat.optim.schedule import Cadence, LearningRates, Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.progress import Progress
 
@@ -49,8 +49,43 @@ logger = logging.getLogger(__name__)
 REPORTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # by stage
 
 
+class RunConfig(Protocol):
+    """The settings that every run reads; a stage's config is a dataclass that has them and others."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def run(self) -> str: ...  # name of the wandb run
+    @property
+    def cadence(self) -> Cadence: ...
+    @property
+    def resume(self) -> bool: ...
+    @property
+    def overwrite(self) -> bool: ...
+
+
+class WarmStartConfig(RunConfig, Protocol):
+    """The same, and the settings of a run that starts from the model of another stage."""
+
+    @property
+    def model_tag(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def rates(self) -> LearningRates: ...
+    @property
+    def warm_start(self) -> bool: ...
+
+
+Config = TypeVar("Config", bound=RunConfig)
+StartConfig = TypeVar("StartConfig", bound=WarmStartConfig)
+OwnConfig = TypeVar(
+    "OwnConfig", bound=RunConfig, covariant=True
+)  # Run[MidTrainConfig] is a Run[ChatTrainConfig]
+
+
 @dataclass(kw_only=True)
-class Run:
+class Run(Generic[OwnConfig]):
     """All that a training loop, its checkpoints and its report need of a run."""
 
     stage: str  # base, mid, sft or rl
@@ -59,28 +94,27 @@ class Run:
     tokenizer: RustBPETokenizer
     optimizer: MuonAdamW
     runtime: Runtime
-    config: Any  # the settings of the stage, a dataclass: `run`, `cadence`, `resume` and `overwrite` are read
+    config: OwnConfig
     progress: Progress = field(default_factory=Progress)
     metrics: MetricsLog = field(init=False, repr=False)  # open from `begin` to `close`
 
-    @classmethod
+    @staticmethod
     def open(
-        cls,
         stage: str,
         model_tag: str,
         model: GPT,
         tokenizer: RustBPETokenizer,
         optimizer: MuonAdamW,
         runtime: Runtime,
-        config: Any,
-    ) -> Run:
+        config: Config,
+    ) -> Run[Config]:
         """Start a run, or load model and optimizer from its newest intact checkpoint if config.resume is set.
 
         With config.overwrite nothing is deleted yet: `begin` does that, once everything else has worked.
         Raises ValueError when there are checkpoints and neither is set, or when they do not fit the model or
         were made with another tokenizer.
         """
-        run = cls(
+        run = Run(
             stage=stage,
             directory=checkpoint_dir(stage, model_tag),
             model=model,
@@ -94,18 +128,15 @@ class Run:
             run._resume(steps)
         return run
 
-    @classmethod
-    def open_from(cls, source: str, stage: str, config: Any, runtime: Runtime) -> Run:
-        """Open a run of `stage` that starts from a model of stage `source`, under that model's tag.
-
-        Reads also model_tag, step, rates and warm_start of the config.
-        """
+    @staticmethod
+    def open_from(source: str, stage: str, config: StartConfig, runtime: Runtime) -> Run[StartConfig]:
+        """Open a run of `stage` that starts from a model of stage `source`, under that model's tag."""
         tag = resolve_tag(source, config.model_tag)
         model, tokenizer, meta = load_for(runtime, source, "train", tag, config.step)
         optimizer = build_optimizer(model, config.rates, runtime)
         if config.warm_start:
             warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
-        return cls.open(stage, tag, model, tokenizer, optimizer, runtime, config)
+        return Run.open(stage, tag, model, tokenizer, optimizer, runtime, config)
 
     def _saved_steps(self) -> list[int]:
         steps = complete_steps(self.directory)
@@ -200,12 +231,12 @@ class Run:
 
 
 @dataclass(kw_only=True)
-class DryRun(Run):
+class DryRun(Run[OwnConfig]):
     """A run that writes nothing and keeps its records, for benchmarks."""
 
     stage: str = "base"
     directory: Path = Path()
-    tokenizer: Any = None
+    tokenizer: RustBPETokenizer = field(init=False, repr=False)  # it has none
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self) -> None:
