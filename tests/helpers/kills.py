@@ -41,7 +41,7 @@ def prepare(folder):
 def launch(text, num_steps, *tags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tests.helpers.stages", str(text), str(num_steps), *tags]
-    environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1", "NANOCHAT_TIMEOUT_S": "20"}
+    environment = {**os.environ, "RANK": "", "OMP_NUM_THREADS": "1", "NANOCHAT_TIMEOUT_S": "60"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
 
@@ -77,7 +77,7 @@ def kill_once(text, num_steps, target, rng):
     """
     first, before = sum(steps_done()), steps_saved()
     launcher = launch(text, num_steps, "killed")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(pids := rank_pids(launcher)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
