@@ -47,10 +47,11 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Mark the tests that take the `browser` fixture."""
+    """Mark the tests that take the `browser` fixture; all of them are slow."""
     for item in items:
         if "browser" in item.fixturenames:
             item.add_marker("browser")
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from scripts import hub
 from tests.helpers.echo_model import echo, echo_config, echo_model
 from tests.helpers.vocabulary import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 REPO = "RikkaBotan/nanochat_d20_saint_iberis"
 

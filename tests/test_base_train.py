@@ -22,6 +22,8 @@ from nanochat.tokenizer import get_tokenizer
 from scripts import base_loss, base_train, tok_train
 from tests.helpers.core_bundles import write_bundle
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device-type=cpu", "--depth=2", "--max-seq-len=16", "--device-batch-size=2"]
 SMALL += [

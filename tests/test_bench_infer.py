@@ -8,6 +8,8 @@ from nanochat.gpt import GPTConfig
 from scripts.bench_infer import main, random_model, step_bytes
 from tests.helpers.models import small_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_lines(capsys):
     shape = ["--depth=1", "--vocab-size=300", "--batch-sizes", "1", "3", "--contexts", "8", "40"]

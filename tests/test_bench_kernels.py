@@ -4,6 +4,8 @@ import torch
 from nanochat.common import Runtime
 from scripts import bench_kernels
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def timed(monkeypatch):

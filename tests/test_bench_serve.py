@@ -13,6 +13,8 @@ from tests.helpers.fake_backend import FakeBackend, Pause, serve
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TOKENIZER = train_tokenizer()
 

@@ -5,6 +5,8 @@ import pytest
 
 from scripts import bench_train
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--device-type=cpu", "--depth=2", "--max-seq-len=16", "--device-batch-size=2", "--vocab-size=64"]
 TINY += ["--total-batch-size=64", "--num-iterations=3"]
 

@@ -21,6 +21,8 @@ from scripts.chat_cli import Chat, converse
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 STOP_HERE = object()  # in a script: Ctrl-C
 

@@ -20,6 +20,8 @@ from tasks import mixtures as recipes
 from tests.helpers.chats import untimed_records
 from tests.helpers.wordtask import WordTask, write_sft_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device-type=cpu", "--examples-per-step=4", "--num-samples=8", "--max-new-tokens=4"]
 SMALL += ["--init-lr-frac=1", "--eval-every=0", "--sample-every=0", "--save-every=0"]

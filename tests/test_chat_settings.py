@@ -12,6 +12,8 @@ from scripts import chat_eval, chat_sft, mid_train
 from tasks import mixtures as recipes
 from tests.helpers.chats import ColourTask, learn, same, train, weights, write_base_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

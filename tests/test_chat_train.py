@@ -32,6 +32,8 @@ from tests.helpers.chats import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SFT_TASKS = recipes.sft_tasks
 

@@ -15,6 +15,8 @@ from scripts import chat_web
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

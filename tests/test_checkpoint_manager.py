@@ -56,6 +56,7 @@ def test_keep_last(tmp_path):
     assert cm.complete_steps(tmp_path) == [3, 4]
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_older_checkpoint_intact(tmp_path):
     """With files limited to 64 KiB the second model cannot be written; the first stays intact."""
     code = f"""

@@ -74,6 +74,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "status", "error"),
     [
@@ -109,6 +110,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_stopped_rank_ends_the_other_with_a_message(fault, unused_port):
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port}

@@ -224,6 +224,7 @@ def test_a_zip_that_has_changed_is_downloaded_whole(server, folder, base_dir, na
     assert files_of(base_dir) == ["eval_bundle"]
 
 
+@pytest.mark.slow
 def test_a_zip_with_any_byte_flipped_is_an_error(folder, tmp_path):
     """Of the errors of zlib and zipfile only BadZipFile was caught."""
     good, errors = zipped(folder), []

@@ -18,6 +18,8 @@ from nanochat.kernels.decode.slc2 import slc2_mix, slc2_mix_reference, slc2_row
 from nanochat.sampling import SamplingParams, sample_rows
 from tests.helpers.kernels import error, on_gpu, poison
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}  # relative Frobenius error of an output
 
 

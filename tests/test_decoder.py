@@ -13,6 +13,8 @@ from nanochat.gpt import GPTConfig
 from nanochat.sampling import SamplingParams
 from tests.helpers.models import random_model
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SamplingParams(temperature=0.0)
 SHAPES = [
     GPTConfig(64, 100, 2, 2, 1, 2 * 16, 3, 3),

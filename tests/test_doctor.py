@@ -11,6 +11,8 @@ from scripts import doctor as script
 from tests.helpers.hub_server import HubServer
 from tests.helpers.models import random_model
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--device-type=cpu", "--depth=2", "--vocab-size=300", "--max-seq-len=64", "--data=embedded"]
 
 

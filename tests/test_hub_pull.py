@@ -20,6 +20,8 @@ from tests.helpers.hub_server import kill_at
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -15,6 +15,8 @@ from tests.helpers.echo_model import echo_config, echo_model
 from tests.helpers.hub_models import CPU, REPO, ask, expected
 from tests.helpers.vocabulary import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 MINE = "me/iberis-d2"
 
 

@@ -2,7 +2,11 @@
 
 import random
 
+import pytest
+
 from tests.helpers import kills
+
+pytestmark = pytest.mark.slow
 
 
 def test_killed_ranks_lose_nothing(tmp_path, base_dir):

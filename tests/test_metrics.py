@@ -84,6 +84,7 @@ def test_wandb_that_is_not_logged_in(tmp_path, monkeypatch):
         MetricsLog(tmp_path / "m.jsonl", Runtime.cpu(), resume_step=0, wandb_run="d4", config={})
 
 
+@pytest.mark.slow
 def test_nothing_imports_wandb_before_it_is_requested():
     root = Path(__file__).parent.parent
     files = [path for folder in ("nanochat", "scripts", "tasks") for path in (root / folder).glob("*.py")]

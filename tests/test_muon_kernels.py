@@ -9,6 +9,8 @@ from nanochat.kernels.train.newton_schulz import fits, iterate, symmetric_produc
 from nanochat.optim import muon_adamw, updates
 from tests.helpers.kernels import error, poison
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # one rounding of the result
 
 

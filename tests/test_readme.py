@@ -275,6 +275,7 @@ def run(command):
             Path(words[out + 1]).write_text(result.stdout)
 
 
+@pytest.mark.slow
 def test_the_walk(reader, capsys, monkeypatch, tmp_path):
     """Each command, in the order of the README; the last one printed is the one that failed."""
     base = os.environ["NANOCHAT_BASE_DIR"]

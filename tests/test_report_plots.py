@@ -17,6 +17,7 @@ def assert_is_a_picture(path):
     assert pixels.std() > 0.02  # 0 for a blank image
 
 
+@pytest.mark.slow
 def test_pictures(base_dir, tmp_path):
     folder = write_results(base_dir / "report")
     for stage in ("base_train", "mid_train", "chat_sft"):

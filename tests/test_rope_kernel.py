@@ -12,6 +12,8 @@ from nanochat.train.fused import fused_attention_inputs
 from tests.helpers.kernels import error, on_gpu, poison
 from tests.helpers.models import small_config
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # relative Frobenius error
 
 

@@ -18,6 +18,8 @@ from tests.helpers.fake_backend import serve
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROCKET = "\U0001f680"
 
 

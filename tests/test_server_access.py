@@ -10,6 +10,8 @@ from nanochat.serve.server import Settings, create_app
 from tests.helpers.chat_client import HELLO, chat, error_message, reply_text, user
 from tests.helpers.fake_backend import serve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def clear_scripts(backend):

@@ -13,6 +13,8 @@ from nanochat.serve.server import create_app
 from tests.helpers.chat_client import DONE, HELLO, chat, error_message, lines, reply_text
 from tests.helpers.fake_backend import Pause, serve, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def clear_scripts(backend):

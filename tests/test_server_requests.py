@@ -8,6 +8,8 @@ import pytest
 from nanochat.serve.protocol import QueueFull
 from tests.helpers.chat_client import HELLO, chat, error_message, reply_text, user
 
+pytestmark = pytest.mark.slow
+
 ERRORS = [{}] * 170_000
 
 

@@ -16,6 +16,8 @@ from nanochat.train.fused import fused_ops
 from tests.helpers.kernels import error, on_gpu, poison
 from tests.helpers.models import random_model
 
+pytestmark = pytest.mark.slow
+
 # relative Frobenius error of values and gradients; of sums over all tokens, which are kept in float32
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4e-3, 2e-3)}
 head_loss = partial(chunked_loss.head_loss, cap=SOFTCAP, cross_entropy_=cross_entropy.cross_entropy_)

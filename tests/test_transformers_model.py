@@ -15,6 +15,8 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.hub.export import import_checkpoint
 from tests.helpers.models import random_model, small_config
 
+pytestmark = pytest.mark.slow
+
 PLANS = [
     {},
     {"n_layer": 1},
