@@ -33,7 +33,8 @@ from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 logger = logging.getLogger(__name__)
-STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}  # names of folders
+REPORTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # names of reports
 UNSET = (None, -1)  # values of a step that is not given, by a caller or on a command line
 
 

@@ -18,7 +18,7 @@ from tests.helpers.sandboxes import (
 )
 
 pytest_plugins = "tests.helpers.sandboxes"
-pytestmark = pytest.mark.usefixtures("no_leftovers")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
 
 # ---------------------------------------------------------------------------------------------------------

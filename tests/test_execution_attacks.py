@@ -4,12 +4,12 @@ import logging
 import os
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from nanochat import execution
-from nanochat.execution import execute_code
 from tests.helpers.sandboxes import (
     HAS_SECCOMP,
     PATIENCE_S,
@@ -22,7 +22,9 @@ from tests.helpers.sandboxes import (
 )
 
 pytest_plugins = "tests.helpers.sandboxes"
-pytestmark = pytest.mark.usefixtures("no_leftovers")
+# on a loaded machine the usual 5 seconds may pass before Python ends
+execute_code = partial(execution.execute_code, timeout=60)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leftovers")]
 
 
 # ---------------------------------------------------------------------------------------------------------

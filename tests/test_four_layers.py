@@ -22,6 +22,8 @@ from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops, noise_for_zero
 from nanochat.train.accelerate import accelerate, why_not_fused
 from nanochat.train.fused import fused_ops
 
+pytestmark = pytest.mark.slow
+
 CONFIG = GPTConfig(4, 64, 2, 2, 1, 2 * 16, 3, 3)
 SMALL_TILE = mlp.Tile(16, 16, 16, 4, 1)
 

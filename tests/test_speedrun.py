@@ -10,6 +10,8 @@ import pytest
 
 from tests.test_readme import module_and_arguments, read_flags
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PYTHON = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nanochat.checkpoint_manager import (
+    REPORTS,
     UNSET,
     check_vocabulary,
     checkpoint_dir,
@@ -47,7 +48,6 @@ from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, SPECIAL_TOKENS, RustBPETo
 logger = logging.getLogger(__name__)
 
 # the names of the training stages in the report
-TRAINING_STAGES = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 REPORT_SUFFIXES = (".json", ".md", ".png")
 
 
@@ -254,7 +254,7 @@ def _report(stage: str, tag: str, step: int) -> tuple[dict[str, dict], list[Path
     """Return the results and the files of the report if it is that of this checkpoint, else ({}, [])."""
     folder = base_dir() / "report"
     results, _ = read_results(folder)
-    own = results.get(TRAINING_STAGES[stage], {})
+    own = results.get(REPORTS[stage], {})
     metrics = Path(str(own.get("metrics")))
     if own.get("steps") != step or metrics.parts[-3:-1] != checkpoint_dir(stage, tag).parts[-2:]:
         logger.info("the report in %s is not that of step %d of %s: it is not uploaded", folder, step, tag)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from nanochat.checkpoint_manager import (
+    REPORTS,
     DamagedError,
     check_bytes,
     checkpoint_dir,
@@ -46,7 +47,6 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.progress import Progress
 
 logger = logging.getLogger(__name__)
-REPORTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}  # by stage
 
 
 class RunConfig(Protocol):
