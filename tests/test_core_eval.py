@@ -13,6 +13,8 @@ from tests.helpers.core_bundles import PLAIN_WORDS, write_bundle
 from tests.helpers.models import random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -12,6 +12,8 @@ import pytest
 from nanochat.data import embedded
 from nanochat.dataset import parquets_iter_batched, resolve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def texts():

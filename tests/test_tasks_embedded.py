@@ -114,6 +114,7 @@ def test_no_pair_of_numbers_is_in_both_splits():
     assert not pairs[0] & pairs[1]
 
 
+@pytest.mark.slow
 def test_splits_of_documentation_questions_share_no_name_and_no_sentence():
     """Regression: 76 test names, such as threading.Barrier.wait, had the sentence of a training name."""
     train, test = DocQuestion("train"), DocQuestion("test")
