@@ -1,8 +1,9 @@
 """HybridCache: the decode state of a batch of sequences between two forwards.
 
-An attention layer stores keys and values, which grow with the sequence; an SLC2 layer stores the last K-1
-inputs of its convolution, which do not. At d20 in bfloat16 this is 7 * 2 * 1280 * 2 = 35,840 bytes per token
-plus 66,560 bytes per sequence; 20 attention layers would store 102,400 bytes per token.
+An attention layer stores keys and values, which grow with the sequence; each convolution, in SLC2 layers and
+in the second generation also in attention and MLP, stores its last K-1 inputs, which do not. At d20 in
+bfloat16 this is 7 * 2 * 1280 * 2 = 35,840 bytes per token plus 66,560 bytes per sequence (240,640 in the
+second generation); 20 attention layers would store 102,400 bytes per token.
 
 The cache belongs to the batch, never to the model: modules hold parameters only, so two conversations cannot
 mix. `pos` counts the tokens that each row has seen; GPT.forward advances it once, after the last layer. Rows
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,35 +39,57 @@ class Span:
 
 
 @dataclass
-class KVState:
-    """Keys and values of one attention layer, (B, H_kv, max_len, D) each, valid up to the row's pos."""
+class LayerState:
+    """State of one layer: keys and values if it attends, and the window of each of its convolutions.
 
-    k: Tensor
-    v: Tensor
+    kv: keys and values (B, H_kv, max_len, D) each, valid up to the row's pos, or (). windows: by the name of
+    a convolution's input, its last K-1 values (B, K-1, C), oldest first.
+    """
+
+    kv: tuple[Tensor, ...]
+    windows: dict[str, Tensor]
+
+    def window(self, name: str) -> Tensor | None:
+        """Return a convolution's window, None if the layer has no such convolution."""
+        return self.windows.get(name)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H_kv, T, D); return views of all keys and values, (B, H_kv, span.end, D) each."""
-        for stored, new in ((self.k, k), (self.v, v)):
+        keys, values = self.kv
+        for stored, new in ((keys, k), (values, v)):
             if span.start is not None:
                 stored[:, :, span.start : span.end] = new
             else:
                 rows = torch.arange(new.size(0), device=new.device)[:, None]
                 stored[rows, :, span.positions] = new.transpose(1, 2)
-        return self.k[:, :, : span.end], self.v[:, :, : span.end]
+        return keys[:, :, : span.end], values[:, :, : span.end]
+
+    def rows(self, index: Tensor | slice) -> LayerState:
+        """Return the state of some rows: copies for a tensor of row numbers, views for a slice."""
+        windows = {name: window[index] for name, window in self.windows.items()}
+        return LayerState(tuple(state[index] for state in self.kv), windows)
 
 
-@dataclass
-class ConvState:
-    """The last K-1 convolution inputs of one SLC2 layer, oldest first, (B, K-1, E)."""
+def window_channels(config: GPTConfig, kind: str) -> dict[str, tuple[int, int]]:
+    """Return the taps K and channels C of the convolutions of a layer of this kind, by their input.
 
-    window: Tensor
+    "u" is SLC2's, "k" and "y" are keys and output of attention, "mlp" the output of the MLP.
+    """
+    c, E = config, config.n_embd
+    convs = {"u": (c.n_kernel, E)} if kind == "slc2" else {}
+    if c.residual_conv:
+        if kind == "attention":
+            convs |= {"k": (c.residual_conv, c.n_kv_head * c.head_dim), "y": (c.residual_conv, E)}
+        convs |= {"mlp": (c.residual_conv, E)}
+    return convs
 
 
 def state_bytes(config: GPTConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """Return the decode state's bytes per token (keys, values) and per sequence (conv windows)."""
     c = config
     kv = 2 * c.n_kv_head * c.head_dim * c.layer_kinds.count("attention") * dtype.itemsize
-    conv = (c.n_kernel - 1) * c.n_embd * c.layer_kinds.count("slc2") * dtype.itemsize
+    windows = [conv for kind in c.layer_kinds for conv in window_channels(c, kind).values()]
+    conv = sum((K - 1) * C for K, C in windows) * dtype.itemsize
     return {"per_token": kv, "per_sequence": conv}
 
 
@@ -84,15 +108,16 @@ class HybridCache:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         kv_shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
-        conv_shape = (batch_size, config.n_kernel - 1, config.n_embd)
         self.max_len = max_len
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.lengths = [0] * batch_size  # pos as the host knows it
         # zeros, because unwritten positions of short rows are read and masked, and 0 * NaN would be NaN
-        self.layers: list[KVState | ConvState] = [
-            KVState(*(torch.zeros(kv_shape, device=device, dtype=dtype) for _ in "kv"))
-            if kind == "attention"
-            else ConvState(torch.zeros(conv_shape, device=device, dtype=dtype))
+        zeros = partial(torch.zeros, device=device, dtype=dtype)
+        self.layers = [
+            LayerState(
+                tuple(zeros(kv_shape) for _ in "kv") if kind == "attention" else (),
+                {name: zeros(batch_size, K - 1, C) for name, (K, C) in window_channels(config, kind).items()},
+            )
             for kind in config.layer_kinds
         ]
 
@@ -134,8 +159,8 @@ class HybridCache:
         self.pos.zero_()  # keys and values beyond pos are masked or not read
         self.lengths = [0] * self.batch_size
         for layer in self.layers:
-            if isinstance(layer, ConvState):
-                layer.window.zero_()
+            for window in layer.windows.values():
+                window.zero_()
 
     def select(self, rows: Sequence[int]) -> HybridCache:
         """Return a new cache with copies of the given rows, in this order; a row may be repeated."""
@@ -149,9 +174,7 @@ class HybridCache:
     def _of_rows(self, index: Tensor | slice, lengths: list[int]) -> HybridCache:
         chosen = object.__new__(HybridCache)
         chosen.max_len, chosen.pos, chosen.lengths = self.max_len, self.pos[index], lengths
-        chosen.layers = [
-            type(layer)(*(state[index] for state in vars(layer).values())) for layer in self.layers
-        ]
+        chosen.layers = [layer.rows(index) for layer in self.layers]
         return chosen
 
     def copy_row(self, row: int, source: HybridCache, source_row: int) -> None:
@@ -162,11 +185,10 @@ class HybridCache:
         self.lengths[row] = length
         self.pos[row] = length
         for ours, theirs in zip(self.layers, source.layers, strict=True):
-            if isinstance(ours, ConvState) and isinstance(theirs, ConvState):
-                ours.window[row] = theirs.window[source_row]
-            elif isinstance(ours, KVState) and isinstance(theirs, KVState):
-                ours.k[row, :, :length] = theirs.k[source_row, :, :length]
-                ours.v[row, :, :length] = theirs.v[source_row, :, :length]
+            for name, window in ours.windows.items():
+                window[row] = theirs.windows[name][source_row]
+            for state, other in zip(ours.kv, theirs.kv, strict=True):
+                state[row, :, :length] = other[source_row, :, :length]
 
     def fork(self, n: int) -> HybridCache:
         """Return a cache of n copies of this cache's only sequence (prefill once, sample n times)."""

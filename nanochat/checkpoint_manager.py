@@ -20,7 +20,6 @@ import json
 import logging
 import re
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def save_checkpoint(
             # copied: weights are views into the optimizer's stacks, and torch.save would write whole stacks
             weights = {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
             _save_tensors(model_path(directory, step), weights)
-            header = {"format_version": 1, "step": step, "model_config": asdict(model.config)}
+            header = {"format_version": 1, "step": step, "model_config": model.config.to_meta()}
             n_shards = 0 if optimizer_state is None else runtime.world_size
             write_json(meta_path(directory, step), {**header, "optimizer_shards": n_shards, **meta})
             older = [other for other in complete_steps(directory) if other < step]

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from nanochat.common import Runtime
 from nanochat.core_bundle import Bundle, CoreTask
-from nanochat.gpt import GPT, head_logits
+from nanochat.gpt import GPT
+from nanochat.ops import head_logits
 from nanochat.tokenizer import RustBPETokenizer
 
 logger = logging.getLogger(__name__)

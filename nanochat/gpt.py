@@ -4,9 +4,13 @@
     block:  r += mixer(rms_norm(r));  r += Wproj( relu(Wfc rms_norm(r))^2 )
     logits = 15 * tanh(lm_head(rms_norm(r)) / 15)        in float32; untied, no biases, no norm weights
 
-Layer i is attention iff i % slc_rate == 1 or it is the last, every other one is SLC2 (nanochat/slc2.py);
-slc_rate=0 makes every layer attention. Attention: rotary positions (RoPE, Su et al. 2021), then rms_norm on q
-and k, grouped key-value heads allowed. ReLU^2: Primer (So et al. 2021); logit soft-cap: Gemma 2 (2024).
+Layer i is attention (nanochat/attention.py) iff i % slc_rate == 1 or it is the last, every other one is SLC2
+(nanochat/slc2.py); slc_rate=0 makes every layer attention. ReLU^2: Primer (So et al. 2021); logit soft-cap:
+Gemma 2 (2024). The second generation has more, each part by a field of GPTConfig:
+
+    x0_mix          before layer i, r = resid_i r + x0_i wte_0, where wte_0 = rms_norm(wte[idx])
+    residual_conv   m += conv(m) for the MLP's output m, likewise for keys and output of attention
+    value_embeds    values of attention layers += a gated table of values by token
 
 Precision is explicit: parameters are float32, activations bfloat16 on CUDA and float32 elsewhere, logits and
 loss float32. State dict keys are the published ones. `__init__` gives shapes (and torch's default values),
@@ -15,102 +19,30 @@ loss float32. State dict keys are the published ones. `__init__` gives shapes (a
 Letters: B batch, T time, E n_embd, H heads, D head_dim, V vocabulary, K n_kernel.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.cache import ConvState, HybridCache, KVState, Span
+from nanochat.attention import CausalSelfAttention, rotary_tables
+from nanochat.cache import HybridCache, LayerState, Span
 from nanochat.config import GPTConfig
+from nanochat.layers import Linear, ShortConv
+from nanochat.ops import PLAIN, Link, Ops, head_logits, head_loss, relu2_mlp
 from nanochat.sampling import SamplingParams, penalize_repetition, sample
-from nanochat.slc2 import SLC2, Linear, slc2_mix
+from nanochat.slc2 import SLC2
 
-SOFTCAP = 15.0
-NORM_EPS = 2.0**-23  # float32's epsilon, for activations of every dtype
 # Attention kernels for any length. cuDNN's is the fastest in training, but plans a kernel for each new length
 # (0.09 s on an H100, dev/LOG.md); all but training on full rows would pay that at nearly every call.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # the last 9 ids are the special tokens; these two end a document and an answer (nanochat/tokenizer.py)
 BOS_FROM_END, ASSISTANT_END_FROM_END = 9, 5
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm (Zhang & Sennrich 2019) over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
-
-@lru_cache(maxsize=8)
-def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (length, D/2) of RoPE angles with base 10000, rounded to bfloat16 as published."""
-    with torch.inference_mode(False):  # the cached tables must serve training too
-        exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-        angles = torch.arange(length, device=device, dtype=torch.float32).outer(10000.0**-exponents)
-        return angles.cos().bfloat16(), angles.sin().bfloat16()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B,T,H,D), its halves as coordinates, by the angles of cos, sin (T,D/2) or (B,T,D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
-
-def attention_inputs(attn: "CausalSelfAttention", h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """Return q (B,H,T,D) and k (B,H_kv,T,D), rotated and normalised, and v (B,H_kv,T,D) of h (B,T,E)."""
-    B, T, _ = h.shape
-    q, k, v = (layer(h).view(B, T, -1, attn.head_dim) for layer in (attn.c_q, attn.c_k, attn.c_v))
-    q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention with rotary positions and normalised queries and keys."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.n_head = config.n_head
-        self.is_grouped = config.n_kv_head != config.n_head
-        self.c_q = Linear(config.n_embd, config.n_head * self.head_dim)
-        self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
-        self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
-
-    def forward(
-        self,
-        h: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        state: KVState | None = None,
-        span: Span | None = None,
-        inputs: Callable[..., tuple[Tensor, ...]] = attention_inputs,
-    ) -> Tensor:
-        """Map h (B,T,E) to (B,T,E); with a state, attend also to the tokens that it holds.
-
-        inputs computes queries, keys and values as `attention_inputs` does.
-        """
-        q, k, v = inputs(self, h, cos, sin)
-        mask, is_causal = None, True
-        if state is not None and span is not None:
-            mask, is_causal = span.mask, span.is_causal
-            past = state.append(k, v, span)
-            k, v = (k, v) if is_causal else past
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.is_grouped
-        )
-        return self.c_proj(y.transpose(1, 2).reshape(h.shape))
-
-
-def relu2_mlp(h: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
-    """Return relu(h Wfc^T)^2 Wproj^T (B,T,E) of h (B,T,E), Wfc (4E,E) and Wproj (E,4E), in h's dtype."""
-    return F.linear(F.relu(F.linear(h, w_fc.to(h.dtype))).square(), w_proj.to(h.dtype))
 
 
 class MLP(nn.Module):
@@ -120,58 +52,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        # applied by the join to the next layer, which reads the output anyway
+        self.conv = ShortConv(config.n_embd, config.residual_conv) if config.residual_conv else None
 
     def forward(self, h: Tensor, mlp: Callable[[Tensor, Tensor, Tensor], Tensor] = relu2_mlp) -> Tensor:
         """Map h (B,T,E) to (B,T,E); mlp computes what `relu2_mlp` does."""
         return mlp(h, self.c_fc.weight, self.c_proj.weight)
-
-
-def embed(idx: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the initial residual stream (B,T,E), in dtype, of token ids idx (B,T); weight (V,E)."""
-    return norm(F.embedding(idx, weight).to(dtype))
-
-
-def final_norm(x: Tensor, delta: Tensor) -> Tensor:
-    """Return the input of the head for the residual stream x + delta (B,T,E)."""
-    return norm(x + delta)
-
-
-def head_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Return soft-capped logits (..., V), float32 or wider, of the final hidden state x (..., E)."""
-    logits = F.linear(x, weight.to(x.dtype))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
-
-
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Return the cross-entropy in nats of the logits of x (B,T,E) and targets (B,T), ignoring target -1.
-
-    reduction: "none" gives (B*T,) with 0 at ignored targets; "sum"; "mean" over counted targets, 0 if none.
-    """
-    logits = head_logits(x, weight)
-    count_all = "none" if reduction == "none" else "sum"
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=count_all)
-    return loss / (targets != -1).sum().clamp(min=1) if reduction == "mean" else loss
-
-
-@dataclass(frozen=True)
-class Ops:
-    """The functions that a forward without decode state is computed with.
-
-    The defaults are the equations of this file and of slc2.py. nanochat/train/accelerate.py replaces them by
-    kernels of the same signatures, or by compiled functions. Decoding always uses the defaults.
-    """
-
-    embed: Callable[..., Tensor] = embed
-    norm: Callable[[Tensor], Tensor] = norm
-    attention_inputs: Callable[..., tuple[Tensor, ...]] = attention_inputs
-    slc2_mix: Callable[..., Tensor] = slc2_mix
-    mlp: Callable[[Tensor, Tensor, Tensor], Tensor] = relu2_mlp
-    final_norm: Callable[[Tensor, Tensor], Tensor] = final_norm
-    loss: Callable[..., Tensor] = head_loss
-
-
-PLAIN = Ops()
 
 
 class Block(nn.Module):
@@ -188,23 +74,24 @@ class Block(nn.Module):
         self,
         x: Tensor,
         delta: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        state: KVState | ConvState | None = None,
+        link: Link,
+        rotary: tuple[Tensor, Tensor],
+        value_embeds: Tensor | None = None,
+        state: LayerState | None = None,
         span: Span | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Map the residual stream x + delta (B,T,E) to the next; update the decode state in place.
+        """Map the residual stream, in parts x and delta (B,T,E) and link, to the next x and delta.
 
-        Return the stream and the MLP's output separately: the next block adds them, which saves a pass over
-        memory, because each block is compiled on its own.
+        Stream and MLP's output stay apart: the next block joins them, which saves a pass over memory, because
+        each block is compiled on its own. The decode state is updated in place.
         """
         ops = self.ops if state is None else PLAIN
-        x = x + delta
+        x, h = ops.join(x, delta, link)
         if self.is_attention:
-            x = x + self.attn(ops.norm(x), cos, sin, state, span, ops.attention_inputs)
+            inner = (ops.attention_inputs, ops.residual_conv)
+            x = x + self.attn(h, *rotary, value_embeds, state, span, *inner)
         else:
-            window = state.window if isinstance(state, ConvState) else None
-            x = x + self.attn(ops.norm(x), window, ops.slc2_mix)
+            x = x + self.attn(h, state and state.window("u"), ops.slc2_mix)
         return x, self.mlp(ops.norm(x), ops.mlp)
 
 
@@ -214,6 +101,14 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        n_attention, width = config.layer_kinds.count("attention"), config.n_kv_head * config.head_dim
+        # the tables of all attention layers side by side: one look-up, one gradient
+        self.value_embeds = (
+            nn.Embedding(config.vocab_size, n_attention * width) if config.value_embeds else None
+        )
+        n_scales = config.n_layer if config.x0_mix else 0
+        self.resid_scales = nn.Parameter(torch.empty(n_scales)) if n_scales else None
+        self.x0_scales = nn.Parameter(torch.empty(n_scales)) if n_scales else None
         self.h = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
 
 
@@ -231,15 +126,21 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise every parameter; lm_head and each c_proj start at zero."""
+        """Initialise every parameter; lm_head, each c_proj and each residual_conv start at zero."""
+        c = self.config
         for name, parameter in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(parameter)
-            elif name == "lm_head.weight" or name.endswith("c_proj.weight"):
+            elif name == "transformer.value_embeds.weight":
+                nn.init.uniform_(parameter, -(c.n_embd**-0.5), c.n_embd**-0.5)
+            elif name == "transformer.resid_scales":
+                parameter.copy_(torch.linspace(1.15, 1.05, c.n_layer))
+            elif name == "transformer.x0_scales":
+                parameter.copy_(torch.linspace(0.20, 0.05, c.n_layer))
+            elif name.endswith("conv1d.weight"):  # (E,1,K)
+                nn.init.uniform_(parameter, -(c.n_kernel**-0.5), c.n_kernel**-0.5)
+            elif name.endswith(("lm_head.weight", "c_proj.weight", "conv.weight")):
                 nn.init.zeros_(parameter)
-            elif parameter.ndim == 3:  # conv1d.weight (E,1,K)
-                bound = self.config.n_kernel**-0.5
-                nn.init.uniform_(parameter, -bound, bound)
             else:
                 fan_out, fan_in = parameter.shape
                 nn.init.normal_(parameter, std=fan_in**-0.5 * min(1.0, (fan_out / fan_in) ** 0.5))
@@ -256,12 +157,12 @@ class GPT(nn.Module):
             block.ops = ops
 
     def compile_blocks(self) -> None:
-        """Compile each block, embedding, final norm and loss for fixed shapes: few graphs at any depth."""
+        """Compile each block and what is outside of them for fixed shapes: few graphs at any depth."""
         for block in self.blocks:
             block.compile(dynamic=False)
-        names = ("embed", "final_norm") + (("loss",) if self.ops.loss is head_loss else ())
+        names = ("embed", "look_up_values", "join") + (("loss",) if self.ops.loss is head_loss else ())
         compiled = {name: torch.compile(getattr(self.ops, name), dynamic=False) for name in names}
-        self.use(replace(self.ops, **compiled))
+        self.ops = replace(self.ops, **compiled)
 
     @property
     def device(self) -> torch.device:
@@ -293,17 +194,42 @@ class GPT(nn.Module):
         """Return the final normalised hidden state (B,T,E); see `forward`."""
         span = None if cache is None else cache.span(*idx.shape)
         ops = self.ops if cache is None else PLAIN  # decoding must not compile them for each length
-        cos, sin = self._rotary(idx.size(1), span)
         x = ops.embed(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
         states = [None] * len(self.blocks) if cache is None else cache.layers
+        *links, last = self._links(x, states)
+        rotary, values = self._rotary(idx.size(1), span), self._value_embeds(idx, ops)
         call = self._block_call(cache is not None)
         with self._attention_kernels(idx.size(1), cache is not None):
-            for block, state in zip(self.blocks, states, strict=True):
-                x, delta = call(block, x, delta, cos, sin, state, span)
+            for block, link, embeds, state in zip(self.blocks, links, values, states, strict=True):
+                x, delta = call(block, x, delta, link, rotary, embeds, state, span)
         if cache is not None and span is not None:
             cache.advance(span)
-        return ops.final_norm(x, delta)
+        return ops.join(x, delta, last)[1]
+
+    def _links(self, x0: Tensor, states: Sequence[LayerState | None]) -> list[Link]:
+        """Return what joins each layer, and finally the head, to the layer before."""
+        links = [Link()]
+        for block, state in zip(self.blocks, states, strict=True):
+            conv = block.mlp.conv
+            links.append(Link(conv and conv.weight, state and state.window("mlp")))
+        resid, embedding = self.transformer.resid_scales, self.transformer.x0_scales
+        if resid is None or embedding is None:
+            return links
+        mixed = [
+            link._replace(x0=x0, resid_scale=r, x0_scale=e)
+            for link, r, e in zip(links, resid.split(1), embedding.split(1), strict=False)
+        ]
+        return [*mixed, links[-1]]
+
+    def _value_embeds(self, idx: Tensor, ops: Ops) -> list[Tensor | None]:
+        """Return the value embeddings (B,T,H_kv*D) of each layer, None where it has none."""
+        table, kinds = self.transformer.value_embeds, self.config.layer_kinds
+        if table is None:
+            return [None] * len(kinds)
+        found = ops.look_up_values(idx, table.weight, self.activation_dtype)
+        parts = iter(found.chunk(kinds.count("attention"), dim=-1))
+        return [next(parts) if kind == "attention" else None for kind in kinds]
 
     def _rotary(self, T: int, span: Span | None) -> tuple[Tensor, Tensor]:
         """Return cos and sin at the positions of T tokens: (T,D/2), or (B,T,D/2) if rows differ in length."""
@@ -382,9 +308,13 @@ class GPT(nn.Module):
     # Accounting, by layer kind
 
     def num_parameters(self) -> dict[str, int]:
-        """Return the number of parameters of wte, lm_head, attention, slc2, mlp and in total."""
+        """Return the number of parameters of each kind that the model has, and in total."""
         wte, lm_head = self.transformer.wte.weight.numel(), self.lm_head.weight.numel()
         counts = {"wte": wte, "lm_head": lm_head, "attention": 0, "slc2": 0, "mlp": 0}
+        if (tables := self.transformer.value_embeds) is not None:
+            counts["value_embeds"] = tables.weight.numel()
+        if self.config.x0_mix:
+            counts["scales"] = 2 * self.config.n_layer
         for block, kind in zip(self.blocks, self.config.layer_kinds, strict=True):
             counts[kind] += sum(p.numel() for p in block.attn.parameters())
             counts["mlp"] += sum(p.numel() for p in block.mlp.parameters())
@@ -393,8 +323,11 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Return training FLOPs a token: 6 a weight of matrices and taps, and 12*E*T an attention layer.
 
+        Looking rows of tables up takes none.
+
         The attention term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
         """
         c = self.config
-        weights = sum(p.numel() for p in self.parameters()) - self.transformer.wte.weight.numel()
+        counts = self.num_parameters()
+        weights = counts["total"] - counts["wte"] - counts.get("value_embeds", 0)
         return 6 * weights + 12 * c.n_embd * c.sequence_len * c.layer_kinds.count("attention")

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from nanochat.gpt import ANY_LENGTH, GPT, PLAIN, Block, Ops, norm, rotary_tables
+from nanochat.attention import rotary_tables
+from nanochat.gpt import ANY_LENGTH, GPT, Block
+from nanochat.layers import norm
+from nanochat.ops import PLAIN, Ops
 
 TOKENS = 64  # of a comparison; products in 8 bits need a multiple of 16
 # largest relative error of a value or gradient that rounding explains

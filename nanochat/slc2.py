@@ -11,49 +11,20 @@ With h the normalised residual stream, E channels c = n*D + d in H heads of size
 (Rikka Botan, "Saint Iberis", 2025; the order of the nonlinearities is that of the published weights.)
 The decode state is the last K-1 values of u. So one code path serves training, prefill, chunked prefill and
 single tokens: it reads a window of K-1 past values and overwrites it with the next window.
-
-`Linear` is the one linear layer of the model: explicit casts in place of autocast, so that a float64 input
-gives a float64 reference and a bfloat16 input runs on the tensor cores.
 """
 
 from collections.abc import Callable
-from functools import reduce
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Linear(nn.Linear):
-    """y = x W^T without bias, W cast to x's dtype. Weight (out_features, in_features)."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in_features) to (..., out_features) in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype))
+from nanochat.layers import Linear, short_conv
 
 
 def gate(x: Tensor, alpha: Tensor, A: Tensor) -> Tensor:
     """Return u = silu(silu(alpha) outer A) * x; x (B,T,E), alpha (B,T,H), A (B,T,D) with E = H*D."""
     outer = F.silu(alpha).unsqueeze(-1) * A.unsqueeze(-2)  # (B, T, H, D)
     return F.silu(outer).flatten(-2) * x
-
-
-def short_conv(u: Tensor, weight: Tensor, window: Tensor | None = None) -> Tensor:
-    """Depthwise causal convolution as K shifted multiply-adds, summed in float32 (float64 stays float64).
-
-    u (B,T,E); weight (E,1,K); window (B,K-1,E) holds the values before u, oldest first (None: zeros), and is
-    overwritten with the last K-1 values of [window, u]. Return z (B,T,E) in u's dtype.
-    """
-    T, K = u.size(1), weight.size(-1)
-    past = F.pad(u, (0, 0, K - 1, 0)) if window is None else torch.cat([window, u], dim=1)  # (B, K-1+T, E)
-    # bf16 u times a float32 weight is float32: the sum of the taps is rounded once, at the end
-    z = reduce(torch.add, (past[:, w : w + T] * weight[:, 0, w] for w in range(K)))
-    if window is not None:
-        window.copy_(past[:, T:])
-    return z.to(u.dtype)
 
 
 def slc2_mix(layer: "SLC2", h: Tensor, window: Tensor | None = None) -> Tensor:

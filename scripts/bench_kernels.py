@@ -86,7 +86,8 @@ def time_slc2(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     import torch.nn.functional as F
 
     from nanochat.kernels.train.slc2 import PACKED_ALIGN, slc2_mix
-    from nanochat.slc2 import gate, short_conv
+    from nanochat.layers import short_conv
+    from nanochat.slc2 import gate
 
     E, H, D, T = shape.n_embd, shape.n_head, shape.head_dim, config.seq_len
     width = -(-(2 * E + D + H) // PACKED_ALIGN) * PACKED_ALIGN
@@ -106,8 +107,9 @@ def time_rope(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     """Time the step from the joint product to attention."""
     import torch
 
-    from nanochat.gpt import NORM_EPS, apply_rotary, norm, rotary_tables
+    from nanochat.attention import apply_rotary, rotary_tables
     from nanochat.kernels.train.rope import rope
+    from nanochat.layers import NORM_EPS, norm
 
     H, H_kv, D, T = shape.n_head, shape.n_kv_head, shape.head_dim, config.seq_len
     packed = torch.randn(config.tokens // T, T, (H + 2 * H_kv) * D, device="cuda", dtype=torch.bfloat16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat.gpt import apply_rotary, norm, rotary_tables
+from nanochat.attention import apply_rotary, rotary_tables
 from nanochat.kernels.decode import sampling as kernel_sampling
 from nanochat.kernels.decode.attention import attend, attend_causal, attend_reference, rope_append
 from nanochat.kernels.decode.linear import (
@@ -15,6 +15,7 @@ from nanochat.kernels.decode.linear import (
 )
 from nanochat.kernels.decode.pointwise import embed, norm_relu2
 from nanochat.kernels.decode.slc2 import slc2_mix, slc2_mix_reference, slc2_row
+from nanochat.layers import norm
 from nanochat.sampling import SamplingParams, sample_rows
 from tests.helpers.kernels import error, on_gpu, poison
 

@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from nanochat.cache import HybridCache
-from tests.helpers.models import random_model, small_config
+from tests.helpers.models import SECOND, random_model, small_config
 
 PLANS = [{"slc_rate": 0}, {"slc_rate": 1}, {"slc_rate": 2}, {"slc_rate": 3}, {"slc_rate": 3, "n_kernel": 1}]
+PLANS += [SECOND, {**SECOND, "residual_conv": 4, "slc_rate": 0, "n_head": 4, "n_kv_head": 2}]
+PLANS += [{"residual_conv": 1}, {"residual_conv": 2, "n_kernel": 4}, {"value_embeds": True}, {"x0_mix": True}]
 PLANS += [{"slc_rate": 3, "n_kernel": 4}, {"slc_rate": 2, "n_head": 4, "n_kv_head": 2}, {"n_layer": 7}]
 
 
 def poisoned_cache(config, batch_size, max_len):
     """Return a cache whose unwritten keys and values are NaN: reading one spreads NaN to the output."""
     cache = HybridCache(config, batch_size, max_len)
-    for layer, kind in zip(cache.layers, config.layer_kinds, strict=True):
-        if kind == "attention":
-            layer.k.fill_(float("nan"))
-            layer.v.fill_(float("nan"))
+    for layer in cache.layers:
+        for state in layer.kv:
+            state.fill_(float("nan"))
     return cache
 
 

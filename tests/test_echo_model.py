@@ -58,7 +58,7 @@ def test_the_state_of_another_row_changes_the_answer(kind):
         cache.copy_row(row, alone, 0)
     tokens = torch.cat(first)
     layer = cache.layers[kind == "attention"]
-    for state in [layer.window] if kind == "conv" else [layer.k, layer.v]:
+    for state in layer.windows.values() if kind == "conv" else layer.kv:
         state.copy_(state.flip(0))
     drawn = [tokens]
     for _ in range(5):

@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.attention import apply_rotary, rotary_tables
 from nanochat.cache import HybridCache, state_bytes
-from nanochat.gpt import GPT, GPTConfig, apply_rotary, head_logits, head_loss, rotary_tables
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.ops import head_logits, head_loss
 from nanochat.optim import build_optimizer
 from nanochat.optim.schedule import LearningRates
 from nanochat.sampling import SamplingParams, penalize_repetition, sample

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from nanochat.slc2 import SLC2, gate, short_conv
+from nanochat.layers import short_conv
+from nanochat.slc2 import SLC2, gate
 from tests.helpers.models import small_config
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, NORM_EPS, PLAIN, SOFTCAP, GPTConfig
-from nanochat.gpt import head_loss as plain_head_loss
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.train import cross_entropy, fp8, mlp, norm
 from nanochat.kernels.train.slc2 import PACKED_ALIGN, slc2_mix, slc2_reference
+from nanochat.layers import NORM_EPS
+from nanochat.ops import PLAIN, SOFTCAP
+from nanochat.ops import head_loss as plain_head_loss
 from nanochat.train import chunked_loss
 from nanochat.train.accelerate import accelerate, why_not_fused
 from nanochat.train.fused import fused_ops

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from nanochat.attention import rotary_tables
 from nanochat.decode.graph_decoder import GraphDecoder
 from nanochat.decode.graph_model import KernelModel, Layer
-from nanochat.gpt import ANY_LENGTH, GPT, Block, norm, rotary_tables
+from nanochat.gpt import ANY_LENGTH, GPT, Block
 from nanochat.layer_check import BOUNDS, noise, noise_for_zeros, require_same
+from nanochat.layers import norm
 
 PREFIX = 16  # tokens of the prefill
 SCALE = 2.0**-6  # of the residual stream: rounding the sum must not hide what a layer adds to it

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nanochat.decode.decoder import Decoder
 from nanochat.decode.graph_model import KernelModel
-from nanochat.gpt import GPT, SOFTCAP, GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.decode import sampling
+from nanochat.ops import SOFTCAP
 from nanochat.sampling import SamplingParams
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # of the graphs that decode; other batches are padded

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.gpt import GPT, GPTConfig, norm, rotary_tables
+from nanochat.attention import rotary_tables
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.decode.attention import attend, attend_causal, rope_append
 from nanochat.kernels.decode.linear import (
     COUNTERS,
@@ -26,6 +27,7 @@ from nanochat.kernels.decode.linear import (
 )
 from nanochat.kernels.decode.pointwise import embed, norm_relu2
 from nanochat.kernels.decode.slc2 import slc2_mix, slc2_row
+from nanochat.layers import norm
 from nanochat.slc2 import SLC2
 
 ATTENTION_PROGRAMS = 640  # at least, where the batch allows: about five for each multiprocessor

@@ -10,7 +10,7 @@ The weights keep their names, so an import after an export restores them bit for
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def export_checkpoint(
             "AutoModelForCausalLM": "modeling_saint_iberis.SaintIberisForCausalLM",
         },
         "model_type": MODEL_TYPE,
-        **asdict(model.config),
+        **model.config.to_meta(),
         **ids,
         "tie_word_embeddings": False,
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),

@@ -9,9 +9,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from nanochat.attention import rotary_tables
 from nanochat.config import GPTConfig
-from nanochat.gpt import GPT, norm, rotary_tables
+from nanochat.gpt import GPT
 from nanochat.layer_check import BOUNDS, noise, noise_for_zeros, require_same
+from nanochat.layers import norm
 
 logger = logging.getLogger(__name__)
 TOKENS = 8

@@ -19,7 +19,6 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -156,7 +155,8 @@ def _make_checkpoint(download_folder: Path, step: int, folder: Path, origin: dic
     folder.mkdir()
     tokenizer.save(tokenizer_dir(folder))
     write_json(
-        meta_path(folder, step), {**meta, "step": step, "model_config": asdict(config), "pulled_from": origin}
+        meta_path(folder, step),
+        {**meta, "step": step, "model_config": config.to_meta(), "pulled_from": origin},
     )
     model.rename(model_path(folder, step))
 

@@ -9,10 +9,12 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend
 
-from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, Ops
+from nanochat.gpt import GPT
 from nanochat.hardware import has_large_tiles
 from nanochat.kernels.train.norm import rms_norm
 from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops
+from nanochat.layers import NORM_EPS
+from nanochat.ops import SOFTCAP, Ops
 from nanochat.train.chunked_loss import head_loss
 
 logger = logging.getLogger(__name__)

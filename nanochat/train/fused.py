@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.gpt import NORM_EPS, SOFTCAP, CausalSelfAttention, Ops
+from nanochat.attention import CausalSelfAttention
 from nanochat.kernels.train import cross_entropy, fp8, mlp
 from nanochat.kernels.train.rope import rope
 from nanochat.kernels.train.slc2 import PACKED_ALIGN, slc2_mix
-from nanochat.slc2 import SLC2, Linear
+from nanochat.layers import NORM_EPS, Linear
+from nanochat.ops import SOFTCAP, Ops
+from nanochat.slc2 import SLC2
 from nanochat.train.chunked_loss import head_loss
 
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -10,12 +10,15 @@ def small_config(**changes) -> GPTConfig:
     return GPTConfig(**{**shape, **changes})
 
 
+# what the second generation has and a published model has not
+SECOND = {"residual_conv": 3, "value_embeds": True, "x0_mix": True, "score_scale": 1.44}
+
+
 def random_model(config: GPTConfig, seed: int = 0) -> GPT:
     """Return a model with normal weights, scaled to keep activations near one."""
     torch.manual_seed(seed)
     model = GPT(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            fan_in = parameter.shape[1] if parameter.ndim == 2 else parameter.shape[2]
-            parameter.normal_(std=fan_in**-0.5)
+            parameter.normal_(std=1.0 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     return model

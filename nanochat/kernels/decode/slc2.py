@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.decode.launch import pdl, release, wait
-from nanochat.slc2 import gate, short_conv
+from nanochat.layers import short_conv
+from nanochat.slc2 import gate
 
 CHANNELS = 4  # channels per program of slc2_row
 

@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.train.instructions import has_instructions, round_to, sigmoid
-from nanochat.slc2 import gate, short_conv
+from nanochat.layers import short_conv
+from nanochat.slc2 import gate
 
 PACKED_ALIGN = 64  # columns of packed are a multiple of it: rows of whole 128-byte lines
 BLOCK_T = 16  # tokens of a program at a time
