@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.n_head = config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.is_grouped = config.n_kv_head != config.n_head
         self.scale = None if config.score_scale == 1 else config.score_scale * self.head_dim**-0.5
         width = config.n_kv_head * self.head_dim

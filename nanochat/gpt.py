@@ -197,7 +197,7 @@ class GPT(nn.Module):
         x = ops.embed(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
         states = [None] * len(self.blocks) if cache is None else cache.layers
-        *links, last = self._links(x, states)
+        *links, last = self.links(x, states)
         rotary, values = self._rotary(idx.size(1), span), self._value_embeds(idx, ops)
         call = self._block_call(cache is not None)
         with self._attention_kernels(idx.size(1), cache is not None):
@@ -207,7 +207,7 @@ class GPT(nn.Module):
             cache.advance(span)
         return ops.join(x, delta, last)[1]
 
-    def _links(self, x0: Tensor, states: Sequence[LayerState | None]) -> list[Link]:
+    def links(self, x0: Tensor, states: Sequence[LayerState | None]) -> list[Link]:
         """Return what joins each layer, and finally the head, to the layer before."""
         links = [Link()]
         for block, state in zip(self.blocks, states, strict=True):

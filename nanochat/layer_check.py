@@ -10,7 +10,7 @@ such weights hold noise during the comparison, and zeros again after it. The noi
 its own, so the process's random state does not change.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.attention import sdpa_kernel
 from nanochat.attention import rotary_tables
 from nanochat.gpt import ANY_LENGTH, GPT, Block
 from nanochat.layers import norm
-from nanochat.ops import PLAIN, Ops
+from nanochat.ops import PLAIN, Link, Ops
 
 TOKENS = 64  # of a comparison; products in 8 bits need a multiple of 16
 # largest relative error of a value or gradient that rounding explains
@@ -73,22 +73,32 @@ def check_ops(model: GPT, ops: Ops, bound: float) -> None:
     tables = rotary_tables(c.sequence_len, c.head_dim, model.device)
     rotary = tuple(table[:T] for table in tables)
     h, dy = norm(noise(model, 1, T, c.n_embd)), noise(model, 1, T, c.n_embd, seed=1)
+    values = noise(model, 1, T, c.n_kv_head * c.head_dim, seed=2)
     compare = _Comparison(ops, bound)
     with noise_for_zeros(model), torch.enable_grad(), sdpa_kernel(ANY_LENGTH):
-        for i, (block, kind) in enumerate(zip(model.blocks, c.layer_kinds, strict=True)):
-            mixer = _mixer(block, rotary)
-            compare(f"layer {i} ({kind})", mixer, h, dy, block.attn)
-            compare(f"layer {i} (MLP)", lambda o, h, b=block: b.mlp(h, o.mlp), h, dy, block.mlp)
+        links = model.links(norm(noise(model, 1, T, c.n_embd, seed=3)), [None] * c.n_layer)[1:]
+        for i, (block, kind, link) in enumerate(zip(model.blocks, c.layer_kinds, links, strict=True)):
+            compare(f"layer {i} ({kind})", _mixer(block, rotary, values), h, dy, block.attn.parameters())
+            mlp = [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
+            compare(f"layer {i} (MLP)", lambda o, h, b=block: b.mlp(h, o.mlp), h, dy, mlp)
+            scales = [p for p in (link.conv, link.resid_scale, link.x0_scale) if p is not None]
+            compare(f"layer {i} (join to the next)", _join(link, dy), h, torch.cat([dy, h], -1), scales)
         targets = (torch.arange(T, device=model.device) * 7 % c.vocab_size)[None]
         one = torch.ones((), device=model.device)
         weight = model.lm_head.weight
-        compare("the loss", lambda o, h: o.loss(h, weight, targets, "mean"), h, one, model.lm_head)
+        compare("the loss", lambda o, h: o.loss(h, weight, targets, "mean"), h, one, [weight])
 
 
-def _mixer(block: Block, rotary: tuple[Tensor, ...]) -> Callable[[Ops, Tensor], Tensor]:
+def _mixer(block: Block, rotary: tuple[Tensor, ...], values: Tensor) -> Callable[[Ops, Tensor], Tensor]:
     if block.is_attention:
-        return lambda ops, h: block.attn(h, *rotary, inputs=ops.attention_inputs)
+        return lambda ops, h: block.attn(
+            h, *rotary, values, inputs=ops.attention_inputs, conv=ops.residual_conv
+        )
     return lambda ops, h: block.attn(h, mix=ops.slc2_mix)
+
+
+def _join(link: Link, delta: Tensor) -> Callable[[Ops, Tensor], Tensor]:
+    return lambda ops, h: torch.cat(ops.join(h, delta, link), -1)
 
 
 class _Comparison:
@@ -96,12 +106,19 @@ class _Comparison:
         self.ops, self.bound = ops, bound
 
     def __call__(
-        self, layer: str, function: Callable[[Ops, Tensor], Tensor], h: Tensor, dy: Tensor, module: nn.Module
+        self,
+        layer: str,
+        function: Callable[[Ops, Tensor], Tensor],
+        h: Tensor,
+        dy: Tensor,
+        weights: Iterable[Tensor],
     ) -> None:
+        weights = list(weights)
+
         def value_and_gradients(ops: Ops) -> list[Tensor]:
             x = h.detach().clone().requires_grad_()
             y = function(ops, x)
-            return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy.to(y.dtype))]
+            return [y.detach(), *torch.autograd.grad(y, [x, *weights], dy.to(y.dtype))]
 
         fast, plain = value_and_gradients(self.ops), value_and_gradients(PLAIN)
         require_same(layer, fast, plain, self.bound, "the training kernels", "train with --fused=False")

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 PARTS = (  # the first pattern that matches a kernel's name counts
     ("attention", "sdpa|flash|fmha|cudnn::fusion"),
     ("slc2", "^_slc2"),
-    ("rope", "^_rope"),
+    ("attention_inputs", "^_rope|^_attention_inputs|^_queries_and_values|^_keys"),
+    ("residual_conv", "^_residual_conv"),
+    ("join", "^_join"),
     ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),
     ("mlp_product", "^_linear_relu2"),
     ("transpose", "^_transpose"),

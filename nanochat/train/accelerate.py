@@ -31,8 +31,8 @@ def why_not_fused(model: GPT, fp8: bool = False) -> str:
         return f"activations are {model.activation_dtype}, not bfloat16"
     if D < 16 or D & (D - 1):
         return f"heads of {D} channels are not a power of two, 16 or more"
-    if K > MAX_TAPS:
-        return f"n_kernel={K} is more than {MAX_TAPS}"
+    if max(K, config.residual_conv) > MAX_TAPS:
+        return f"n_kernel={K} or residual_conv={config.residual_conv} is more than {MAX_TAPS}"
     if fp8 and not has_large_tiles(model.device):
         return "in 8 bits they are for Hopper and data-centre Blackwell cards"
     if fp8 and (T % 16 or V % 16):
@@ -67,7 +67,8 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         model.use(Ops(loss=partial(head_loss, cap=SOFTCAP)))
     if compile:
         if fused:  # not compiled it would be many passes over memory
-            model.use(replace(model.ops, norm=partial(rms_norm, eps=NORM_EPS)))
+            norm = partial(rms_norm, eps=NORM_EPS)
+            model.use(replace(model.ops, norm=norm, join=partial(model.ops.join, norm=norm)))
         model.compile_blocks()
     if model.device.type == "cuda":
         by = "kernels in 8 bits" if fp8 else "kernels" if fused else "plain PyTorch"

@@ -1,0 +1,124 @@
+"""The kernels of the second generation in training, against float64 by the plain equations."""
+
+import pytest
+import torch
+
+from nanochat import ops
+from nanochat.attention import CausalSelfAttention, attention_inputs, rotary_tables
+from nanochat.kernels.train import join as join_kernel
+from nanochat.kernels.train import residual_conv as conv_kernel
+from nanochat.layers import NORM_EPS, residual_conv
+from nanochat.train.fused import fused_attention_inputs
+from tests.helpers.kernels import error, on_gpu, poison
+from tests.helpers.models import small_config
+
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-3)}  # relative error of values, gradients
+SIZES = [(2, 1), (3, 7), on_gpu(1, 2), on_gpu(2, 37), on_gpu(3, 300), on_gpu(32, 2048)]
+
+
+def gradients(function, dys, *inputs):
+    """Return results and gradients of inputs for gradients dys of the results."""
+    inputs = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    results = function(*inputs)
+    dys = [dy.to(y.dtype) for y, dy in zip(results, dys, strict=True)]
+    found = torch.autograd.grad(results, [x for x in inputs if x is not None], dys)
+    # the scales' are one number each, in which terms cancel: compared as one vector
+    scales = [g for g in found if g.numel() == 1]
+    return results, [g for g in found if g.numel() > 1] + ([torch.cat(scales)] if scales else [])
+
+
+def same(found, expected, dtype):
+    for kind, bound in enumerate(TOLERANCE[dtype]):
+        for i, (value, reference) in enumerate(zip(found[kind], expected[kind], strict=True)):
+            assert value.shape == reference.shape
+            assert error(value, reference) < bound, (kind, i)
+
+
+def rounded(dtype, device, *shape, scale=1.0):
+    return (scale * torch.randn(*shape, device=device)).to(dtype)
+
+
+@pytest.mark.parametrize(("B", "T"), SIZES)
+@pytest.mark.parametrize(("C", "K"), [(40, 3), (130, 1), (16, 4), (128, 2), on_gpu(768, 3), on_gpu(1280, 4)])
+def test_residual_conv(device, dtype, B, T, C, K):
+    u, dy = rounded(dtype, device, B, T, C), rounded(dtype, device, B, T, C)
+    conv = torch.randn(C, 1, K, device=device)
+    expected = gradients(lambda u, w: [residual_conv(u, w)], [dy], u.double(), conv.double())
+    poison(B, T, C, dtype=dtype, device=device)  # freed: the op is likely to be given it
+    same(gradients(lambda u, w: [conv_kernel.residual_conv(u, w)], [dy], u, conv), expected, dtype)
+
+
+@pytest.mark.parametrize(("B", "T"), SIZES)
+@pytest.mark.parametrize(
+    ("E", "K"), [(40, 3), (24, 0), (16, 4), on_gpu(128, 2), on_gpu(768, 3), on_gpu(1280, 3)]
+)
+@pytest.mark.parametrize("is_mixed", [True, False])
+def test_join(device, dtype, B, T, E, K, is_mixed):
+    """The stream, its norm and all gradients; tokens of very different size."""
+    sizes = torch.logspace(-2, 1, B * T, device=device).view(B, T, 1)
+    x, m, x0, ds, dh = (rounded(dtype, device, B, T, E) for _ in range(5))
+    x, ds = (x * sizes).to(dtype), ds + x0  # so that the sums over all tokens do not cancel
+    conv = torch.randn(E, 1, K, device=device) if K else None
+    scales = [torch.tensor([value], device=device) for value in (1.3, -0.7)] if is_mixed else [None] * 2
+    inputs = [x, m, conv, x0 if is_mixed else None, *scales]
+
+    def plain(x, m, conv, x0, rho, lam):
+        return ops.join(x, m, ops.Link(conv, None, x0, rho, lam))
+
+    def kernel(*inputs):
+        return join_kernel.join(*inputs, NORM_EPS)[:2]
+
+    expected = gradients(plain, [ds, dh], *(v if v is None else v.double() for v in inputs))
+    poison(B, T, E, dtype=dtype, device=device)
+    same(gradients(kernel, [ds, dh], *inputs), expected, dtype)
+    # the head reads the norm alone
+    expected = gradients(lambda *v: plain(*v)[1:], [dh], *(v if v is None else v.double() for v in inputs))
+    same(gradients(lambda *v: kernel(*v)[1:], [dh], *inputs), expected, dtype)
+
+
+@pytest.mark.parametrize(("B", "T"), [*SIZES[:-2], on_gpu(3, 300), on_gpu(4, 2048)])
+@pytest.mark.parametrize(
+    ("H", "H_kv", "D"), [(3, 3, 16), (4, 2, 16), on_gpu(2, 1, 32), on_gpu(6, 6, 128), on_gpu(10, 2, 128)]
+)
+@pytest.mark.parametrize(
+    "parts",
+    [{"residual_conv": 3, "value_embeds": True}, {"residual_conv": 2}, {"value_embeds": True}],
+    ids=str,
+)
+def test_attention_inputs(device, dtype, B, T, H, H_kv, D, parts):
+    """Queries, keys and values, and the gradients of the layer's input, weights and value embeddings."""
+    attn = CausalSelfAttention(small_config(n_head=H, n_kv_head=H_kv, n_embd=H * D, **parts)).to(device)
+    with torch.no_grad():
+        for p in attn.parameters():
+            p.copy_(torch.randn_like(p) * p.shape[-1] ** -0.5).copy_(p.to(dtype))
+    cos, sin = (table[:T] for table in rotary_tables(T + 5, D, torch.device(device)))
+    h = rounded(dtype, device, B, T, H * D)
+    wide = poison(B, T, 3 * H_kv * D, dtype=dtype, device=device)  # the layer's share of a wider table
+    embeds = wide[..., H_kv * D : 2 * H_kv * D].copy_(rounded(dtype, device, B, T, H_kv * D))
+    embeds = embeds if attn.value_gate is not None else None
+    dys = [rounded(dtype, device, B, heads, T, D) for heads in (H, H_kv, H_kv)]
+    names = [name for name, _ in attn.named_parameters() if not name.startswith(("c_proj", "y_conv"))]
+
+    def run(inputs, h, embeds, *weights):
+        made = dict(zip(names, weights, strict=True))
+        for name in names:
+            module, _ = name.split(".")
+            owner = getattr(attn, module)
+            del owner._parameters["weight"]
+            owner.weight = made[name]
+        results = inputs(attn, h, cos, sin, embeds)
+        for name in names:
+            owner = getattr(attn, name.split(".")[0])
+            value = owner.__dict__.pop("weight")
+            owner._parameters["weight"] = torch.nn.Parameter(value.detach().float())
+        return results
+
+    weights = [attn.get_parameter(name).detach() for name in names]
+    wide_inputs = [v if v is None else v.double() for v in (h, embeds, *weights)]
+    expected = gradients(lambda *v: run(attention_inputs, *v), dys, *wide_inputs)
+    poison(B, T, (H + 2 * H_kv) * D + 64, dtype=dtype, device=device)
+
+    def fused(*args):
+        return fused_attention_inputs(*args, product=torch.nn.functional.linear)
+
+    same(gradients(lambda *v: run(fused, *v), dys, h, embeds, *weights), expected, dtype)
