@@ -121,7 +121,7 @@ def time_rope(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    yield {"by": "kernel", **both_ways(lambda p: rope(p, cos, sin, H, NORM_EPS), packed)}
+    yield {"by": "kernel", **both_ways(lambda p: rope(p, cos, sin, H, H_kv, NORM_EPS), packed)}
     yield {"by": "compiled", **both_ways(plain, packed)}
 
 
@@ -129,17 +129,17 @@ def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dic
     """Time head and loss; the plain one on an eighth of the tokens, to fit memory."""
     import torch
 
-    from nanochat import gpt
+    from nanochat import ops
     from nanochat.kernels.train.cross_entropy import cross_entropy_
     from nanochat.train.chunked_loss import head_loss
 
-    fused = partial(head_loss, cap=gpt.SOFTCAP, cross_entropy_=cross_entropy_)
+    fused = partial(head_loss, cap=ops.SOFTCAP, cross_entropy_=cross_entropy_)
     x = torch.randn(1, config.tokens, shape.n_embd, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(shape.vocab_size, shape.n_embd, device="cuda") * shape.n_embd**-0.5
     targets = torch.randint(0, shape.vocab_size, (1, config.tokens), device="cuda")
     yield {"by": "kernel", **both_ways(lambda x, w: fused(x, w, targets, "sum"), x, weight)}
     few = config.tokens // 8
-    plain = torch.compile(gpt.head_loss, dynamic=False)
+    plain = torch.compile(ops.head_loss, dynamic=False)
     yield {
         "by": "compiled",
         "tokens": few,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PARTS = (  # the first pattern that matches a kernel's name counts
     ("attention", "sdpa|flash|fmha|cudnn::fusion"),
     ("slc2", "^_slc2"),
-    ("attention_inputs", "^_rope|^_attention_inputs|^_queries_and_values|^_keys"),
+    ("rope", "^_rope"),
     ("residual_conv", "^_residual_conv"),
     ("join", "^_join"),
     ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),

@@ -66,7 +66,7 @@ def test_rope(device, dtype, H, H_kv, D, B, T, order):
     (expected_gradient,) = torch.autograd.grad(expected, packed, [g.double() for g in gradients])
     made = packed.clone()  # stands for the product: the op writes over it
     poison(B, T, H + H_kv, device=device, dtype=torch.float32)  # freed: the op is likely to be given it
-    results = rope(made, cos, sin, H, NORM_EPS)
+    results = rope(made, cos, sin, H, H_kv, NORM_EPS)
     poison(*packed.shape, device=device, dtype=dtype)
     (gradient,) = torch.autograd.grad(results, packed, gradients)
     for result, value in zip(results[:2], expected[:2], strict=True):
@@ -94,7 +94,7 @@ def test_rope_of_gradients_that_are_not_dense(device):
         return torch.autograd.grad(2 * q.sum() - k.sum() + 3 * v.sum(), packed)[0]
 
     expected = gradient(reference, packed.double())
-    assert error(gradient(rope, packed, NORM_EPS), expected) < 1e-5
+    assert error(gradient(rope, packed, 1, NORM_EPS), expected) < 1e-5
 
 
 @pytest.mark.parametrize("compiled", [False, on_gpu(True)])
@@ -104,7 +104,7 @@ def test_rope_keeps_one_copy(device, dtype, compiled):
     cos, sin = tables(T, D, device)
 
     def attend(h, weight):
-        q, k, v = rope(F.linear(h, weight), cos, sin, H, NORM_EPS)
+        q, k, v = rope(F.linear(h, weight), cos, sin, H, H, NORM_EPS)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     h = torch.randn(B, T, 16, device=device).to(dtype)
@@ -156,9 +156,12 @@ def test_rope_in_a_layer(device, dtype, H, H_kv, D, compiled):
 
 def test_rope_is_an_operator(device):
     """torch.compile may rely on what they declare: shapes, and what they write over."""
-    packed = projection(device, torch.float32, 2, 3, 80)
     cos, sin = tables(3, 16, device)
-    torch.library.opcheck(rope_, (packed.clone(), cos, sin, 3, 1, NORM_EPS))
-    scales = rope_(packed, cos, sin, 3, 1, NORM_EPS)
+    more = [torch.randn(*shape, device=device) for shape in ((2, 3, 16), (16, 1, 3), (2, 3, 16))]
     gradients = [torch.randn(2, heads, 3, 16, device=device) for heads in (3, 1, 1)]
-    torch.library.opcheck(rope_backward, (*gradients, packed, scales, cos, sin))
+    for keys, conv, embeds in ((None, None, None), more):
+        packed = projection(device, torch.float32, 2, 3, 80 if embeds is None else 128)
+        copies = packed.clone(), keys if keys is None else keys.clone()
+        torch.library.opcheck(rope_, (*copies, embeds, cos, sin, 3, 1, NORM_EPS))
+        scales = rope_(packed, keys, embeds, cos, sin, 3, 1, NORM_EPS)
+        torch.library.opcheck(rope_backward, (*gradients, packed, keys, conv, embeds, scales, cos, sin))

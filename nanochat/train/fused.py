@@ -13,7 +13,6 @@ from torch import Tensor
 from nanochat import ops
 from nanochat.attention import GATE_INPUTS, CausalSelfAttention
 from nanochat.kernels.train import cross_entropy, fp8, mlp
-from nanochat.kernels.train.attention_inputs import attention_inputs
 from nanochat.kernels.train.join import join
 from nanochat.kernels.train.residual_conv import residual_conv
 from nanochat.kernels.train.rope import rope
@@ -49,14 +48,15 @@ def fused_attention_inputs(
 ) -> tuple[Tensor, ...]:
     """Compute attention.attention_inputs, without decode state, by one product and one kernel."""
     assert window is None, "decoding uses the plain layer"
-    weights = [attn.c_q.weight, attn.c_k.weight, attn.c_v.weight]
-    if attn.k_conv is None and attn.value_gate is None:
-        return rope(joint_linear(h, weights, product), cos, sin, attn.n_head, NORM_EPS)
-    if attn.value_gate is not None:
+    weights, multiple = [attn.c_q.weight, attn.c_k.weight, attn.c_v.weight], 1
+    if attn.value_gate is None:
+        value_embeds = None
+    else:
         weights.append(F.pad(attn.value_gate.weight, (0, h.size(-1) - GATE_INPUTS)))
-    packed = joint_linear(h, weights, product, PACKED_ALIGN)
+        multiple = PACKED_ALIGN
+    packed = joint_linear(h, weights, product, multiple)
     conv = None if attn.k_conv is None else attn.k_conv.weight
-    return attention_inputs(packed, conv, value_embeds, cos, sin, attn.n_head, attn.n_kv_head, NORM_EPS)
+    return rope(packed, cos, sin, attn.n_head, attn.n_kv_head, NORM_EPS, conv, value_embeds)
 
 
 def fused_residual_conv(u: Tensor, weight: Tensor, window: None = None) -> Tensor:

@@ -8,8 +8,9 @@ embedding (1 and 0 in a model without them):
     g = ds + k (dh - h mean(dh h))                 dx = rho g;  dx0 = lam g
     dm[t] = dx[t] + sum_j w_j dx[t+j]              dlam = sum g x0;  drho = (sum g h / k - lam dlam) / rho
 
-The kernel reads m once and its neighbours from the cache. The backward needs h, which the product after the
-norm saves as well, and m; the part of the convolution is that of residual_conv.py.
+A program of the forward walks along the tokens, with the neighbours of m in registers. The backward needs h,
+which the product after the norm saves as well, and m; its part for the convolution is that of
+residual_conv.py.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.train.residual_conv import residual_conv_backward
+from nanochat.kernels.train.residual_conv import load_taps, residual_conv_backward, shifted
 
-ROWS = 8  # tokens of a program, in turn
+ROWS, WARPS = 16, 4  # tokens of a program, in turn
 
 
 @triton.jit
@@ -44,17 +45,25 @@ def _join_forward(
     ROWS: tl.constexpr,
 ):
     c = tl.arange(0, BLOCK)
-    taps = ()
-    for j in tl.static_range(TAPS):
-        taps += (tl.load(conv_ptr + c * TAPS + TAPS - 1 - j, mask=c < E, other=0.0),)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    taps = load_taps(conv_ptr, c, E, TAPS)
+    before = ()
+    for j in tl.static_range(1, TAPS):
+        is_in = (c < E) & (first >= j)
+        before += (tl.load(m_ptr + (first - j) * E + c, mask=is_in, other=0.0).to(tl.float32),)
     for i in range(ROWS):
-        t = tl.program_id(0) * ROWS + i
-        at = t.to(tl.int64) * E + c
+        t = first + i
+        at = t * E + c
         is_in = (c < E) & (t < N)
         s = tl.load(x_ptr + at, mask=is_in, other=0.0).to(tl.float32)
-        s += tl.load(m_ptr + at, mask=is_in, other=0.0).to(tl.float32)
-        for j in tl.static_range(TAPS):
-            s += taps[j] * tl.load(m_ptr + at - j * E, mask=is_in & (t % T >= j), other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + at, mask=is_in, other=0.0).to(tl.float32)
+        s += m
+        if TAPS > 0:
+            s += taps[0] * m
+        for j in tl.static_range(1, TAPS):
+            s += tl.where(t % T >= j, taps[j], 0.0) * before[j - 1]
+        if TAPS > 1:
+            before = shifted(m, before)
         if x0_ptr is not None:
             x0 = tl.load(x0_ptr + at, mask=is_in, other=0.0).to(tl.float32)
             s = tl.load(rho_ptr) * s + tl.load(lam_ptr) * x0
@@ -124,7 +133,7 @@ def join(
     taps = 0 if conv is None else conv.size(-1)
     _join_forward[(triton.cdiv(B * T, ROWS),)](
         x, m, conv, x0, rho, lam, s, h, k, B * T, T, eps, E, taps, triton.next_power_of_2(E), ROWS,
-        num_warps=4,
+        num_warps=WARPS,
     )  # fmt: skip
     return s, h, k
 
@@ -150,7 +159,7 @@ def join_backward(
     dx0 = torch.empty_like(h) if x0 is not None else h.new_empty(0)
     sums = k.new_empty(programs, 2) if x0 is not None else k.new_empty(0)
     _join_backward[(programs,)](
-        ds, dh, h, k, x0, rho, lam, dx, dx0, sums, B * T, E, triton.next_power_of_2(E), ROWS, num_warps=4
+        ds, dh, h, k, x0, rho, lam, dx, dx0, sums, B * T, E, triton.next_power_of_2(E), ROWS, num_warps=WARPS
     )
     if rho is None or lam is None:
         return dx, dx0, sums
