@@ -6,11 +6,13 @@ nanochat/decode/graph_model.py, kernels/decode          decoding kernels
 nanochat/hub/transformers_model/modeling_...            the exported file
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import gpt, slc2
+from nanochat import attention, ops, slc2
 from nanochat.decode.graph_check import check_decoder
 from nanochat.decode.graph_decoder import GraphDecoder
 from nanochat.decode.running import decoder_for
@@ -21,6 +23,7 @@ from nanochat.kernels.train import slc2 as kernels_slc2
 from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops, noise_for_zeros
 from nanochat.train.accelerate import accelerate, why_not_fused
 from nanochat.train.fused import fused_ops
+from tests.helpers.models import SECOND
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +70,25 @@ def test_all_agree_and_nothing_is_left_behind(check, model):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_second_generation_is_trained_as_it_is_written(model, monkeypatch):
+    """A convolution, the value embeddings and the scales, each changed in the plain functions alone."""
+    second = GPT(replace(CONFIG, **SECOND), model.compute_dtype).to(model.device)
+    second.init_weights()
+    check_training(second)
+
+    plain = attention.residual_conv
+    changes = [
+        (attention, "residual_conv", lambda u, w, window=None: plain(u, w.flip(-1), window), "1 .attention."),
+        (attention.torch, "sigmoid", torch.tanh, "1 .attention."),
+        (ops, "residual_conv", lambda u, w, window=None: plain(u, 2 * w, window), "0 .join to the next."),
+    ]
+    for module, name, replacement, layer in changes:
+        monkeypatch.setattr(module, name, replacement)
+        with pytest.raises(ValueError, match=f"layer {layer}"):
+            check_training(second)
+        monkeypatch.undo()
+
+
 def doubled_gate(x, alpha, A):
     return F.silu((2 * F.silu(alpha)).unsqueeze(-1) * A.unsqueeze(-2)).flatten(-2) * x
 
@@ -78,7 +100,7 @@ def reversed_conv(u, weight, window=None, conv=slc2.short_conv):
 CHANGES = {
     "slc2 gate": (slc2, "gate", doubled_gate, "layer 0 .slc2."),
     "slc2 convolution": (slc2, "short_conv", reversed_conv, "layer 0 .slc2."),
-    "attention": (gpt, "apply_rotary", lambda x, cos, sin: x * cos.mean(), "layer 1 .attention."),
+    "attention": (attention, "apply_rotary", lambda x, cos, sin: x * cos.mean(), "layer 1 .attention."),
 }
 
 
@@ -100,7 +122,7 @@ def test_a_layer_changed_in_one_place_is_refused(check, change, model, monkeypat
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_changed_mlp_is_refused(check, model, monkeypatch):
     """Its c_proj is zero at the start, which made all MLPs alike."""
-    monkeypatch.setattr(gpt.F, "relu", torch.Tensor.abs)
+    monkeypatch.setattr(ops.F, "relu", torch.Tensor.abs)
     if check is check_export:
         pytest.skip("the exported file reads the same torch.nn.functional")
     with pytest.raises(ValueError, match=r"layer 0 .MLP."):

@@ -12,7 +12,7 @@ from nanochat.train.fused import fused_attention_inputs
 from tests.helpers.kernels import error, on_gpu, poison
 from tests.helpers.models import small_config
 
-TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-3)}  # relative error of values, gradients
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}  # relative error of values, gradients
 SIZES = [(2, 1), (3, 7), on_gpu(1, 2), on_gpu(2, 37), on_gpu(3, 300), on_gpu(32, 2048)]
 
 

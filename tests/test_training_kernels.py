@@ -16,7 +16,7 @@ from nanochat.train import chunked_loss
 from nanochat.train.accelerate import accelerate, why_not_fused
 from nanochat.train.fused import fused_ops
 from tests.helpers.kernels import error, on_gpu, poison
-from tests.helpers.models import random_model
+from tests.helpers.models import SECOND, random_model
 
 pytestmark = pytest.mark.slow
 
@@ -312,11 +312,12 @@ def test_mlp_fp8(device, emulated_fp8, M, E):
     assert error(dweight, expected_dweight) < 4e-3
 
 
+@pytest.mark.parametrize("generation", [{}, SECOND], ids=["published", "second"])
 @pytest.mark.parametrize("has_large_tiles", [True, False])
-def test_fused_model_is_the_plain_one(has_large_tiles, small_tiles):
+def test_fused_model_is_the_plain_one(has_large_tiles, generation, small_tiles):
     """Loss and gradients of every parameter, in float32; the decode state is kept as before."""
     torch.manual_seed(0)
-    model = random_model(GPTConfig(16, 50, 3, 2, 2, 32, 3, 3))
+    model = random_model(GPTConfig(16, 50, 3, 2, 2, 32, 3, 3, **generation))
     idx = torch.randint(0, 50, (2, 6))
 
     def run():

@@ -1,7 +1,8 @@
 """Estimate the memory of training from shapes, and derive the number of sequences of a forward.
 
 Estimated and measured GiB for 32 x 2,048 tokens: without the training kernels 29.3 and 29.3 at d12, 67.6 and
-67.3 at d20 (vocabulary 32,768); with them 16.5 and 16.1, 41.4 and 40.2 (vocabulary 65,536).
+67.3 at d20 (vocabulary 32,768); with them 16.5 and 16.1, 41.4 and 40.2 (vocabulary 65,536). The second
+generation with them: 20.1 and 19.6 at d12 (vocabulary 32,768), 57.6 and 55.4 at d20 (65,536).
 """
 
 from __future__ import annotations
@@ -32,15 +33,20 @@ def training_bytes(
     # by layer: weights in float32, gradients, one running mean, bfloat16 copies of weights and gradients
     matrices = {"attention": 12 * E * E, "slc2": 11 * E * E + E * (config.head_dim + config.n_head)}
     weights = sum(matrices[kind] for kind in config.layer_kinds) * 16 + 2 * V * E * 20
+    n_attention, width = config.layer_kinds.count("attention"), config.n_kv_head * config.head_dim
+    tables = n_attention * width if config.value_embeds else 0  # channels of value embeddings
+    weights += V * tables * 18
     # bytes a layer keeps for each token: residual stream, norms, projections, mixer, hidden layer
     kept = {"attention": 20 * E, "slc2": 18 * E + 2 * config.head_dim}
+    if config.residual_conv:  # inputs of the convolutions: MLP's output; keys and attention's output
+        kept = {"attention": kept["attention"] + 4 * E + 2 * width, "slc2": kept["slc2"] + 2 * E}
     if not fused_mlp:
         kept = {kind: size + 8 * E for kind, size in kept.items()}  # the hidden layer before relu^2
     layers = [(kept[kind] if fused else 33 * E) * tokens for kind in config.layer_kinds]
     activations = max(layers) + len(layers) * 4 * E * tokens if checkpointing else sum(layers)
     # logits: one chunk of them; without the kernels all tokens, twice
     head = min(CHUNK_BYTES["cuda"], 2 * V * tokens) if fused else 4 * V * tokens
-    return weights + activations + head + 8 * V * E + 8 * E * tokens
+    return weights + activations + head + 8 * V * E + (8 * E + 2 * tables) * tokens
 
 
 def fit(config: GPTConfig, free_bytes: int, **kernels: bool) -> tuple[int, bool]:

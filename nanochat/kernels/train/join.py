@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanochat.kernels.train.residual_conv import load_taps, residual_conv_backward, shifted
 
-ROWS, WARPS = 16, 4  # tokens of a program, in turn
+ROWS, WARPS = 8, 2  # tokens of a program, in turn
 
 
 @triton.jit
