@@ -83,10 +83,10 @@ def test_the_second_generation_is_trained_as_it_is_written(model, monkeypatch):
         (ops, "residual_conv", lambda u, w, window=None: plain(u, 2 * w, window), "0 .join to the next."),
     ]
     for module, name, replacement, layer in changes:
-        monkeypatch.setattr(module, name, replacement)
-        with pytest.raises(ValueError, match=f"layer {layer}"):
-            check_training(second)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, replacement)
+            with pytest.raises(ValueError, match=f"layer {layer}"):
+                check_training(second)
 
 
 def doubled_gate(x, alpha, A):
