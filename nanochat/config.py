@@ -42,7 +42,7 @@ class GPTConfig:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
 
     @classmethod
-    def from_depth(cls, depth: int, **changes: int) -> "GPTConfig":
+    def from_depth(cls, depth: int, **changes: Any) -> "GPTConfig":
         """Return the shape of a depth: width 64 * depth, rounded up to whole heads of 128."""
         n_head = -(-64 * depth // HEAD_DIM)
         shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * HEAD_DIM}

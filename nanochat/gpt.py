@@ -217,7 +217,7 @@ class GPT(nn.Module):
         if resid is None or embedding is None:
             return links
         mixed = [
-            link._replace(x0=x0, resid_scale=r, x0_scale=e)
+            link._replace(mix=(r, e, x0))
             for link, r, e in zip(links, resid.split(1), embedding.split(1), strict=False)
         ]
         return [*mixed, links[-1]]

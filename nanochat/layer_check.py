@@ -81,8 +81,9 @@ def check_ops(model: GPT, ops: Ops, bound: float) -> None:
             compare(f"layer {i} ({kind})", _mixer(block, rotary, values), h, dy, block.attn.parameters())
             mlp = [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
             compare(f"layer {i} (MLP)", lambda o, h, b=block: b.mlp(h, o.mlp), h, dy, mlp)
-            scales = [p for p in (link.conv, link.resid_scale, link.x0_scale) if p is not None]
-            compare(f"layer {i} (join to the next)", _join(link, dy), h, torch.cat([dy, h], -1), scales)
+            taps, scales = [] if link.conv is None else [link.conv], link.mix[:2] if link.mix else ()
+            dy2 = torch.cat([dy, h], -1)
+            compare(f"layer {i} (join to the next)", _join(link, dy), h, dy2, [*taps, *scales])
         targets = (torch.arange(T, device=model.device) * 7 % c.vocab_size)[None]
         one = torch.ones((), device=model.device)
         weight = model.lm_head.weight

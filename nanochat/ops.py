@@ -33,9 +33,7 @@ class Link(NamedTuple):
 
     conv: Tensor | None = None  # taps (E,1,K) on the output of the MLP before
     window: Tensor | None = None  # their state in decoding (B,K-1,E), updated in place
-    x0: Tensor | None = None  # the embedding (B,T,E)
-    resid_scale: Tensor | None = None  # of the stream (1,)
-    x0_scale: Tensor | None = None  # of the embedding (1,)
+    mix: tuple[Tensor, Tensor, Tensor] | None = None  # scale of the stream (1,), that of x0 (1,), x0 (B,T,E)
 
 
 def join(
@@ -45,8 +43,9 @@ def join(
     if link.conv is not None:
         delta = residual_conv(delta, link.conv, link.window)
     x = x + delta
-    if link.x0 is not None:
-        x = (link.resid_scale * x + link.x0_scale * link.x0).to(x.dtype)  # by float32 factors, rounded once
+    if link.mix is not None:
+        resid_scale, x0_scale, x0 = link.mix
+        x = (resid_scale * x + x0_scale * x0).to(x.dtype)  # by float32 factors, rounded once
     return x, norm(x)
 
 

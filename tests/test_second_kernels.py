@@ -60,10 +60,10 @@ def test_join(device, dtype, B, T, E, K, is_mixed):
     x, ds = (x * sizes).to(dtype), ds + x0  # so that the sums over all tokens do not cancel
     conv = torch.randn(E, 1, K, device=device) if K else None
     scales = [torch.tensor([value], device=device) for value in (1.3, -0.7)] if is_mixed else [None] * 2
-    inputs = [x, m, conv, x0 if is_mixed else None, *scales]
+    inputs = [x, m, conv, *scales, x0 if is_mixed else None]
 
-    def plain(x, m, conv, x0, rho, lam):
-        return ops.join(x, m, ops.Link(conv, None, x0, rho, lam))
+    def plain(x, m, conv, rho, lam, x0):
+        return ops.join(x, m, ops.Link(conv, None, None if x0 is None else (rho, lam, x0)))
 
     def kernel(*inputs):
         return join_kernel.join(*inputs, NORM_EPS)[:2]

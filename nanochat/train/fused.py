@@ -68,9 +68,9 @@ def fused_residual_conv(u: Tensor, weight: Tensor, window: None = None) -> Tenso
 def fused_join(x: Tensor, delta: Tensor, link: Link, norm: Norm = norm) -> tuple[Tensor, Tensor]:
     """Compute ops.join, without decode state: by one kernel if it is more than a sum and its norm."""
     assert link.window is None, "decoding uses the plain layer"
-    if link.conv is None and link.x0 is None:
+    if link.conv is None and link.mix is None:
         return ops.join(x, delta, link, norm)
-    return join(x, delta, link.conv, link.x0, link.resid_scale, link.x0_scale, NORM_EPS)[:2]
+    return join(x, delta, link.conv, *(link.mix or (None, None, None)), NORM_EPS)[:2]
 
 
 def fused_slc2_mix(layer: SLC2, h: Tensor, window: None = None, *, product: Product) -> Tensor:

@@ -118,9 +118,9 @@ def join(
     x: Tensor,
     m: Tensor,
     conv: Tensor | None,
-    x0: Tensor | None,
     rho: Tensor | None,
     lam: Tensor | None,
+    x0: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return s and h (B,T,E) in x's dtype, and k (B,T) float32, of x, m and x0 (B,T,E), contiguous.
@@ -139,7 +139,7 @@ def join(
 
 
 @join.register_fake
-def _(x, m, conv, x0, rho, lam, eps):
+def _(x, m, conv, rho, lam, x0, eps):
     return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
@@ -178,7 +178,7 @@ def _(ds, dh, h, k, x0, rho, lam):
 
 
 def _save(ctx, inputs, output):
-    _, m, conv, x0, rho, lam, _ = inputs
+    _, m, conv, rho, lam, x0, _ = inputs
     ctx.save_for_backward(m, conv, x0, rho, lam, *output[1:])
 
 
@@ -188,7 +188,7 @@ def _differentiate(ctx, ds, dh, _):
     dm, dconv = (dx, None) if conv is None else residual_conv_backward(dx, m, conv)
     if x0 is None:
         return dx, dm, dconv, None, None, None, None
-    return dx, dm, dconv, dx0, dscales[:1], dscales[1:], None
+    return dx, dm, dconv, dscales[:1], dscales[1:], dx0, None
 
 
 join.register_autograd(_differentiate, setup_context=_save)
