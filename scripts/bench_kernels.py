@@ -1,6 +1,6 @@
 """Time the training kernels beside compiled plain PyTorch, at the shapes of a depth: one JSON line each.
 
-    python -m scripts.bench_kernels                      # slc2, rope, head_loss, mlp and the products of d20
+    python -m scripts.bench_kernels                      # all kernels, and the products, of d20
     python -m scripts.bench_kernels --ops mlp --depth=12
 
 Run it from the root of the checkout: each op must first pass its tests (those of TESTS with its name) on this
@@ -14,10 +14,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from nanochat.common import parse, require_at_least, run, setup_runtime
 
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
     from nanochat.config import GPTConfig
 
-TESTS = [Path("tests") / name for name in ("test_training_kernels.py", "test_rope_kernel.py")]
-Op = Literal["slc2", "rope", "head_loss", "mlp", "products"]
+FILES = ("test_training_kernels.py", "test_rope_kernel.py", "test_second_kernels.py")
+TESTS = [Path("tests") / name for name in FILES]
+Op = Literal["slc2", "rope", "attention_inputs", "residual_conv", "join", "head_loss", "mlp", "products"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchKernelsConfig:
     """Settings of the benchmark."""
 
-    ops: tuple[Op, ...] = ("slc2", "rope", "head_loss", "mlp", "products")
+    ops: tuple[Op, ...] = get_args(Op)
     """what to time"""
     depth: int = 20
     """depth of the model with these shapes"""
@@ -125,6 +126,63 @@ def time_rope(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     yield {"by": "compiled", **both_ways(plain, packed)}
 
 
+def time_attention_inputs(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Time the same with a convolution on keys and value embeddings, the joint product included."""
+    import torch
+    import torch.nn.functional as F
+
+    from nanochat.attention import CausalSelfAttention, attention_inputs, rotary_tables
+    from nanochat.train.fused import fused_attention_inputs
+
+    attn = CausalSelfAttention(replace(shape, residual_conv=3, value_embeds=True)).cuda()
+    h, embeds = random_stream(config, shape, 2)
+    tables = rotary_tables(config.seq_len, shape.head_dim, h.device)
+    fused = partial(fused_attention_inputs, product=F.linear)
+    for by, function in (("kernel", fused), ("compiled", torch.compile(attention_inputs, dynamic=False))):
+        yield {"by": by, **both_ways(lambda h, e, f=function: f(attn, h, *tables, e), h, embeds)}
+
+
+def time_residual_conv(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Time the convolution of attention's output."""
+    import torch
+
+    from nanochat import layers
+    from nanochat.kernels.train.residual_conv import residual_conv
+
+    (u,) = random_stream(config, shape, 1)
+    conv = torch.randn(shape.n_embd, 1, 3, device="cuda")
+    yield {"by": "kernel", **both_ways(residual_conv, u, conv)}
+    yield {"by": "compiled", **both_ways(torch.compile(layers.residual_conv, dynamic=False), u, conv)}
+
+
+def time_join(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Time the step from one layer to the next, with its convolution and the mix with the embedding."""
+    import torch
+
+    from nanochat import ops
+    from nanochat.kernels.train.join import join
+    from nanochat.layers import NORM_EPS
+
+    x, m, x0 = random_stream(config, shape, 3)
+    conv, rho, lam = torch.randn(shape.n_embd, 1, 3, device="cuda"), *torch.ones(2, 1, device="cuda")
+
+    @torch.compile(dynamic=False)
+    def plain(x: Tensor, m: Tensor, conv: Tensor, rho: Tensor, lam: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        return ops.join(x, m, ops.Link(conv, None, (rho, lam, x0)))
+
+    inputs = (x, m, conv, rho, lam, x0)
+    yield {"by": "kernel", **both_ways(lambda *inputs: join(*inputs, NORM_EPS)[:2], *inputs)}
+    yield {"by": "compiled", **both_ways(plain, *inputs)}
+
+
+def random_stream(config: BenchKernelsConfig, shape: GPTConfig, n: int) -> list[Tensor]:
+    """Return n random tensors of the size of the residual stream."""
+    import torch
+
+    size = (config.tokens // config.seq_len, config.seq_len, shape.n_embd)
+    return [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(n)]
+
+
 def time_head_loss(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     """Time head and loss; the plain one on an eighth of the tokens, to fit memory."""
     import torch
@@ -204,6 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     timers = {
         "slc2": time_slc2,
         "rope": time_rope,
+        "attention_inputs": time_attention_inputs,
+        "residual_conv": time_residual_conv,
+        "join": time_join,
         "head_loss": time_head_loss,
         "mlp": time_mlp,
         "products": time_products,
