@@ -5,7 +5,7 @@ import torch
 
 from nanochat.attention import apply_rotary, rotary_tables
 from nanochat.kernels.decode import sampling as kernel_sampling
-from nanochat.kernels.decode.attention import attend, attend_causal, attend_reference, rope_append
+from nanochat.kernels.decode.attention import attend, attend_causal, attend_reference
 from nanochat.kernels.decode.linear import (
     COUNTERS,
     batch_linear_add,
@@ -14,6 +14,13 @@ from nanochat.kernels.decode.linear import (
     row_linear,
 )
 from nanochat.kernels.decode.pointwise import embed, norm_relu2
+from nanochat.kernels.decode.residual_conv import (
+    Conv,
+    Mix,
+    residual_conv_reference,
+    residual_conv_rows,
+)
+from nanochat.kernels.decode.rope import Values, rope_append
 from nanochat.kernels.decode.slc2 import slc2_mix, slc2_mix_reference, slc2_row
 from nanochat.layers import norm
 from nanochat.sampling import SamplingParams, sample_rows
@@ -75,6 +82,101 @@ def test_batch_linear_add(device, dtype, R, N, K, is_scaled):
         assert not counters.any()
     assert error(outs[0], reference) < TOLERANCE[dtype]
     assert torch.equal(outs[0], outs[1])
+
+
+def as_int(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def conv_case(device, dtype, C, K):
+    """Return a convolution of K taps with windows of six slots; None for no taps."""
+    if not K:
+        return None
+    return Conv(torch.randn(K, C, device=device), torch.randn(6, K - 1, C, device=device).to(dtype))
+
+
+def check_one_token(run, u, before, conv, mix, slots, tolerance):
+    """run(out, conv) adds rows u (R,C), each convolved at its slot, to out, and mixes; other slots stay."""
+    u, windows = u.double(), None if conv is None else conv.windows.double()
+    for i, slot in enumerate(slots if conv is not None else ()):
+        u[i : i + 1], windows[slot] = residual_conv_reference(
+            u[i : i + 1], conv.taps.double(), conv.windows[slot].double()
+        )
+    expected = before.double() + u
+    if mix is not None:
+        expected = mix.scales[0].double() * expected + mix.scales[1].double() * mix.x0.double()
+    out, state = before.clone(), conv and conv._replace(windows=conv.windows.clone())
+    run(out, state)
+    assert error(out, expected) < tolerance
+    if conv is not None:
+        others = [slot for slot in range(6) if slot not in slots]
+        assert error(state.windows[slots], windows[slots]) < tolerance
+        assert torch.equal(state.windows[others], conv.windows[others])
+
+
+SECOND = pytest.mark.parametrize(("taps", "is_mixed"), [(2, False), (3, True), (4, True), (0, True)])
+
+
+@SECOND
+@pytest.mark.parametrize(("N", "K"), [(37, 256), (33, 96), on_gpu(1280, 5120)])
+def test_row_linear_convolves_and_mixes(device, dtype, N, K, taps, is_mixed):
+    x, weight, before = linear_case(device, dtype, 1, N, K)
+    mix = Mix(torch.randn_like(before), torch.tensor([1.3, -0.4], device=device)) if is_mixed else None
+    slots = as_int([4], device)
+
+    def run(out, conv):
+        row_linear(x, weight, out, add=True, slots=slots, conv=conv, mix=mix)
+
+    u, conv = linear_reference(x.double(), weight.double()), conv_case(device, dtype, N, taps)
+    check_one_token(run, u, before, conv, mix, [4], 2 * TOLERANCE[dtype])
+
+
+@SECOND
+@pytest.mark.parametrize(
+    ("R", "N", "K"), [(3, 33, 96), (5, 64, 512), on_gpu(2, 1280, 5120), on_gpu(5, 1280, 1280)]
+)
+def test_batch_linear_add_convolves_and_mixes(device, dtype, R, N, K, taps, is_mixed):
+    x, weight, before = linear_case(device, dtype, R, N, K)
+    mix = Mix(torch.randn_like(before), torch.tensor([1.3, -0.4], device=device)) if is_mixed else None
+    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    scale, slots = torch.rand(R, device=device), [4, 0, 5, 1, 2][:R]
+
+    def run(out, conv):
+        batch_linear_add(x, weight, out, counters, scale, as_int(slots, device), conv, mix)
+        assert not counters.any()
+
+    u = linear_reference(x.double(), weight.double()) * scale.double().square()[:, None]
+    check_one_token(run, u, before, conv_case(device, dtype, N, taps), mix, slots, 2 * TOLERANCE[dtype])
+
+
+@SECOND
+def test_residual_conv_rows_of_one_token(device, dtype, taps, is_mixed):
+    u, before = torch.randn(2, 3, 45, device=device).to(dtype)
+    mix = Mix(torch.randn_like(before), torch.tensor([1.3, -0.4], device=device)) if is_mixed else None
+    slots = as_int([4, 0, 5], device)
+
+    def run(out, conv):
+        residual_conv_rows(u, out, slots, torch.ones_like(slots), conv, mix, add=True)
+
+    check_one_token(run, u, before, conv_case(device, dtype, 45, taps), mix, [4, 0, 5], 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("counts", "T"), [([2], 2), ([3, 1], 3), ([1, 2], 5), on_gpu([900], 1024)])
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_residual_conv_rows(device, dtype, counts, T, K):
+    """Padded prefill from non-zero windows, which do not change: the next ones are written to tails."""
+    B, C = len(counts), 45
+    u, conv = torch.randn(B * T, C, device=device).to(dtype), conv_case(device, dtype, C, K)
+    before, slots = conv.windows.clone(), [4, 1][:B]
+    tails, out = (poison(*shape, dtype=dtype, device=device) for shape in ((B, K - 1, C), (B * T, C)))
+    conv = conv._replace(tails=tails)
+    residual_conv_rows(u, out, as_int(slots, device), as_int(counts, device), conv)
+    assert torch.equal(conv.windows, before)
+    for i, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        rows = slice(i * T, i * T + count)
+        y, window = residual_conv_reference(u[rows].double(), conv.taps.double(), before[slot].double())
+        assert error(out[rows], y) < TOLERANCE[dtype]
+        assert torch.equal(tails[i], window.to(dtype))
 
 
 @pytest.mark.parametrize(("H", "D", "K"), [(3, 16, 3), (2, 32, 2), (1, 16, 4), on_gpu(10, 128, 3)])
@@ -150,6 +252,51 @@ def test_rope_append(device, dtype, H, H_kv, D, T):
     assert v[0, :, :130].isnan().all()
 
 
+@pytest.mark.parametrize(("H", "H_kv", "D"), HEADS)
+@pytest.mark.parametrize(
+    ("counts", "T", "K"), [([1, 1], 1, 3), ([3, 1], 3, 3), ([2, 5], 5, 2), ([1, 1], 1, 4)]
+)
+def test_rope_append_of_the_second_generation(device, dtype, H, H_kv, D, counts, T, K):
+    """Keys are convolved across rows and windows, values get those of tokens, given or drawn last."""
+    E, V, W, slots, positions = 48, 60, H_kv * D, [3, 0], [0, 130]
+    x = (2 * torch.randn(2 * T, E, device=device)).to(dtype)
+    packed = (x.double() @ torch.randn(H * D + 2 * W + 8, E, device=device).double().T).to(dtype)
+    tables = rotary_tables(200, D, x.device)
+    q = poison(2 * T, H, D, dtype=dtype, device=device)
+    k, v = (poison(4, H_kv, 200, D, dtype=dtype, device=device) for _ in "kv")
+    conv = conv_case(device, dtype, W, K)
+    before, tails = conv.windows.clone(), poison(2, K - 1, W, dtype=dtype, device=device)
+    tokens, latest = torch.arange(2 * T, device=device).int() * 7 % V, as_int([50, 51, 52, 53], device)
+    known = tokens.clone()
+    tokens[0], known[0] = -1, 53
+    all_tables = torch.randn(V, 3 * W, device=device).to(dtype)
+    values = Values(tokens, latest, all_tables[:, W : 2 * W], torch.randn(H_kv, 12, device=device).to(dtype))
+    rope_append(
+        packed, x, tables, as_int(slots, device), as_int(positions, device), q, k, v, values,
+        as_int(counts, device), conv._replace(tails=None if T == 1 else tails),
+    )  # fmt: skip
+    h = norm(x.double())
+    scaled = packed.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 2.0**-23)
+    for i, (slot, position, count) in enumerate(zip(slots, positions, counts, strict=True)):
+        rows, places = slice(i * T, i * T + count), slice(position, position + count)
+        cos, sin = (table[places] for table in tables)
+        query, key, value, _ = scaled[rows].split([H * D, W, W, 8], dim=-1)
+        key, window = residual_conv_reference(key, conv.taps.double(), before[slot].double())
+        gate = 2 * torch.sigmoid(h[rows, :12] @ values.gate.double().T)[..., None]
+        value = value.unflatten(-1, (-1, D)) + gate * values.table[known[rows]].double().unflatten(
+            -1, (-1, D)
+        )
+        query, key = (
+            norm(apply_rotary(part.unflatten(-1, (-1, D))[None], cos, sin))[0] for part in (query, key)
+        )
+        assert error(q[rows], query) < TOLERANCE[dtype]
+        assert error(k[slot, :, places], key.transpose(0, 1)) < 2 * TOLERANCE[dtype]
+        assert error(v[slot, :, places], value.transpose(0, 1)) < TOLERANCE[dtype]
+        assert error(conv.windows[slot] if T == 1 else tails[i], window) < TOLERANCE[dtype]
+    others = [1, 2, 4, 5] if T == 1 else range(6)
+    assert all(torch.equal(conv.windows[slot], before[slot]) for slot in others)
+
+
 def test_padding_beyond_the_context_is_not_appended(device):
     k, v = (poison(2, 2, 8, 16, dtype=torch.float32, device=device) for _ in "kv")
     as_int = {"dtype": torch.int32, "device": device}
@@ -207,6 +354,50 @@ def test_attend(device, dtype, H, H_kv, D, splits):
             q[i].double(), k[slot, :, :length].double(), v[slot, :, :length].double()
         )
         assert error(y[i], reference) < 1.5 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_attend_convolves_its_output(device, dtype, K):
+    """Scores are scaled, too; the windows of other slots do not change."""
+    (H, H_kv, D), slots, lengths = (4, 2, 16), [2, 0, 5], [1, 131, 64]
+    k, v = (torch.randn(6, H_kv, 140, D, device=device).to(dtype) for _ in "kv")
+    q, conv = (2 * torch.randn(3, H, D, device=device)).to(dtype), conv_case(device, dtype, H * D, K)
+    u = torch.stack(
+        [
+            attend_reference(q[i].double(), k[slot, :, :n].double(), v[slot, :, :n].double(), 1.7)
+            for i, (slot, n) in enumerate(zip(slots, lengths, strict=True))
+        ]
+    )
+
+    def run(out, conv):
+        y = poison(3, H, D, dtype=dtype, device=device)
+        attend(q, k, v, as_int(slots, device), as_int(lengths, device) - 1, y, 3, 1.7, conv)
+        out += y.view_as(out)
+
+    before = torch.zeros(3, H * D, dtype=dtype, device=device)
+    check_one_token(run, u.view_as(before), before, conv, None, slots, 2 * TOLERANCE[dtype])
+
+
+def test_attend_causal_scales_scores(device, dtype):
+    k, v = (torch.randn(2, 2, 40, 16, device=device).to(dtype) for _ in "kv")
+    q = (2 * torch.randn(3, 4, 16, device=device)).to(dtype)
+    y = poison(3, 4, 16, dtype=dtype, device=device)
+    attend_causal(q, k, v, as_int([1], device), as_int([30], device), y, 1.7)
+    reference = [
+        attend_reference(q[t].double(), *(state[1, :, : 31 + t].double() for state in (k, v)), 1.7)
+        for t in range(3)
+    ]
+    assert error(y, torch.stack(reference)) < 1.5 * TOLERANCE[dtype]
+
+
+def test_embed_mixes(device, dtype):
+    wte, tokens, slots = torch.randn(50, 48, device=device).to(dtype), [3, 49, 0], as_int([1, 0, 2], device)
+    x, x0 = poison(2, 3, 48, dtype=dtype, device=device)
+    seen = torch.zeros(3, 50, dtype=torch.uint8, device=device)
+    mix = Mix(x0, torch.tensor([1.3, -0.4], device=device))
+    embed(as_int(tokens, device), wte, slots, torch.ones_like(slots), slots, seen, x, mix)
+    assert error(x0, norm(wte[tokens].double())) < TOLERANCE[dtype]
+    assert error(x, 0.9 * x0.double()) < TOLERANCE[dtype]
 
 
 def test_embed_and_relu2(device, dtype):

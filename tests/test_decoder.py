@@ -1,5 +1,6 @@
 """Both decoders draw the tokens of the model, whatever else is decoded beside them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,27 +8,38 @@ import torch
 
 from nanochat.decode import running
 from nanochat.decode.decoder import PlainDecoder
-from nanochat.decode.graph_decoder import GraphDecoder
+from nanochat.decode.graph_decoder import GraphDecoder, supports
 from nanochat.decode.running import decoder_for
 from nanochat.gpt import GPTConfig
 from nanochat.sampling import SamplingParams
-from tests.helpers.models import random_model
+from tests.helpers.kernels import on_gpu
+from tests.helpers.models import SECOND, random_model
 
 pytestmark = pytest.mark.slow
 
 GREEDY = SamplingParams(temperature=0.0)
+SMALL = GPTConfig(64, 100, 2, 2, 1, 2 * 16, 3, 3)
+SMALL_SECOND = replace(SMALL, **SECOND)
+LARGER = [
+    GPTConfig(64, 300, 4, 3, 3, 3 * 32, 3, 3),
+    GPTConfig(64, 300, 4, 4, 2, 4 * 16, 4, 2),
+    GPTConfig(64, 3000, 2, 2, 2, 2 * 128, 3, 0),
+]
 SHAPES = [
-    GPTConfig(64, 100, 2, 2, 1, 2 * 16, 3, 3),
+    SMALL,
+    SMALL_SECOND,
     *(
         pytest.param(shape, marks=pytest.mark.gpu)  # the interpreter would take minutes
         for shape in (
-            GPTConfig(64, 300, 4, 3, 3, 3 * 32, 3, 3),
-            GPTConfig(64, 300, 4, 4, 2, 4 * 16, 4, 2),
-            GPTConfig(64, 3000, 2, 2, 2, 2 * 128, 3, 0),
+            *LARGER,
+            replace(LARGER[0], **SECOND),
+            replace(LARGER[1], **SECOND | {"residual_conv": 4}),
+            replace(LARGER[2], **SECOND | {"residual_conv": 2}),
+            *(replace(LARGER[0], **{name: value}) for name, value in SECOND.items()),
         )
     ),
 ]
-SMALL = SHAPES[0]
+GENERATIONS = pytest.mark.parametrize("config", [SMALL, SMALL_SECOND], ids=["published", "second"])
 
 
 def model_on(device, config, dtype=torch.float32):
@@ -85,7 +97,7 @@ def test_greedy_tokens_are_those_of_full_forwards_in_any_batch(device, kind, con
     assert drawn[slots[0]] == greedy_by_full_forwards(model, prompts[0], 6)
 
 
-@pytest.mark.parametrize("config", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_sampling_and_logits_equal_the_plain_decoder_s(device, config):
     model = model_on(device, config)
     found = []
@@ -109,10 +121,45 @@ def test_sampling_and_logits_equal_the_plain_decoder_s(device, config):
     assert torch.allclose(found[0][2], found[1][2], atol=1e-4)
 
 
+@pytest.mark.parametrize("taps", [4, on_gpu(2), on_gpu(3)])
+@torch.no_grad()
+def test_chunks_shorter_than_the_windows(device, taps):
+    """Prompts of 1, 2 and 3 tokens at a time: a window then keeps values of the chunk before."""
+    model = model_on(device, replace(SMALL, **SECOND | {"residual_conv": taps, "n_kernel": 4}))
+    decoder = GraphDecoder(model, slots=3)
+    chunks = {(1, 2, 3): [5, 6, 7, 8, 9, 10], (2, 1): [20, 21, 22], (1, 1): [30, 31]}
+    slots = {decoder.open(GREEDY): (sizes, tokens) for sizes, tokens in chunks.items()}
+    for slot, (sizes, tokens) in slots.items():
+        for i, size in enumerate(sizes):
+            decoder.feed(slot, tokens[sum(sizes[:i]) :][:size])
+    for step in range(3):
+        decoder.step(dict.fromkeys(slots, 40 + step))
+        for logits, (_, tokens) in zip(decoder.logits, slots.values(), strict=True):
+            tokens.append(40 + step)
+            full = model(torch.tensor([tokens], device=device))[0, -1]
+            torch.testing.assert_close(logits, full, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_batch_of_more_rows_than_a_tile_has():
+    """Beyond 32 rows the MLP's output is convolved by a kernel of its own, which updates the windows."""
+    model = model_on("cuda", SMALL_SECOND)
+    decoder = GraphDecoder(model, slots=40)
+    tokens = {decoder.open(GREEDY): [i] for i in range(35)}
+    for step in range(4):
+        decoder.step({slot: seen[-1] for slot, seen in tokens.items()})
+        full = model(torch.tensor([*tokens.values()], device="cuda"))[:, -1]
+        torch.testing.assert_close(decoder.logits, full, rtol=0, atol=1e-4)
+        for i, seen in enumerate(tokens.values()):
+            seen.append((7 * i + step) % 100)
+
+
+@GENERATIONS
 @pytest.mark.parametrize("kind", [PlainDecoder, GraphDecoder])
-def test_launches_may_overlap(device, kind):
+def test_launches_may_overlap(device, kind, config):
     """The next step is launched before the tokens of the last are known; a token may be forced into it."""
-    model = model_on(device, SMALL)
+    model = model_on(device, config)
     decoder = kind(model, slots=3)
     a, b, c = (decoder.open(SamplingParams(temperature=0.0)) for _ in range(3))
     decoder.launch({a: 5, b: 6})
@@ -126,10 +173,11 @@ def test_launches_may_overlap(device, kind):
     assert third[0] == greedy_by_full_forwards(model, [5, first[0], 50], 1)[0]
 
 
+@GENERATIONS
 @pytest.mark.parametrize("kind", [PlainDecoder, GraphDecoder])
-def test_a_closed_slot_leaves_no_state(device, kind):
+def test_a_closed_slot_leaves_no_state(device, kind, config):
     """The convolution state, the tokens seen and the position of a slot must not reach its next sequence."""
-    model = model_on(device, SMALL)
+    model = model_on(device, config)
     decoder, drawn = kind(model, slots=1), []
     params = SamplingParams(repetition_penalty=1.5, seed=1)
     for _ in range(2):
@@ -146,8 +194,9 @@ def test_a_closed_slot_leaves_no_state(device, kind):
     assert drawn[0] == drawn[1]
 
 
-def test_load_replaces_the_weights(device):
-    model, other = model_on(device, SMALL), random_model(SMALL, seed=5).eval().to(device)
+@GENERATIONS
+def test_load_replaces_the_weights(device, config):
+    model, other = model_on(device, config), random_model(config, seed=5).eval().to(device)
     assert greedy_by_full_forwards(model, [8], 3) != greedy_by_full_forwards(other, [8], 3)
     decoder = GraphDecoder(model, slots=1)
     for current in (model, other):
@@ -196,18 +245,26 @@ def test_decoder_for_a_cpu_is_plain():
     assert isinstance(decoder_for(random_model(SMALL).eval(), 2), PlainDecoder)
 
 
+def test_graphs_need_a_window_for_each_convolution():
+    assert supports(SMALL_SECOND, 2)
+    assert not supports(replace(SMALL_SECOND, residual_conv=1), 2)
+    assert not supports(replace(SMALL, n_kernel=1), 2)
+
+
 @pytest.mark.gpu
 def test_decoder_for_a_gpu_has_graphs_if_the_kernels_fit():
     assert isinstance(decoder_for(model_on("cuda", SMALL), 2), GraphDecoder)
+    assert isinstance(decoder_for(model_on("cuda", SMALL_SECOND), 2), GraphDecoder)
     odd = GPTConfig(64, 300, 2, 2, 2, 2 * 24, 3, 3)
     assert isinstance(decoder_for(model_on("cuda", odd), 2), PlainDecoder)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fields", [{}, SECOND], ids=["published", "second"])
 @torch.no_grad()
-def test_graph_path_at_d20():
+def test_graph_path_at_d20(fields):
     """256 greedy tokens are equal in float32; in bfloat16 the logits of all positions are close."""
-    config = GPTConfig.from_depth(20, vocab_size=65_536)
+    config = GPTConfig.from_depth(20, vocab_size=65_536, **fields)
     model = model_on("cuda", config)
     prompt = torch.randint(0, 65_536, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     tokens = {}

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import attention, ops, slc2
+from nanochat.decode import graph_check, graph_model
 from nanochat.decode.graph_check import check_decoder
 from nanochat.decode.graph_decoder import GraphDecoder
 from nanochat.decode.running import decoder_for
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hub.export_check import check_exported_code
+from nanochat.kernels.decode.attention import attend
 from nanochat.kernels.train import mlp
 from nanochat.kernels.train import slc2 as kernels_slc2
 from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops, noise_for_zeros
@@ -127,6 +129,50 @@ def test_a_changed_mlp_is_refused(check, model, monkeypatch):
         pytest.skip("the exported file reads the same torch.nn.functional")
     with pytest.raises(ValueError, match=r"layer 0 .MLP."):
         check(model)
+
+
+def flipped_residual_conv(u, weight, window=None, conv=attention.residual_conv):
+    return conv(u, weight.flip(-1), window)
+
+
+def louder_x0(x, delta, link, join=ops.join):
+    if link.mix is not None:
+        resid_scale, x0_scale, x0 = link.mix
+        link = link._replace(mix=(resid_scale, 1.5 * x0_scale, x0))
+    return join(x, delta, link)
+
+
+def only_sums(u, out, *args, rows=graph_model.residual_conv_rows, **add):
+    return rows(u, out, *args, **add) if add else out.copy_(u)
+
+
+# what is changed, and the layer that is refused; the last two are changed in the kernels' model
+CHANGES_OF_SECOND = {
+    "convolution of keys": (attention, "residual_conv", flipped_residual_conv, "layer 1 .attention."),
+    "gate of values": (attention.torch, "sigmoid", torch.tanh, "layer 1 .attention."),
+    "convolution of the MLP": (ops, "residual_conv", flipped_residual_conv, "layer 0 .MLP."),
+    "x0": (graph_check, "join", louder_x0, "the embedding"),
+    "convolution of outputs": (
+        graph_model, "residual_conv_rows", only_sums, "layer 1 .attention."
+    ),
+    "scale of scores": (
+        graph_model, "attend", lambda *args: attend(*args[:7], 1.0, *args[8:]), "layer 1 .attention."
+    ),
+}  # fmt: skip
+
+
+def test_the_second_generation_is_decoded_as_it_is_written(model, monkeypatch):
+    second = GPT(replace(CONFIG, **SECOND), model.compute_dtype).to(model.device).eval()
+    second.init_weights()
+    before = {name: p.clone() for name, p in second.named_parameters()}
+    decoder = GraphDecoder(second, slots=2)
+    check_decoder(decoder, second)
+    assert all(torch.equal(p, before[name]) for name, p in second.named_parameters())
+    for module, name, replacement, layer in CHANGES_OF_SECOND.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, replacement)
+            with pytest.raises(ValueError, match=f"{layer}.*differ by"):
+                check_decoder(decoder, second)
 
 
 def test_noise_is_for_zeros_alone():

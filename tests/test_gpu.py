@@ -17,7 +17,7 @@ from nanochat.train.accelerate import accelerate, why_not_fused
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train, tok_train
 from tasks import mixtures as recipes
 from tests.helpers import chats
-from tests.helpers.models import random_model, small_config
+from tests.helpers.models import SECOND, random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 from tests.helpers.wordtask import WordTask
 
@@ -74,7 +74,17 @@ def test_8_bit_loss_and_gradients_against_float64(compiled):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
-@pytest.mark.parametrize("plan", [{"slc_rate": 0}, {"slc_rate": 2}, {"slc_rate": 3, "n_kv_head": 1}], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"slc_rate": 0},
+        {"slc_rate": 2},
+        {"slc_rate": 3, "n_kv_head": 1},
+        {"slc_rate": 0, **SECOND},
+        {"slc_rate": 3, "n_kv_head": 1, **SECOND},
+    ],
+    ids=str,
+)
 def test_decode_is_the_full_forward(dtype, tolerance, plan):
     config = small_config(n_embd=64, **plan)
     model = random_model(config).cuda()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from nanochat.attention import rotary_tables
 from nanochat.decode.graph_decoder import GraphDecoder
-from nanochat.decode.graph_model import KernelModel, Layer
-from nanochat.gpt import ANY_LENGTH, GPT, Block
+from nanochat.decode.graph_model import Batch, KernelModel
+from nanochat.gpt import ANY_LENGTH, GPT
 from nanochat.layer_check import BOUNDS, noise, noise_for_zeros, require_same
 from nanochat.layers import norm
+from nanochat.ops import embed, join, look_up_values
 
 PREFIX = 16  # tokens of the prefill
 SCALE = 2.0**-6  # of the residual stream: rounding the sum must not hide what a layer adds to it
@@ -36,58 +37,69 @@ def check_decoder(decoder: GraphDecoder, model: GPT) -> None:
 
 def _check_layers(kernels: KernelModel, model: GPT) -> None:
     c = model.config
-    T = max(2, min(PREFIX + 1, kernels.context))
-    x = SCALE * noise(model, T, c.n_embd)
-    cos, sin = (table[:T] for table in rotary_tables(kernels.context, c.head_dim, model.device))
-    for i, (block, layer) in enumerate(zip(model.blocks, kernels.layers, strict=True)):
-        name, plain = f"layer {i} ({c.layer_kinds[i]})", _plain_mixer(block, x, cos, sin)
-        _require(name, _decoded_mixer(kernels, layer, x), [plain[:-1], plain[-1:], plain[[-1, -1]]])
-        plain = block.mlp(norm(x))
-        _require(
-            f"layer {i} (MLP)",
-            [_mlp(kernels, layer, x[-n:]) for n in (T, 1, 2)],
-            [plain, plain[-1:], plain[-2:]],
-        )
+    T = max(2, min(PREFIX + 1, len(kernels.slots.rotary[0])))
+    rotary = tuple(table[:T] for table in kernels.slots.rotary)
+    x, x0 = SCALE * noise(model, T, c.n_embd), noise(model, T, c.n_embd, seed=1)
+    tokens = torch.arange(T, dtype=torch.int32, device=model.device) * 7 % c.vocab_size
+
+    def check(name: str, plain: Tensor, x: Tensor, add: Callable[..., object]) -> None:
+        fast = _decoded(kernels, add, x, x0, tokens)
+        expected = [plain[:-1], plain[-1:], plain[[-1, -1]]]
+        bound = BOUNDS[x.dtype]
+        require_same(name, fast, expected, bound, "the decoding kernels", "decode with --decoder=plain")
+
+    no_states = [None] * c.n_layer
+    embedding = embed(tokens[None], model.transformer.wte.weight, x.dtype)
+    first, _ = join(embedding, torch.zeros_like(embedding), model.links(embedding, no_states)[0])
+    check("the embedding", first[0], torch.zeros_like(x), lambda x, batch: x.copy_(kernels.embed(batch)))
+    links = model.links(x0[None], no_states)[1:]
+    for i, (block, layer, link) in enumerate(zip(model.blocks, kernels.layers, links, strict=True)):
+        mixed = _plain_mixer(model, i, x, tokens, rotary)
+        check(f"layer {i} ({c.layer_kinds[i]})", mixed, x, partial(kernels.add_mixer, layer=layer))
+        joined, _ = join(x[None], block.mlp(norm(x)[None]), link)
+        check(f"layer {i} (MLP)", joined[0] - x, x, partial(kernels.add_mlp, layer=layer))
 
 
-def _plain_mixer(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    h = norm(x)[None]
-    return (block.attn(h, cos, sin) if block.is_attention else block.attn(h))[0]
+def _plain_mixer(model: GPT, i: int, x: Tensor, tokens: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+    """Return what the mixer of layer i adds to x (T,E)."""
+    h, kinds, tables = norm(x)[None], model.config.layer_kinds, model.transformer.value_embeds
+    mixer = model.blocks[i].attn
+    if kinds[i] != "attention":
+        return mixer(h)[0]
+    values = None
+    if tables is not None:
+        of_layers = look_up_values(tokens[None], tables.weight, x.dtype).chunk(kinds.count("attention"), -1)
+        values = of_layers[kinds[:i].count("attention")]
+    return mixer(h, *rotary, values)[0]
 
 
-def _mlp(kernels: KernelModel, layer: Layer, x: Tensor) -> Tensor:
-    total = x.clone()
-    kernels.add_mlp(total, layer)
-    return total - x
-
-
-def _decoded_mixer(kernels: KernelModel, layer: Layer, x: Tensor) -> list[Tensor]:
-    """Return what the mixer adds to x[:-1] in a prefill, to x[-1] after it, and to x[-1] in two sequences."""
-    first, second = 0, len(kernels.latest) - 1  # the second is the one that batches are padded with
+def _decoded(
+    kernels: KernelModel, add: Callable[..., object], x: Tensor, x0: Tensor, tokens: Tensor
+) -> list[Tensor]:
+    """Return what is added to x[:-1] in a prefill, to x[-1] after it, and to x[-1] in two sequences."""
+    state = kernels.slots
+    first, second = 0, len(state.latest) - 1  # the second is the one that batches are padded with
     P = len(x) - 1
 
-    def add(x: Tensor, slots: list[int], position: int, count: int, tails: Tensor | None = None) -> Tensor:
-        total, n = x.clone(), len(slots)
+    def run(rows: slice | list[int], slots: list[int], position: int, count: int, tails=None) -> Tensor:
+        total, n = x[rows].clone(), len(slots)
         inputs = torch.tensor([slots, [position] * n, [count] * n], dtype=torch.int32, device=x.device)
-        kernels.add_mixer(total, layer, inputs[0], inputs[1], inputs[2], tails)
-        return total - x
+        add(total, batch=Batch(tokens[rows], inputs[0], inputs[1], inputs[2], tails, x0[rows]))
+        return total - x[rows]
 
     def prefill(slot: int) -> Tensor:
-        kernels.windows[:, slot] = 0
-        tails = torch.zeros_like(kernels.windows[:, :1])
-        added = add(x[:P], [slot], 0, P, tails)
-        kernels.windows[:, slot] = tails[:, 0]
+        state.reset(slot)
+        tails = state.new_tails() if P > 1 else None
+        added = run(slice(P), [slot], 0, P, tails)
+        if tails is not None:
+            state.store(torch.tensor([slot], device=x.device), tails)
         return added
 
     prefilled = prefill(first)
-    one = add(x[-1:], [first], P, 1)
+    one = run([-1], [first], P, 1)
     for slot in (first, second):
         prefill(slot)
-    two = add(x[[-1, -1]], [first, second], P, 1)
-    kernels.windows.zero_()
+    two = run([-1, -1], [first, second], P, 1)
+    for slot in (first, second):
+        state.reset(slot)
     return [prefilled, one, two]
-
-
-def _require(layer: str, fast: Sequence[Tensor], plain: Sequence[Tensor]) -> None:
-    bound = BOUNDS[plain[0].dtype]
-    require_same(layer, fast, plain, bound, "the decoding kernels", "decode with --decoder=plain")

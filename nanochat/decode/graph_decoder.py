@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from nanochat.decode.decoder import Decoder
-from nanochat.decode.graph_model import KernelModel
+from nanochat.decode.graph_model import Batch, KernelModel
+from nanochat.decode.packed import PackedWeights
+from nanochat.decode.slots import Slots
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.decode import sampling
 from nanochat.ops import SOFTCAP
@@ -34,7 +36,8 @@ FLOATS = ("top_p", "temperature", "repetition_penalty")
 def supports(config: GPTConfig, slots: int) -> bool:
     """Return True if there are graphs for so many rows, and kernels for a model of this shape."""
     D, E = config.head_dim, config.n_embd
-    return slots <= BATCH_SIZES[-1] and D >= 16 and D & (D - 1) == 0 and E % 32 == 0 and config.n_kernel > 1
+    has_windows = config.n_kernel > 1 and config.residual_conv != 1
+    return slots <= BATCH_SIZES[-1] and D >= 16 and D & (D - 1) == 0 and E % 32 == 0 and has_windows
 
 
 class GraphDecoder(Decoder):
@@ -48,11 +51,13 @@ class GraphDecoder(Decoder):
         self.slots, self.context = slots, context or model.config.sequence_len
         self.device = model.device
         places = slots + 1  # the last is for the rows that pad a batch
-        self.model = KernelModel(model, places, self.context)
+        self._weights = PackedWeights(model, model.activation_dtype)
+        self._state = Slots(model.config, places, self.context, model.device, model.activation_dtype)
+        self.model = KernelModel(self._weights, self._state)
 
         B, vocab_size = size_for(slots), model.config.vocab_size
-        self._logits, self._scores = (self.model.zeros(B, vocab_size) for _ in range(2))
-        self._next = self.model.zeros(B, dtype=torch.int32)
+        self._logits, self._scores = (torch.zeros(B, vocab_size, device=self.device) for _ in range(2))
+        self._next = torch.zeros(B, dtype=torch.int32, device=self.device)
         self._ones = torch.ones(B, dtype=torch.int32, device=self.device)
         self.logits = self._logits[:0]
         self._free = list(range(slots))[::-1]
@@ -64,14 +69,14 @@ class GraphDecoder(Decoder):
 
     def load(self, model: GPT) -> None:
         """See Decoder."""
-        self.model.load(model)
+        self._weights.load(model)
 
     @torch.inference_mode()
     def open(self, params: SamplingParams) -> int:
         """See Decoder."""
         slot = self._free.pop()
         self._set_params(slot, params)
-        self.model.reset(slot)
+        self._state.reset(slot)
         return slot
 
     @torch.inference_mode()
@@ -96,7 +101,7 @@ class GraphDecoder(Decoder):
         copy = self._free.pop()
         self._set_params(copy, params)
         self._of_slot[POSITION, copy] = self._of_slot[POSITION, slot]
-        self.model.copy(slot, copy, length=int(self._of_slot[POSITION, slot]))
+        self._state.copy(slot, copy, length=int(self._of_slot[POSITION, slot]))
         return copy
 
     @torch.inference_mode()
@@ -188,15 +193,15 @@ class GraphDecoder(Decoder):
             name: row.view(torch.float32) if name in FLOATS else row
             for name, row in zip(INPUTS, inputs, strict=True)
         }
-        B, model = inputs.size(1), self.model
-        x = model.trunk(of["token"], of["slot"], of["position"], self._ones[:B])
+        B, state = inputs.size(1), self._state
+        x = self.model.trunk(Batch(of["token"], of["slot"], of["position"], self._ones[:B]))
         logits = self._logits[:B]
-        model.logits(x, out=logits)
+        self.model.logits(x, out=logits)
         blocks = -(-logits.size(1) // sampling.BLOCK)
         best = torch.empty(B, blocks, device=self.device)
         buffers = (self._scores, best, torch.empty_like(best, dtype=torch.int32))
         sampling.sample_rows(
-            logits, model.seen, of["slot"], of, buffers, model.latest, self._next[:B], SOFTCAP
+            logits, state.seen, of["slot"], of, buffers, state.latest, self._next[:B], SOFTCAP
         )
 
     def _prefill(self, inputs: Tensor) -> None:

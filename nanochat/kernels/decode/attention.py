@@ -1,11 +1,10 @@
-"""Attention for decoding: rotary embeddings and KV state, single-query attention, causal prefill.
+"""Attention for decoding: single-query attention, causal prefill.
 
-`rope_append` turns projections into queries, and appends keys and values to the slots of a KV state.
 `attend` reads only the tokens that a sequence has so far; that read is its whole cost. The tokens of a
 row are split over several programs, because a single program would use one multiprocessor and leave the
 others idle (Flash-Decoding, Dao et al. 2023); their partial softmaxes are then combined (Milakov &
-Gimelshein 2018). `attend_causal` is for prefill, many new tokens of one sequence (FlashAttention-2, Dao
-2023); one recorded graph serves every length of the context.
+Gimelshein 2018), and convolved in the second generation. `attend_causal` is for prefill, many new tokens of
+one sequence (FlashAttention-2, Dao 2023); one recorded graph serves every length of the context.
 """
 
 from __future__ import annotations
@@ -17,92 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.decode.launch import pdl, release, wait
+from nanochat.kernels.decode.residual_conv import (
+    Conv,
+    convolve,
+    load_rows,
+    n_taps,
+    shift_window,
+)
 
 BLOCK_T = 64  # tokens per iteration of a program
 LOG2_E = 1.4426950408889634
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, score_scale: float = 1.0) -> Tensor:
     """Return the attention output (H,D) of one query q (H,D) over k, v (H_kv,T,D)."""
     k, v = (state.repeat_interleave(len(q) // len(k), dim=0) for state in (k, v))
-    return F.scaled_dot_product_attention(q[:, None], k, v)[:, 0]
-
-
-@triton.jit
-def _rope_append(
-    packed_ptr,
-    x_ptr,
-    cos_ptr,
-    sin_ptr,
-    slots_ptr,
-    positions_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    T,
-    max_len,
-    WIDTH,
-    E: tl.constexpr,
-    H: tl.constexpr,
-    H_KV: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    release(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    h = tl.arange(0, BLOCK_H)[:, None]
-    half = tl.arange(0, D // 2)[None, :]
-    c = tl.arange(0, BLOCK_E)
-    wait(PDL)
-    slot = tl.load(slots_ptr + row // T).to(tl.int64)
-    position = tl.load(positions_ptr + row // T) + row % T
-    x = tl.load(x_ptr + row * E + c, mask=c < E, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
-    packed = packed_ptr + row * WIDTH + h * D + half
-    state = (slot * H_KV + h) * max_len * D + position * D + half
-    has_room = position < max_len  # padding tokens may exceed the context
-    cos_sin = position * (D // 2) + half
-    cos = tl.load(cos_ptr + cos_sin, mask=has_room, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + cos_sin, mask=has_room, other=0.0).to(tl.float32)
-    for part in tl.static_range(2):  # queries, then keys
-        mask = has_room & (h < (H if part == 0 else H_KV))
-        source = packed + part * H * D
-        x1 = tl.load(source, mask=mask, other=0.0).to(tl.float32) * scale
-        x2 = tl.load(source + D // 2, mask=mask, other=0.0).to(tl.float32) * scale
-        y1, y2 = x1 * cos + x2 * sin, x2 * cos - x1 * sin  # norm not preserved: cos and sin are rounded
-        rms = tl.rsqrt(tl.sum(y1 * y1 + y2 * y2, 1)[:, None] / D + 2.0**-23)
-        out = q_ptr + row * H * D + h * D + half if part == 0 else k_ptr + state
-        tl.store(out, y1 * rms, mask=mask)
-        tl.store(out + D // 2, y2 * rms, mask=mask)
-    source = packed + (H + H_KV) * D
-    for offset in tl.static_range(0, D, D // 2):
-        value = tl.load(source + offset, mask=h < H_KV, other=0.0).to(tl.float32) * scale
-        tl.store(v_ptr + state + offset, value, mask=has_room & (h < H_KV))
-
-
-def rope_append(
-    packed: Tensor,
-    x: Tensor,
-    tables: tuple[Tensor, Tensor],
-    slots: Tensor,
-    positions: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-) -> None:
-    """Write queries to q (R,H,D), and keys and values to k, v (slots,H_kv,max_len,D).
-
-    packed (R, >= (H + 2 H_kv) D) = x W^T holds R/S tokens of each of S sequences. Sequence i uses slots[i]
-    and continues at positions[i], both (S,) int32. x (R,E) is the residual stream; its RMSNorm is applied
-    here. tables are cos and sin, (max_len, D/2) each.
-    """
-    (R, H, D), (_, H_kv, max_len, _), E = q.shape, k.shape, x.size(1)
-    _rope_append[(R,)](
-        packed, x, *tables, slots, positions, q, k, v, R // len(slots), max_len, packed.size(1), E, H, H_kv,
-        D, triton.next_power_of_2(E), triton.next_power_of_2(H), num_warps=4, **pdl(),
-    )  # fmt: skip
+    return F.scaled_dot_product_attention(q[:, None], k, v, scale=score_scale * q.size(-1) ** -0.5)[:, 0]
 
 
 @triton.jit
@@ -163,28 +92,54 @@ def _combine(
     partial_ptr,
     logsum_ptr,
     y_ptr,
+    slots_ptr,
+    taps_ptr,
+    windows_ptr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    H: tl.constexpr,
     D: tl.constexpr,
+    TAPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
     row = tl.program_id(0)
     s = tl.arange(0, BLOCK)
     d = tl.arange(0, D)
+    if TAPS:
+        c = row % H * D + d
+        window = windows_ptr + tl.load(slots_ptr + row // H).to(tl.int64) * (TAPS - 1) * H * D + c
+        past = load_rows(window, H * D, d < D, TAPS - 1)
+        taps = load_rows(taps_ptr + c, H * D, d < D, TAPS)
     wait(PDL)
     logsum = tl.load(logsum_ptr + row * SPLITS + s, mask=s < SPLITS, other=-1e30)
     weight = tl.exp2(logsum - tl.max(logsum, 0))
     weight /= tl.sum(weight, 0)
     at = (row * SPLITS + s)[:, None] * D + d[None, :]
     partial = tl.load(partial_ptr + at, mask=s[:, None] < SPLITS, other=0.0)
-    tl.store(y_ptr + row * D + d, tl.sum(partial * weight[:, None], 0))
+    y = tl.sum(partial * weight[:, None], 0)
+    if TAPS:
+        u = y.to(y_ptr.dtype.element_ty)
+        y = convolve(u, past, taps, TAPS)
+        shift_window(window, u, past, H * D, d < D, TAPS)
+    tl.store(y_ptr + row * D + d, y)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, y: Tensor, splits: int) -> None:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    y: Tensor,
+    splits: int,
+    score_scale: float = 1.0,
+    conv: Conv | None = None,
+) -> None:
     """Write to y (B,H,D) the attention of q (B,H,D) over the first positions + 1 tokens of its slots.
 
-    k and v are (slots,H_kv,max_len,D), slots and positions (B,) int32. splits programs share each row.
+    k and v are (slots,H_kv,max_len,D), slots and positions (B,) int32. splits programs share each row. conv
+    convolves the output, each row with the state at its slot.
     """
     (B, H, D), (_, H_kv, max_len, _) = q.shape, k.shape
     group = H // H_kv
@@ -192,9 +147,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor, y:
     logsum = torch.empty(B, H, splits, device=q.device)
     _attend[(B, H_kv, splits)](
         q, k, v, slots, positions, partial, logsum, max_len, splits, group, H_kv, D,
-        max(16, triton.next_power_of_2(group)), BLOCK_T, D**-0.5 * LOG2_E, num_warps=4, num_stages=3, **pdl(),
+        max(16, triton.next_power_of_2(group)), BLOCK_T, score_scale * D**-0.5 * LOG2_E, num_warps=4,
+        num_stages=3, **pdl(),
     )  # fmt: skip
-    _combine[(B * H,)](partial, logsum, y, splits, triton.next_power_of_2(splits), D, num_warps=1, **pdl())
+    taps, windows, _ = conv or (None, None, None)
+    _combine[(B * H,)](
+        partial, logsum, y, slots, taps, windows, splits, triton.next_power_of_2(splits), H, D, n_taps(conv),
+        num_warps=1, **pdl(),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -246,7 +206,9 @@ def _attend_causal(
     tl.store(y_ptr + at_q, y / total[:, None], mask=rows[:, None] < T)
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, y: Tensor) -> None:
+def attend_causal(
+    q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tensor, y: Tensor, score_scale: float = 1.0
+) -> None:
     """Write to y (T,H,D) causal attention of queries q (T,H,D) at position, position + 1, ...
 
     slot and position are (1,) int32; k and v (slots,H_kv,max_len,D) already include the new tokens.
@@ -254,6 +216,6 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, position: Tenso
     (T, H, D), (_, H_kv, max_len, _) = q.shape, k.shape
     block_q = 128 if T > 64 else 16
     _attend_causal[(triton.cdiv(T, block_q), H)](
-        q, k, v, slot, position, y, T, max_len, H // H_kv, H_kv, D, block_q, BLOCK_T, D**-0.5 * LOG2_E,
-        num_warps=8 if T > 64 else 4, num_stages=3, **pdl(),
+        q, k, v, slot, position, y, T, max_len, H // H_kv, H_kv, D, block_q, BLOCK_T,
+        score_scale * D**-0.5 * LOG2_E, num_warps=8 if T > 64 else 4, num_stages=3, **pdl(),
     )  # fmt: skip

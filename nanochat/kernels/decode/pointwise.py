@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.decode.launch import pdl, release, wait
+from nanochat.kernels.decode.residual_conv import Mix
 
 
 @triton.jit
@@ -18,10 +19,13 @@ def _embed(
     latest_ptr,
     seen_ptr,
     x_ptr,
+    x0_ptr,
+    scales_ptr,
     T,
     V,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
+    MIXED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
@@ -33,15 +37,29 @@ def _embed(
     token = tl.where(token < 0, tl.load(latest_ptr + slot), token)
     x = tl.load(wte_ptr + token * E + c, mask=c < E, other=0.0).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, 0) / E + 2.0**-23)
-    tl.store(x_ptr + row.to(tl.int64) * E + c, x, mask=c < E)
+    at = row.to(tl.int64) * E + c
+    if MIXED:
+        x0 = x.to(x0_ptr.dtype.element_ty)
+        tl.store(x0_ptr + at, x0, mask=c < E)
+        x = tl.load(scales_ptr) * x0.to(tl.float32) + tl.load(scales_ptr + 1) * x0.to(tl.float32)
+    tl.store(x_ptr + at, x, mask=c < E)
     is_real = row % T < tl.load(counts_ptr + row // T)
     tl.store(seen_ptr + slot * V + token, 1, mask=is_real)
 
 
 def embed(
-    tokens: Tensor, wte: Tensor, slots: Tensor, counts: Tensor, latest: Tensor, seen: Tensor, x: Tensor
+    tokens: Tensor,
+    wte: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    latest: Tensor,
+    seen: Tensor,
+    x: Tensor,
+    mix: Mix | None = None,
 ) -> None:
     """Write rms_norm(wte[tokens]) to x (R,E), and mark the tokens in seen (slots,V) uint8.
+
+    With a mix, write it to mix.x0, and to x what the first layer mixes of a stream that equals it.
 
     tokens (R,) holds R/S tokens of each of S sequences; a negative one means latest[slot]. slots (S,) is
     the slot of each sequence, counts (S,) its number of tokens without padding, latest (slots,) the token
@@ -49,8 +67,8 @@ def embed(
     """
     (R, E), V = x.shape, wte.size(0)
     _embed[(R,)](
-        tokens, wte, slots, counts, latest, seen, x, R // len(slots), V, E, triton.next_power_of_2(E),
-        num_warps=4, **pdl(),
+        tokens, wte, slots, counts, latest, seen, x, *(mix or (None, None)), R // len(slots), V, E,
+        triton.next_power_of_2(E), mix is not None, num_warps=4, **pdl(),
     )  # fmt: skip
 
 
