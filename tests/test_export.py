@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from nanochat.checkpoint_manager import (
     checkpoint_dir,
@@ -22,22 +23,34 @@ from nanochat.hub.export import export_checkpoint, import_checkpoint
 from nanochat.hub.hf_tokenizer import load_hf_tokenizer
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from scripts import export_hf, import_hf
-from tests.helpers.models import random_model, small_config
+from tests.helpers.models import SECOND, random_model, small_config
 from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
 
 @pytest.fixture
 def folder(base_dir, tmp_path):
     """The export of a checkpoint with the state dict layout of the published one."""
+    return export(base_dir, tmp_path / "out")
+
+
+@pytest.fixture
+def second_folder(base_dir, tmp_path):
+    """The same of the second generation."""
+    return export(base_dir, tmp_path / "out", **SECOND)
+
+
+def export(base_dir, out, **changes):
     train_tokenizer().save(base_dir / "tokenizer")
-    model = random_model(small_config(vocab_size=VOCAB_SIZE, n_kernel=4, slc_rate=2))
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, n_kernel=4, slc_rate=2, **changes))
     directory = checkpoint_dir("rl", "d9")
     save_checkpoint(directory, 12, model, None, {})
     published = {f"_orig_mod.{key}": value for key, value in model.state_dict().items()}
-    published["_orig_mod.transformer.wte.weight"] = model.transformer.wte.weight.detach().bfloat16()
+    for key in published:
+        if key.endswith(("wte.weight", "value_embeds.weight")):
+            published[key] = published[key].bfloat16()
     torch.save(published, model_path(directory, 12))
-    assert export_hf.main(["-i", "rl", "-o", str(tmp_path / "out")]) == 0
-    return tmp_path / "out"
+    assert export_hf.main(["-i", "rl", "-o", str(out)]) == 0
+    return out
 
 
 def other_tokenizer():
@@ -52,7 +65,9 @@ def use_empty_base(monkeypatch, tmp_path):
     return tmp_path / "empty"
 
 
-def test_round_trip(folder, base_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["folder", "second_folder"])
+def test_round_trip(name, request, base_dir, tmp_path, monkeypatch, capsys):
+    folder = request.getfixturevalue(name)
     before = load_tensors(model_path(checkpoint_dir("rl", "d9"), 12), "cpu")
     meta, fields = read_meta(checkpoint_dir("rl", "d9"), 12), get_tokenizer().fields()
     use_empty_base(monkeypatch, tmp_path)
@@ -71,6 +86,7 @@ def test_round_trip(folder, base_dir, tmp_path, monkeypatch, capsys):
 
 def test_exported_files(folder):
     assert {path.name for path in folder.iterdir()} == {
+        "cache_saint_iberis.py",
         "config.json",
         "configuration_saint_iberis.py",
         "generation_config.json",
@@ -87,6 +103,61 @@ def test_exported_files(folder):
     assert weights["transformer.wte.weight"].dtype == torch.bfloat16
     assert weights["lm_head.weight"].dtype == torch.float32
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+
+
+PUBLISHED_CONFIG = {
+    "architectures": ["SaintIberisForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_saint_iberis.SaintIberisConfig",
+        "AutoModel": "modeling_saint_iberis.SaintIberisModel",
+        "AutoModelForCausalLM": "modeling_saint_iberis.SaintIberisForCausalLM",
+    },
+    "model_type": "saint_iberis",
+    "sequence_len": 32,
+    "vocab_size": VOCAB_SIZE,
+    "n_layer": 4,
+    "n_head": 2,
+    "n_kv_head": 2,
+    "n_embd": 24,
+    "n_kernel": 4,
+    "slc_rate": 2,
+}
+REST = {
+    "bos_token_id": 341,
+    "eos_token_id": 345,
+    "pad_token_id": 341,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+    "checkpoint": {"source": "rl", "model_tag": "d9", "step": 12},
+}
+
+
+def test_the_config_of_a_published_model_is_the_same_in_every_byte(folder):
+    """The fields of the second generation are not in it."""
+    expected = json.dumps({**PUBLISHED_CONFIG, **REST}, indent=2)
+    assert (folder / "config.json").read_text().rstrip("\n") == expected
+
+
+def test_the_config_of_the_second_generation_names_its_parts(second_folder):
+    config = json.loads((second_folder / "config.json").read_text())
+    assert config == {**PUBLISHED_CONFIG, **SECOND, **REST}
+    change_config(second_folder, residual_conv=None)
+    with pytest.raises(ValueError, match=r"weights do not fit the architecture"):
+        import_checkpoint(second_folder, model_tag="other")
+
+
+def test_the_second_generation_in_transformers(second_folder):
+    """Logits, the tokens of greedy decoding and their end."""
+    ours, _, _ = load_model("rl", torch.device("cpu"), "eval")
+    theirs = AutoModelForCausalLM.from_pretrained(second_folder, trust_remote_code=True)
+    prompt = torch.arange(300, 309)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(prompt).logits, ours(prompt), rtol=0, atol=1e-5)
+    tokens = theirs.generate(prompt, max_new_tokens=20, do_sample=False)[0, 9:].tolist()
+    expected = list(ours.generate(prompt, 20, temperature=0))
+    assert len(expected) > 5
+    assert tokens[: len(expected)] == expected
+    assert tokens[len(expected) :] in ([], [341], [345])
 
 
 def _umask():

@@ -12,17 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import attention, ops, slc2
+from nanochat import attention, gpt, ops, slc2
+from nanochat.attention import CausalSelfAttention
 from nanochat.decode import graph_check, graph_model
 from nanochat.decode.graph_check import check_decoder
 from nanochat.decode.graph_decoder import GraphDecoder
 from nanochat.decode.running import decoder_for
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hub.export_check import check_exported_code
+from nanochat.hub.transformers_model.cache_saint_iberis import SaintIberisConv
 from nanochat.kernels.decode.attention import attend
 from nanochat.kernels.train import mlp
 from nanochat.kernels.train import slc2 as kernels_slc2
 from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops, noise_for_zeros
+from nanochat.ops import PLAIN
 from nanochat.train.accelerate import accelerate, why_not_fused
 from nanochat.train.fused import fused_ops
 from tests.helpers.models import SECOND
@@ -173,6 +176,71 @@ def test_the_second_generation_is_decoded_as_it_is_written(model, monkeypatch):
             patch.setattr(module, name, replacement)
             with pytest.raises(ValueError, match=f"{layer}.*differ by"):
                 check_decoder(decoder, second)
+
+
+def join_without_embedding(x, delta, link, norm=ops.norm, join=ops.join):
+    return join(x, delta, link._replace(mix=None), norm)
+
+
+class Unscaled(CausalSelfAttention):
+    def __init__(self, config):
+        super().__init__(replace(config, score_scale=1.0))
+
+
+class DoubledValues(CausalSelfAttention):
+    def forward(self, h, cos, sin, value_embeds, *rest):
+        return super().forward(h, cos, sin, 2 * value_embeds, *rest)
+
+
+class ReversedOutput(CausalSelfAttention):
+    def forward(self, h, cos, sin, value_embeds):
+        return super().forward(h, cos, sin, value_embeds, conv=flipped_residual_conv)
+
+
+def values_of_the_token_before(idx, weight, dtype, look_up=ops.look_up_values):
+    return look_up(idx.roll(1, 1), weight, dtype)
+
+
+CHANGES_OF_EXPORT = {
+    "convolution of k": (attention, "residual_conv", flipped_residual_conv, "layer 1 .attention."),
+    "convolution of y": (gpt, "CausalSelfAttention", ReversedOutput, "layer 1 .attention."),
+    "convolution of m": (ops, "residual_conv", flipped_residual_conv, "layer 0 .MLP."),
+    "gate of values": (gpt, "CausalSelfAttention", DoubledValues, "layer 1 .attention."),
+    "scores": (gpt, "CausalSelfAttention", Unscaled, "layer 1 .attention."),
+    "embedding": (gpt, "PLAIN", replace(PLAIN, join=join_without_embedding), "layer 0 .residual stream."),
+    "values": (gpt, "PLAIN", replace(PLAIN, look_up_values=values_of_the_token_before), "the logits"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_EXPORT)
+def test_an_export_of_a_changed_second_generation_is_refused(change, monkeypatch):
+    config = replace(CONFIG, n_layer=4, **SECOND)
+    check_exported_code(config)
+    module, name, replacement, layer = CHANGES_OF_EXPORT[change]
+    monkeypatch.setattr(module, name, replacement)
+    with pytest.raises(ValueError, match=rf"{layer}.*differ by .* %.*export with the version"):
+        check_exported_code(config)
+
+
+@pytest.mark.parametrize("name", ["k", "y", "mlp", "u"])
+def test_an_export_that_forgets_a_window_is_refused(name, monkeypatch):
+    """The output of the convolution is right as long as all tokens come at once."""
+    forward = SaintIberisConv.forward
+
+    def forgetful(self, u, is_token, cache):
+        return forward(self, u, is_token, None if self.key[1] == name else cache)
+
+    monkeypatch.setattr(SaintIberisConv, "forward", forgetful)
+    with pytest.raises(ValueError, match=r"decoding: the exported file.*differ by .* %"):
+        check_exported_code(replace(CONFIG, n_layer=4, **SECOND))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_head": 1, "n_kv_head": 1}, {"slc_rate": 0, "residual_conv": 1}], ids=str
+)
+def test_every_shape_of_the_second_generation_can_be_exported(changes):
+    """The gate of values reads 12 channels: a narrower model for the comparison would have fewer."""
+    check_exported_code(replace(CONFIG, **{**SECOND, **changes}))
 
 
 def test_noise_is_for_zeros_alone():

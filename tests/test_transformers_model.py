@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
+from nanochat.cache import window_channels
 from nanochat.checkpoint_manager import load_model
 from nanochat.hub.export import import_checkpoint
-from tests.helpers.models import random_model, small_config
+from tests.helpers.models import SECOND, random_model, small_config
 
 pytestmark = pytest.mark.slow
 
@@ -25,8 +26,15 @@ PLANS = [
     {"n_kernel": 1, "n_head": 3, "n_kv_head": 3, "n_embd": 30},
     {"n_kernel": 6, "slc_rate": 1},
     {"slc_rate": 0},
+    {"residual_conv": 2, "n_kernel": 4},
+    {"value_embeds": True, "x0_mix": True},
+    {**SECOND, "residual_conv": 1, "slc_rate": 0},
+    {**SECOND, "n_layer": 5, "n_head": 6, "n_kv_head": 2, "n_embd": 36, "residual_conv": 4},
 ]
+DEEP = {"n_layer": 7, "n_kernel": 4, "slc_rate": 2}
+DEEP_SECOND = {**SECOND, **DEEP, "residual_conv": 5, "n_kv_head": 1}
 every_plan = pytest.mark.parametrize("plan", PLANS, ids=str)
+both_generations = pytest.mark.parametrize("plan", [DEEP, DEEP_SECOND], ids=["published", "second"])
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 pytest_plugins = "tests.helpers.exported"
 
@@ -69,7 +77,7 @@ def test_same_logits(exported, plan):
     ours, theirs = both(exported, plan)
     for shape in ((1, 1), (3, 2), (2, 17), (1, 40)):
         ids = random_ids(*shape)
-        torch.testing.assert_close(theirs(ids).logits, ours(ids), **TOLERANCE)
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=0, atol=1e-5)
 
 
 @every_plan
@@ -134,22 +142,26 @@ def test_left_padded_generation_equals_unpadded(exported, plan):
         assert torch.equal(greedy(theirs, ids, attention_mask=mask, use_cache=use_cache), alone)
 
 
-def test_beam_search_reorders_the_whole_cache(exported):
-    for plan in ({}, {"n_layer": 7, "n_kernel": 4, "slc_rate": 2}):
-        _, theirs = both(exported, plan)
-        ids, mask = padded([random_ids(n, seed=n) for n in (3, 8)])
-        beams = [
-            greedy(theirs, ids, attention_mask=mask, num_beams=4, use_cache=cached)
-            for cached in (True, False)
-        ]
-        assert torch.equal(*beams)
-        assert not torch.equal(beams[0], greedy(theirs, ids, attention_mask=mask))
+@pytest.mark.parametrize("plan", [{}, DEEP, SECOND, DEEP_SECOND], ids=str)
+def test_beam_search_reorders_the_whole_cache(exported, plan):
+    _, theirs = both(exported, plan)
+    ids, mask = padded([random_ids(n, seed=n) for n in (3, 8)])
+    beams = [
+        greedy(theirs, ids, attention_mask=mask, num_beams=4, use_cache=cached) for cached in (True, False)
+    ]
+    assert torch.equal(*beams)
+    assert not torch.equal(beams[0], greedy(theirs, ids, attention_mask=mask))
 
 
-def test_cache_rows_are_repeated_and_selected(exported):
-    theirs = exported.theirs
+@both_generations
+def test_cache_rows_are_repeated_and_selected(exported, plan):
+    ours, theirs = both(exported, plan)
     ids, more = random_ids(2, 6), random_ids(3, 2, seed=1)
     cache = theirs(ids).cache
+    layers = [window_channels(ours.config, kind) for kind in ours.config.layer_kinds]
+    assert {key: tuple(window.shape) for key, window in cache.windows.items()} == {
+        (i, name): (2, K - 1, C) for i, convs in enumerate(layers) for name, (K, C) in convs.items()
+    }
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3, 1]))
     expected = theirs(torch.cat([ids[[0, 1, 0]], more], dim=1)).logits[:, 6:]
@@ -160,8 +172,8 @@ def test_cache_rows_are_repeated_and_selected(exported):
         cache.crop(-1)
 
 
-def test_generation_continues_from_a_cache(exported):
-    theirs, ids = exported.theirs, random_ids(2, 4)
+def test_generation_continues_from_a_cache(either):
+    theirs, ids = either.theirs, random_ids(2, 4)
     first = theirs.generate(
         ids, max_new_tokens=5, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0
     )
@@ -170,14 +182,14 @@ def test_generation_continues_from_a_cache(exported):
     assert torch.equal(greedy(theirs, longer, cache=first.cache), greedy(theirs, longer))
 
 
-def test_generation_stops_at_the_same_tokens(exported):
+def test_generation_stops_at_the_same_tokens(either):
     """<|assistant_end|> and <|bos|> end generation; GPT.generate does not return them."""
-    bos, end = (exported.tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
-    settings = exported.theirs.generation_config
+    bos, end = (either.tokenizer.encode_special(token) for token in ("<|bos|>", "<|assistant_end|>"))
+    settings = either.theirs.generation_config
     assert settings.eos_token_id == [end, bos]
-    assert settings.pad_token_id == exported.their_tokenizer.pad_token_id == bos
-    assert (exported.their_tokenizer.bos_token_id, exported.their_tokenizer.eos_token_id) == (bos, end)
-    ours, theirs = copy.deepcopy((exported.model, exported.theirs))
+    assert settings.pad_token_id == either.their_tokenizer.pad_token_id == bos
+    assert (either.their_tokenizer.bos_token_id, either.their_tokenizer.eos_token_id) == (bos, end)
+    ours, theirs = copy.deepcopy((either.model, either.theirs))
     for model in (ours, theirs):
         model.lm_head.weight.data[[bos, end]] *= 4  # likely
     ends = set()
@@ -190,19 +202,47 @@ def test_generation_stops_at_the_same_tokens(exported):
     assert ends == {bos, end}
 
 
-def test_labels_give_our_loss(exported):
+def test_labels_give_our_loss(either):
     ids = random_ids(3, 15)
     labels = ids.clone()
     labels[0, :6] = labels[2, 9:] = -100
     targets = labels[:, 1:].masked_fill(labels[:, 1:] == -100, -1)
-    out = exported.theirs(ids, labels=labels)
-    torch.testing.assert_close(out.loss, exported.model(ids[:, :-1], targets))
-    summed = exported.theirs(ids, labels=labels, num_items_in_batch=10).loss  # as Trainer calls it
-    torch.testing.assert_close(summed, exported.model(ids[:, :-1], targets, loss_reduction="sum") / 10)
+    out = either.theirs(ids, labels=labels)
+    torch.testing.assert_close(out.loss, either.model(ids[:, :-1], targets))
+    summed = either.theirs(ids, labels=labels, num_items_in_batch=10).loss  # as Trainer calls it
+    torch.testing.assert_close(summed, either.model(ids[:, :-1], targets, loss_reduction="sum") / 10)
 
 
-def test_every_parameter_has_the_same_gradient_with_checkpointing(exported):
-    _, theirs = both(exported, PLANS[2])
+def sum_of_gradients(ours, rows):
+    """Return our gradients of the mean loss of all tokens, one row at a time and without padding."""
+    count = sum(len(row) - 1 for row in rows)
+    for row in rows:
+        (ours(row[None, :-1], row[None, 1:], loss_reduction="sum") / count).backward()
+    return {name: parameter.grad for name, parameter in ours.named_parameters()}
+
+
+@both_generations
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_padded_rows_give_our_gradients(exported, plan, left):
+    ours, theirs = both(exported, plan)
+    rows = [random_ids(n, seed=n) for n in (2, 4, 11)]
+    for filler in (7, 31):
+        ids, mask = padded(rows, filler, left)
+        unlabelled = (mask == 0) | (mask.cumsum(1) == 1)  # padding on the left is before the first token
+        theirs.zero_grad()
+        theirs.train()(ids, attention_mask=mask, labels=ids.masked_fill(unlabelled, -100)).loss.backward()
+        ours.zero_grad()
+        expected = sum_of_gradients(ours, rows)
+        assert all(gradient.any() for gradient in expected.values())
+        for name, parameter in theirs.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@both_generations
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not"])
+def test_every_parameter_has_the_same_gradient_with_checkpointing(exported, plan, use_reentrant):
+    """Reentrant checkpointing, the default of older versions, loses the gradients of named arguments."""
+    _, theirs = both(exported, plan)
     theirs.train()
     ids, mask = padded([random_ids(n, seed=n) for n in (4, 9)])
 
@@ -215,10 +255,11 @@ def test_every_parameter_has_the_same_gradient_with_checkpointing(exported):
 
     plain = gradients()
     assert all(gradient.isfinite().all() and gradient.any() for gradient in plain.values())
-    theirs.gradient_checkpointing_enable()
+    theirs.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert theirs.transformer.h[0].gradient_checkpointing
     checkpointed = gradients()
-    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=1e-7)
 
 
 def test_hidden_states_and_last_logits(exported):
@@ -234,29 +275,58 @@ def test_hidden_states_and_last_logits(exported):
     assert torch.equal(exported.theirs(ids, return_dict=False)[0], out.logits)
 
 
-def test_save_and_load_bit_for_bit(exported, tmp_path):
-    exported.theirs.save_pretrained(tmp_path)
+def test_embeddings_alone_are_refused_where_values_are_looked_up_by_token(exported):
+    ids = random_ids(2, 9)
+    _, theirs = both(exported, {**SECOND, "value_embeds": False})
+    embeds = theirs.get_input_embeddings()(ids)
+    assert torch.equal(theirs(inputs_embeds=embeds).logits, theirs(ids).logits)
+    _, theirs = both(exported, SECOND)
+    message = r"inputs_embeds of shape \(2, 9, 24\).*value_embeds=True.*pass input_ids"
+    with pytest.raises(ValueError, match=message):
+        theirs(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match=message):
+        theirs.generate(inputs_embeds=embeds, max_new_tokens=2)
+    bare = theirs.transformer
+    with pytest.raises(ValueError, match=message):
+        bare(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("plan", [{}, SECOND], ids=["published", "second"])
+@pytest.mark.parametrize("size", [61, 44])
+def test_a_resized_vocabulary_keeps_the_other_tokens(exported, plan, size):
+    """The tables of values kept their size, and a new token was outside of them."""
+    ours, theirs = both(exported, plan)
+    ids = random_ids(2, 9) % 44
+    assert theirs.resize_token_embeddings(size, mean_resizing=False) is theirs.get_input_embeddings()
+    torch.testing.assert_close(theirs(ids).logits[..., :44], ours(ids)[..., :44], **TOLERANCE)
+    theirs(torch.full((1, 2), size - 1)).logits.sum().backward()
+    assert all(p.grad.size(0) == size for name, p in theirs.named_parameters() if "embed" in name)
+    assert type(theirs)(theirs.config).load_state_dict(theirs.state_dict())
+
+
+def test_save_and_load_bit_for_bit(either, tmp_path):
+    either.theirs.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     state = loaded.state_dict()
-    assert state.keys() == exported.model.state_dict().keys()
-    assert all(torch.equal(state[key], value) for key, value in exported.model.state_dict().items())
+    assert state.keys() == either.model.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in either.model.state_dict().items())
     ids = random_ids(2, 9)
-    assert torch.equal(loaded(ids).logits, exported.theirs(ids).logits)
-    exported.their_tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, either.theirs(ids).logits)
+    either.their_tokenizer.save_pretrained(tmp_path)
     assert import_checkpoint(tmp_path) == ("sft", "d5", 700)
     model, tokenizer, _ = load_model("sft", torch.device("cpu"), "eval")
-    assert torch.equal(model(ids), exported.model(ids))
-    assert tokenizer.fields() == exported.tokenizer.fields()
+    assert torch.equal(model(ids), either.model(ids))
+    assert tokenizer.fields() == either.tokenizer.fields()
 
 
 @pytest.mark.parametrize("settings", [{"dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}], ids=str)
-def test_bfloat16(exported, settings):
-    theirs = AutoModelForCausalLM.from_pretrained(exported.folder, trust_remote_code=True, **settings)
+def test_bfloat16(either, settings):
+    theirs = AutoModelForCausalLM.from_pretrained(either.folder, trust_remote_code=True, **settings)
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
     ids, mask = padded([random_ids(n, seed=n) for n in (5, 9)])
     logits = theirs(ids, attention_mask=mask).logits
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits[1], exported.model(ids[1:])[0], rtol=0, atol=0.15)
+    torch.testing.assert_close(logits[1], either.model(ids[1:])[0], rtol=0, atol=0.15)
     assert torch.equal(greedy(theirs, ids[:1, 4:]), greedy(theirs, ids[:1, 4:], use_cache=False))
 
 
@@ -276,6 +346,30 @@ def test_every_parameter_is_initialized(exported):
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     for name, parameter in fresh.named_parameters():
         assert 0.01 < parameter.std() < 0.04, name
+
+
+def test_new_parts_start_without_effect_on_the_stream(exported, exported_second, tmp_path):
+    """Those of weights that a file lacks, too: a published model can be finetuned as a second generation."""
+    config = AutoConfig.from_pretrained(exported_second.folder, trust_remote_code=True)
+    fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    exported.theirs.save_pretrained(tmp_path)
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, trust_remote_code=True)
+    n_new = 0
+    for model in (fresh, grown):
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_conv.weight", "mlp.conv.weight", "x0_scales")):
+                assert not parameter.any(), name
+            elif name.endswith("resid_scales"):
+                assert (parameter == 1).all()
+            elif model is fresh or "value_" in name:
+                assert 0.01 < parameter.std() < 0.04, name
+            else:
+                assert torch.equal(parameter, exported.model.get_parameter(name)), name
+                continue
+            n_new += 1
+    assert n_new == len(list(fresh.parameters())) + 2 + 5 + 2 * 2 + 3
+    loaded = AutoModelForCausalLM.from_pretrained(exported_second.folder, trust_remote_code=True)
+    assert all(torch.equal(p, exported_second.model.get_parameter(n)) for n, p in loaded.named_parameters())
 
 
 def test_invalid_arguments_are_refused(exported):

@@ -2,7 +2,7 @@
 
     config.json  generation_config.json  model.safetensors    shape and weights, dtypes unchanged
     tokenizer.json  tokenizer_config.json                      see nanochat/hub/hf_tokenizer.py
-    configuration_saint_iberis.py  modeling_saint_iberis.py    model code, needs torch and transformers only
+    {configuration,cache,modeling}_saint_iberis.py             model code, needs torch and transformers only
 
 The weights keep their names, so an import after an export restores them bit for bit.
 """

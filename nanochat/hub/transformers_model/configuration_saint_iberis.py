@@ -26,6 +26,10 @@ class SaintIberisConfig(PretrainedConfig):
         n_embd: int = 768,
         n_kernel: int = 3,  # width of the convolution in SLC2 layers
         slc_rate: int = 3,  # layer i is attention iff i % slc_rate == 1 or it is the last; 0: all layers
+        residual_conv: int = 0,  # taps of the convolutions added to k, attention's output and the MLP's
+        value_embeds: bool = False,  # tables of values by token, added to the values of attention layers
+        x0_mix: bool = False,  # each layer scales the residual stream and adds the embedding to it
+        score_scale: float = 1.0,  # factor on attention's scores
         **kwargs,
     ):
         self.sequence_len = sequence_len
@@ -36,6 +40,10 @@ class SaintIberisConfig(PretrainedConfig):
         self.n_embd = n_embd
         self.n_kernel = n_kernel
         self.slc_rate = slc_rate
+        self.residual_conv = residual_conv
+        self.value_embeds = value_embeds
+        self.x0_mix = x0_mix
+        self.score_scale = score_scale
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
     def is_attention(self, layer: int) -> bool:
