@@ -5,19 +5,21 @@ import logging
 import pickle
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
+from nanochat.config import N_PUBLISHED, GPTConfig
 from nanochat.tokenizer import JSON_FILE, RustBPETokenizer
 from scripts import hub
 from tests.helpers import chats
 from tests.helpers.echo_model import echo_config, echo_model
 from tests.helpers.hub_models import CPU, REPO, TAG, ask, expected, in_folders, published
 from tests.helpers.hub_server import kill_at
-from tests.helpers.models import random_model, small_config
+from tests.helpers.models import SECOND, random_model, small_config
 from tests.helpers.vocabulary import VOCAB_SIZE, train_tokenizer, training_texts
 
 pytestmark = pytest.mark.slow
@@ -68,6 +70,7 @@ def test_the_published_model_is_pulled_and_answers(served, echo_files, lay_out, 
     assert [path.name for path in directory.parent.iterdir() if path.name[0] == "."] == []
     meta = load_model("sft", CPU, "eval", TAG)[2]
     assert (meta["step"], meta["val_loss"], meta["model_config"]["slc_rate"]) == (700, 1.0657, 3)
+    assert list(meta["model_config"]) == [field.name for field in fields(GPTConfig)[:N_PUBLISHED]]
     assert meta["pulled_from"]["repo"] == REPO
 
 
@@ -90,6 +93,32 @@ def test_a_model_of_nanochat_has_only_attention_layers(served, tokenizer, tmp_pa
     pulled, _, _ = load_model("base", CPU, "eval", "karpathy")
     assert pulled.config == model.config
     assert torch.equal(pulled.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("plan", [SECOND, {**SECOND, "slc_rate": 0}, {"residual_conv": 4}], ids=str)
+def test_a_model_of_the_second_generation_is_pulled_as_one(served, tokenizer, tmp_path, plan):
+    """Without a layer plan in its file it is a hybrid if it has SLC2 layers, as of the first generation."""
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, **plan))
+    served.files = published(model, tokenizer, tmp_path)
+    assert hub.main(["pull", REPO, "-i", "base", "--tag=second"]) == 0
+    pulled, _, meta = load_model("base", CPU, "eval", "second")
+    assert pulled.config == model.config
+    assert meta["model_config"].items() >= plan.items()
+    state = {
+        key: value.bfloat16().float() if "wte" in key else value for key, value in model.state_dict().items()
+    }
+    assert list(state) == list(pulled.state_dict())
+    assert all(torch.equal(value, state[key]) for key, value in pulled.state_dict().items())
+
+
+def test_a_file_that_does_not_name_the_parts_of_its_weights_is_refused(served, tokenizer, tmp_path):
+    model = random_model(small_config(vocab_size=VOCAB_SIZE, **SECOND))
+    served.files = published(model, tokenizer, tmp_path)
+    meta = json.loads(served.files["meta_000700.json"])
+    del meta["model_config"]["x0_mix"]
+    served.files["meta_000700.json"] = json.dumps(meta).encode()
+    with pytest.raises(ValueError, match=r"(?s)do not fit the architecture.*x0_scales"):
+        hub.main(["pull", REPO])
 
 
 def test_training_continues_with_the_tokenizer_of_the_pulled_model(served, tokenizer, base_dir, tmp_path):

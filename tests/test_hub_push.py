@@ -1,18 +1,20 @@
 """Push models to a hub on 127.0.0.1: card, report and refusals; a pull returns the same model."""
 
+import json
 import logging
 
 import pytest
 import torch
 import yaml
 
-from nanochat.checkpoint_manager import checkpoint_dir, load_tensors, model_path, save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_dir, load_model, load_tensors, model_path, save_checkpoint
 from nanochat.common import write_json
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import JSON_FILE, PICKLE_FILE
 from scripts import hub
 from tests.helpers.echo_model import echo_config, echo_model
 from tests.helpers.hub_models import CPU, REPO, ask, expected
+from tests.helpers.models import SECOND, random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -77,6 +79,28 @@ def test_a_pushed_model_is_pulled_unchanged(allowed, base_dir, tokenizer, capsys
     assert list(pushed) == list(pulled)
     assert all(torch.equal(pushed[key], pulled[key]) for key in pushed)
     assert ask(capsys, "-g", "back") == expected(tokenizer)
+
+
+def test_a_pushed_model_of_the_second_generation_is_pulled_unchanged(allowed, base_dir, tokenizer):
+    model = random_model(small_config(vocab_size=tokenizer.get_vocab_size(), slc_rate=2, **SECOND))
+    directory = checkpoint_dir("base", "d4")
+    save_checkpoint(directory, 5, model, None, {})
+    tokenizer.save(directory / "tokenizer")
+    assert hub.main(["push", MINE, "-i", "base", "-g", "d4"]) == 0
+    assert hub.main(["pull", MINE, "-i", "base", "--tag=back"]) == 0
+    pulled, _, meta = load_model("base", CPU, "eval", "back")
+    assert pulled.config == model.config
+    assert meta["model_config"] == json.loads(allowed.files["model/meta_000005.json"])["model_config"]
+    assert meta["model_config"].items() >= SECOND.items()
+    pushed, state = model.state_dict(), pulled.state_dict()
+    assert list(pushed) == list(state)
+    assert all(torch.equal(state[key], pushed[key]) for key in pushed)
+    card = " ".join(allowed.files["README.md"].decode().split())
+    assert "Second generation. It has, besides the layers as published: convolutions of 3 taps" in card
+    assert "Primer, So et al. 2021; Canon layers, Allen-Zhu 2025" in card
+    assert "Zhou et al. 2024" in card
+    assert "| parameters: value_embeds | 16,800 |" in card
+    assert "scores of attention times 1.44" in card
 
 
 def test_the_card(allowed, base_dir, tokenizer):
@@ -203,3 +227,15 @@ def test_the_card_of_a_d20(tmp_path):
     assert "542.0 M parameters" in card
     assert "20: 13 SLC2, 7 attention (1, 4, 7, 10, 13, 16, 19)" in card
     assert "These weights were pulled from RikkaBotan/" in card
+    assert "First generation: the layers as published." in card
+
+
+def test_the_card_names_only_the_parts_that_a_model_has():
+    from nanochat.hub.model_card import model_card
+
+    config = GPTConfig.from_depth(20, vocab_size=65536, value_embeds=True, x0_mix=True)
+    card = model_card("me/d20", "sft", {"step": 700}, config, {}, "mit")
+    assert "value embeddings, 587.2 M of the parameters" in card
+    assert "the embedding mixed into the stream before each layer" in card
+    assert "taps, added" not in card
+    assert "scores of attention" not in card

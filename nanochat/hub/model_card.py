@@ -59,6 +59,7 @@ def model_card(
         "causal convolution.",
         _origin(meta),
         "## Architecture",
+        _generation(config, model.num_parameters()),
         _architecture(model),
         "## Data and training",
         _training(results) or "Not recorded with these weights.",
@@ -84,6 +85,30 @@ def model_card(
 def _origin(meta: dict[str, Any]) -> str:
     origin = dig(meta, "pulled_from", "repo")
     return f"These weights were pulled from {escape(str(origin))}." if origin else ""
+
+
+def _generation(config: GPTConfig, parameters: dict[str, int]) -> str:
+    """Return a sentence that names the generation and what the second adds, with its papers."""
+    added = []
+    if config.residual_conv:
+        added.append(
+            f"convolutions of {config.residual_conv} taps, added to keys and output of attention and to the "
+            "output of the MLP (Primer, So et al. 2021; Canon layers, Allen-Zhu 2025)"
+        )
+    if config.value_embeds:
+        added.append(
+            f"value embeddings, {parameters['value_embeds'] / 1e6:,.1f} M of the parameters: gated tables by "
+            "token, added to the values of attention (after value residual learning, Zhou et al. 2024)"
+        )
+    if config.x0_mix:
+        added.append(
+            "the embedding mixed into the stream before each layer (modded-nanogpt, Jordan et al. 2024)"
+        )
+    if config.score_scale != 1:
+        added.append(f"scores of attention times {config.score_scale:g}")
+    if not added:
+        return "First generation: the layers as published."
+    return f"Second generation. It has, besides the layers as published: {'; '.join(added)}."
 
 
 def _architecture(model: GPT) -> str:
