@@ -23,8 +23,7 @@ from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.decode import DecoderKind
 from nanochat.engine import Engine
-from nanochat.gpt import GPT
-from nanochat.ops import head_logits
+from nanochat.gpt import GPT, head_logits
 from nanochat.sampling import GREEDY
 from nanochat.task import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer

@@ -132,7 +132,7 @@ def time_attention_inputs(config: BenchKernelsConfig, shape: GPTConfig) -> Itera
     import torch.nn.functional as F
 
     from nanochat.attention import CausalSelfAttention, attention_inputs, rotary_tables
-    from nanochat.train.fused import fused_attention_inputs
+    from nanochat.train.fused_layers import fused_attention_inputs
 
     attn = CausalSelfAttention(replace(shape, residual_conv=3, value_embeds=True)).cuda()
     h, embeds = random_stream(config, shape, 2)

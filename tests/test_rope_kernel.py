@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nanochat.attention import CausalSelfAttention, apply_rotary, rotary_tables
 from nanochat.kernels.train.rope import rope, rope_, rope_backward
 from nanochat.layers import NORM_EPS, norm
-from nanochat.train.fused import fused_attention_inputs
+from nanochat.train.fused_layers import fused_attention_inputs
 from tests.helpers.kernels import error, on_gpu, poison
 from tests.helpers.models import small_config
 

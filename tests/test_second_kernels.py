@@ -8,7 +8,7 @@ from nanochat.attention import CausalSelfAttention, attention_inputs, rotary_tab
 from nanochat.kernels.train import join as join_kernel
 from nanochat.kernels.train import residual_conv as conv_kernel
 from nanochat.layers import NORM_EPS, residual_conv
-from nanochat.train.fused import fused_attention_inputs
+from nanochat.train.fused_layers import fused_attention_inputs
 from tests.helpers.kernels import error, on_gpu, poison
 from tests.helpers.models import small_config
 
