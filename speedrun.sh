@@ -10,6 +10,7 @@
 # Settings (environment variables):
 #   DATA               hub, embedded or a path of your own texts
 #   DEPTH              layers; the width and the length of training follow
+#   RECIPE             generation of the model: saint_iberis, or saint_iberis_2 (nanochat/recipes.py)
 #   NPROC_PER_NODE     ranks: 1, 2, 4 or 8
 #   DEVICE_BATCH_SIZE  rows of one forward pass; 0: as many as fit in memory
 #   FP8                1: pretrain in 8 bits, on Hopper and newer data-centre GPUs
@@ -26,7 +27,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source dev/stage.sh # prepare, wandb, doctor, stage
-prepare "$@"        # check the settings, set up; sets python, seed, bundle, gpus, gib and ranks
+prepare "$@"        # check the settings, set up; sets python, seed, recipe, bundle, gpus, gib and ranks
 
 data=${DATA:-$([ "$gpus" -gt 0 ] && echo hub || echo embedded)}
 chat_data=$([ "$data" = hub ] && echo hub || echo embedded) # of the stages after pretraining
@@ -43,6 +44,7 @@ else
     loss=("$tag" "--device-batch-size=$rows" --split-tokens=200000)
 fi
 [ "${FP8:-0}" = 0 ] || base+=(--fp8)
+[ "$recipe" = saint_iberis ] || base+=("--recipe=$recipe") # the other stages follow their checkpoint
 mid=("$tag" "$(wandb mid)") sft=("$tag" "$(wandb sft)") rl=("$tag" "$(wandb rl)") evals=("$tag")
 if [ "$chat_data" = hub ]; then
     mid+=("--device-batch-size=$rows") sft+=("--device-batch-size=$((gib >= 22 ? 4 : 2))")
@@ -57,7 +59,7 @@ else # a million tokens: small steps, whatever the model
     RL=${RL:-1}
 fi
 doctor "--data=$data" "--depth=$depth" "--vocab-size=$vocab" "--max-seq-len=$seq_len" \
-    "--device-batch-size=$rows" "--ranks=$ranks"
+    "--device-batch-size=$rows" "--ranks=$ranks" "--recipe=$recipe"
 
 # stage NAME MODULE RANKS FLAGS...
 if [ "$data" = hub ]; then # a shard is about 50 M tokens; training takes 20 tokens per parameter

@@ -5,14 +5,14 @@
 #   NAME.log        its output
 #   NAME.steps      STEPS of a training stage
 #   NAME.overwrite  while a training stage has older checkpoints to replace and has not saved one of its own
-# and, once pretraining starts, its seed and its precision (fp8).
+# and, once pretraining starts, its seed, its recipe and its precision (fp8).
 #
 # It must run in bash 3.2, the one of macOS: no associative arrays, no expansion of an empty array.
 
 fail() { echo "speedrun: $*" >&2; exit 1; }
 
 # prepare [--fresh]: check the settings, set up .venv, examine the machine.
-# Sets state, fresh, python, seed, bundle, gpus, gib (memory of the smallest GPU) and ranks.
+# Sets state, fresh, python, seed, recipe, bundle, gpus, gib (memory of the smallest GPU) and ranks.
 prepare() {
     local setting has_fp8
     fresh=${1:-}
@@ -30,9 +30,11 @@ prepare() {
     export PYTHONUNBUFFERED=1
     state=$NANOCHAT_BASE_DIR/speedrun
     mkdir -p "$state" 2>/dev/null && [ -w "$state" ] || fail "cannot write to $NANOCHAT_BASE_DIR; set NANOCHAT_BASE_DIR"
-    [ -z "$fresh" ] || rm -f "$state"/*.done "$state/seed" "$state/fp8"
+    [ -z "$fresh" ] || rm -f "$state"/*.done "$state/seed" "$state/recipe" "$state/fp8"
     seed=${SEED:-42}
     keep seed "$seed"
+    recipe=${RECIPE:-saint_iberis}
+    keep recipe "$recipe"
 
     python=${PYTHON:-.venv/bin/python}
     if [ -n "${PYTHON:-}" ]; then
@@ -120,6 +122,7 @@ stage() {
     [ "$python" = .venv/bin/python ] || settings="$settings PYTHON=$python"
     if [ "$name" = base_train ]; then
         echo "$seed" >"$state/seed"
+        echo "$recipe" >"$state/recipe"
         echo "${FP8:-0}" >"$state/fp8"
     fi
     if [ "$redone" = no ] && [ "$(cat "$state/$name.done" 2>/dev/null)" = "$settings" ]; then

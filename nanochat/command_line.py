@@ -30,11 +30,17 @@ from typing import NoReturn, TypeVar
 Config = TypeVar("Config")
 
 
-def parse(config_class: type[Config], argv: Sequence[str] | None, description: str | None = None) -> Config:
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str] | None,
+    description: str | None = None,
+    default: Config | None = None,
+) -> Config:
     """Parse command-line arguments such as `--depth=4`, `--device_batch_size 8` or `--device-batch-size 8`.
 
     The help text starts with description, by default the docstring of the module that defines config_class.
-    Raise ValueError for invalid arguments; argv None means sys.argv[1:].
+    What is not given is as in `default`, or as in the class if that is None. Raise ValueError for invalid
+    arguments; argv None means sys.argv[1:].
     """
     import tyro
 
@@ -43,7 +49,11 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, description: s
     try:
         with redirect_stderr(stderr):
             return tyro.cli(
-                config_class, args=argv, description=description, config=(tyro.conf.OmitArgPrefixes,)
+                config_class,
+                args=argv,
+                description=description,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as end:
         if end.code == 0:  # --help

@@ -29,11 +29,12 @@ import numpy as np
 import torch
 
 from nanochat.common import Runtime
-from nanochat.data.shards import open_shard, read_row_group
+from nanochat.data.shards import open_shard, read_row_group, text_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+SAMPLE = 64  # documents that tell the bytes of a token; each may be in a row group of its own
 DOCUMENTS_PER_CALL = 16  # tokenised together; few, so that no single batch takes long
 CACHE_BYTES = (
     256 * 2**20
@@ -156,6 +157,19 @@ def validation_batches(
     )
     own = islice(batches, runtime.rank, -(-n_tokens // (batch_size * seq_len)), runtime.world_size)
     return [(inputs, targets) for inputs, targets, _ in own]
+
+
+def estimate_tokens(tokenizer: Tokenizer, shards: Sequence[Path]) -> int:
+    """Estimate the tokens of an epoch: the bytes of the text, by those a token in an even sample of it.
+
+    For the hub's shards it is exact to about 1 %, for row groups of a few kilobytes some per cent too high.
+    """
+    documents = _Documents(shards, None)
+    n = min(SAMPLE, len(documents))
+    texts = documents.read([i * len(documents) // n for i in range(n)])
+    ids = tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id(), num_threads=4)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return text_bytes(shards) * sum(map(len, ids)) // max(1, n_bytes)
 
 
 def merge_states(states: Sequence[State]) -> State:

@@ -19,7 +19,7 @@ from nanochat.config import GPTConfig
 from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, source
 from nanochat.gpt import GPT
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import LearningRates
+from nanochat.optim.schedule import OptimizerConfig
 from nanochat.train.accelerate import accelerate
 from nanochat.train.memory import MAX_ROWS, choose_rows
 
@@ -112,7 +112,8 @@ def model_sizes(config: GPTConfig) -> tuple[int, int]:
     """Return the bytes of a model's float32 weights and of its optimizer state."""
     with torch.device("meta"):
         counts = GPT(config).num_parameters()
-    by_adamw = counts["wte"] + counts["lm_head"]  # AdamW keeps two moments, Muon one
+    # AdamW, for tables, keeps two moments, Muon one
+    by_adamw = counts["wte"] + counts["lm_head"] + counts.get("value_embeds", 0)
     return 4 * counts["total"], 4 * (counts["total"] + by_adamw)
 
 
@@ -140,7 +141,8 @@ def check_disk(config: GPTConfig, data: str) -> Iterator[Finding]:
 
 def required_shards(config: GPTConfig) -> int:
     """Return the number of the hub's shards that pretraining reads."""
-    tokens = TOKENS_PER_PARAMETER * model_sizes(config)[0] / 4
+    counted = replace(config, value_embeds=False)  # as in train.base.count_steps
+    tokens = TOKENS_PER_PARAMETER * model_sizes(counted)[0] / 4
     return min(N_TRAIN_SHARDS, -int(-tokens // SHARD_TOKENS))
 
 
@@ -201,7 +203,7 @@ def check_memory(config: GPTConfig, device_type: str, batch_size: int, n_ranks: 
             model = GPT(config)
         model.init_weights()
         batch_size = choose_rows(batch_size, model, MAX_ROWS, single_rank, fused=None)
-        build_optimizer(model, LearningRates(), replace(single_rank, world_size=n_ranks))
+        build_optimizer(model, OptimizerConfig(), replace(single_rank, world_size=n_ranks))
         accelerate(model, compile=True, fused=None)
         idx = torch.zeros((batch_size, config.sequence_len), dtype=torch.int64, device=device)
         model(idx, idx, loss_reduction="sum").backward()

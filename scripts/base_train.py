@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --run=d20
 
 --depth is the one dial: width, heads and, through the ratio of tokens to parameters, the length of training
-follow from it. Checkpoints and metrics.jsonl go to $NANOCHAT_BASE_DIR/base_checkpoints/<model tag>.
+follow from it. --recipe chooses the generation of the model and the defaults of what belongs to it
+(nanochat/recipes.py). Checkpoints and metrics.jsonl go to $NANOCHAT_BASE_DIR/base_checkpoints/<model tag>.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import parse, setup_runtime
 from nanochat.common import run as run_script
-from nanochat.train.base import BaseTrainConfig, build_model, make_plan, read_bundle, with_rows
+from nanochat.train.base import (
+    BaseTrainConfig,
+    build_model,
+    make_plan,
+    read_bundle,
+    with_recipe,
+    with_rows,
+)
 
 if TYPE_CHECKING:
     from nanochat.core_bundle import Bundle
@@ -27,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/base_train.json."""
-    config = parse(BaseTrainConfig, argv, __doc__)
+    config = parse(BaseTrainConfig, argv, __doc__, with_recipe(BaseTrainConfig, argv))
 
     import torch
 
@@ -38,17 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.tokenizer import get_tokenizer
     from nanochat.train.accelerate import accelerate
     from nanochat.train.loop import train
+    from nanochat.train.repeats import settle_value_embeds
     from nanochat.train.results import report_training
     from nanochat.train.run import Run
     from nanochat.train.samples import print_samples
 
     runtime = setup_runtime(config.device_type)
     tokenizer = get_tokenizer()
+    config = settle_value_embeds(config, tokenizer)
     model = build_model(config, tokenizer.get_vocab_size(), runtime)
     config = with_rows(config, model, runtime)
     plan = make_plan(config, model, runtime)
     bundle = read_bundle(config, plan)
-    optimizer = build_optimizer(model, config.rates, runtime)
+    optimizer = build_optimizer(model, config.optimizer, runtime)
     tag = config.model_tag or f"d{config.depth}"
     run = Run.open("base", tag, model, tokenizer, optimizer, runtime, config)
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)

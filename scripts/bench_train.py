@@ -3,6 +3,7 @@
     python -m scripts.bench_train                        # d20, 8 micro-batches of 32 x 2,048 tokens a step
     python -m scripts.bench_train --depth=12 --fp8 --num-iterations=5
     python -m scripts.bench_train --device-batch-size=4 --memory-gib=24
+    python -m scripts.bench_train --recipe=saint_iberis_2
 
 It takes the trainer's settings and runs its loop, on random tokens and weights of which none is zero. Speeds
 are medians over steps. `parts` are milliseconds of a micro-batch by kind of kernel, from the profiler, and
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.common import Runtime, parse, require_at_least, run, setup_runtime
 from nanochat.optim.schedule import Cadence
-from nanochat.train.base import BaseTrainConfig, build_model, make_plan, with_rows
+from nanochat.train.base import BaseTrainConfig, build_model, make_plan, with_recipe, with_rows
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict[str, Any]:
     cadence = Cadence(eval_every=0, sample_every=0, save_every=0, log_every=1)
     config = replace(config, num_iterations=config.num_iterations + 2, cadence=cadence)
     plan = make_plan(config, model, runtime)
-    optimizer = build_optimizer(model, config.rates, runtime)
+    optimizer = build_optimizer(model, config.optimizer, runtime)
     accelerate(model, compile=runtime.compiles(config.compile), fused=config.fused, fp8=config.fp8)
     batches = random_batches(config, runtime.device)
     dry_run = DryRun(model=model, optimizer=optimizer, runtime=runtime, config=config)
@@ -157,7 +158,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    config = parse(BenchTrainConfig, argv)
+    config = parse(BenchTrainConfig, argv, None, with_recipe(BenchTrainConfig, argv))
     runtime = setup_runtime(config.device_type)
     import torch
 
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = torch.cuda.get_device_properties(runtime.device).total_memory
         torch.cuda.set_per_process_memory_fraction(config.memory_gib * 2**30 / total)
     result = measure(config, runtime)
-    names = ("depth", "slc_rate", "max_seq_len", "vocab_size", "compile", "fp8")
+    names = ("recipe", "depth", "slc_rate", "max_seq_len", "vocab_size", "compile", "fp8")
     settings = {name: getattr(config, name) for name in names}
     print(json.dumps({**result, **settings, **describe(runtime.device)}))
     return 0

@@ -20,7 +20,8 @@ import tyro
 from nanochat.common import parse, require_at_least, require_counts, setup_runtime
 from nanochat.common import run as run_script
 from nanochat.decode import DecoderKind
-from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
+from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
+from nanochat.train.chat import follow_recipe
 
 if TYPE_CHECKING:
     from nanochat.train.run import Run
@@ -71,7 +72,9 @@ class ChatRLConfig:
     """start with the optimizer state of the stage before, if it was saved"""
     init_lr_frac: float = 0.05
     """factor on all learning rates, which fall from there linearly to 0"""
-    rates: LearningRates = field(default_factory=LearningRates)
+    recipe: str = ""
+    """recipe that the optimizer's defaults are from; empty: that of the model to start from"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval_examples: int = 400
     """test questions of an evaluation, at most all"""
     cadence: Cadence = field(
@@ -121,12 +124,14 @@ def make_plan(config: ChatRLConfig, n_questions: int, max_new_tokens: int) -> Pl
         accumulation=1,
         tokens_per_step=config.examples_per_step * config.num_samples * max_new_tokens,  # at most
         lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=1.0),
+        momentum=config.optimizer.momentum_at,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/chat_rl.json."""
     config = parse(ChatRLConfig, argv)
+    config = follow_recipe(config, config.source, argv)
 
     from nanochat.chat_eval import evaluate_task
     from nanochat.chat_format import limit_reply

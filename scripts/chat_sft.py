@@ -16,7 +16,7 @@ from typing import Literal
 
 from nanochat.common import parse, setup_runtime
 from nanochat.common import run as run_script
-from nanochat.train.chat import ChatTrainConfig
+from nanochat.train.chat import ChatTrainConfig, follow_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class ChatSFTConfig(ChatTrainConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/chat_sft.json."""
     config = parse(ChatSFTConfig, argv)
+    config = follow_recipe(config, config.source, argv)
 
     from nanochat.train.accelerate import accelerate
     from nanochat.train.chat_data import ChatData, StepShape

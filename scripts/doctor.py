@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.common import parse, require_at_least, run
+from nanochat.recipes import SAINT_IBERIS, find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,8 @@ class DoctorConfig:
 
     depth: int = 20
     """number of layers"""
+    recipe: str = SAINT_IBERIS.name
+    """saint_iberis (published) or saint_iberis_2 (second generation)"""
     max_seq_len: int = 2048
     """context length in tokens"""
     vocab_size: int = 65_536
@@ -50,13 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device_type = setup_runtime(config.device_type).device.type
     ranks = config.ranks or max(1, torch.cuda.device_count() if device_type == "cuda" else 1)
-    shape = GPTConfig.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=config.max_seq_len)
+    parts = find_recipe(config.recipe).settings.model_fields
+    shape = {"vocab_size": config.vocab_size, "sequence_len": config.max_seq_len, **parts}
+    model = GPTConfig.from_depth(config.depth, **shape)
     findings = chain(
         doctor.check_devices(device_type, ranks),
-        doctor.check_disk(shape, config.data),
-        doctor.check_data(shape, config.data),
+        doctor.check_disk(model, config.data),
+        doctor.check_data(model, config.data),
         doctor.check_collectives(device_type, ranks),
-        doctor.check_memory(shape, device_type, config.device_batch_size, ranks),
+        doctor.check_memory(model, device_type, config.device_batch_size, ranks),
     )
     n_failed = 0
     for finding in findings:

@@ -16,7 +16,7 @@ from functools import partial
 from nanochat.common import parse, setup_runtime
 from nanochat.common import run as run_script
 from nanochat.optim.schedule import Cadence
-from nanochat.train.chat import ChatTrainConfig
+from nanochat.train.chat import ChatTrainConfig, follow_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class MidTrainConfig(ChatTrainConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/mid_train.json."""
     config = parse(MidTrainConfig, argv)
+    config = follow_recipe(config, "base", argv)
 
     from nanochat.train.accelerate import accelerate
     from nanochat.train.chat_data import ChatData, StepShape

@@ -13,14 +13,17 @@ import pytest
 import torch
 
 from nanochat import common, report
-from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors, model_path
-from nanochat.common import Runtime, run
+from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors, model_path, read_meta
+from nanochat.common import Runtime, parse, run
 from nanochat.core_bundle import load_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.metrics import read_metrics
 from nanochat.tokenizer import get_tokenizer
+from nanochat.train.base import BaseTrainConfig, with_recipe
+from nanochat.train.repeats import settle_value_embeds
 from scripts import base_loss, base_train, tok_train
 from tests.helpers.core_bundles import write_bundle
+from tests.helpers.models import SECOND
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +79,63 @@ def test_twenty_golden_losses(corpus, base_dir):
     assert losses(base_dir) == pytest.approx(GOLDEN, rel=1e-3)
 
 
+# The same for the second generation.
+GOLDEN_2 = [5.7683, 3.9840, 2.1299, 2.1691, 1.4833, 2.0718, 2.1189, 1.3692, 1.3267, 1.2160]
+GOLDEN_2 += [1.3753, 1.1950, 1.0490, 1.1860, 1.3288, 1.0061, 1.0334, 0.9893, 1.0440, 0.9187]
+
+
+def test_the_second_generation(corpus, base_dir):
+    """Its losses, and what its files say that published ones do not."""
+    assert train(corpus, "--num-iterations=20", "--recipe=saint_iberis_2") == 0
+    assert losses(base_dir) == pytest.approx(GOLDEN_2, rel=1e-3)
+    meta = read_meta(base_dir / "base_checkpoints" / "d2", 20)
+    assert {name: meta["model_config"][name] for name in SECOND} == SECOND
+    config = meta["user_config"]
+    assert (config["recipe"], config["final_lr_frac"], config["value_embeds"]) == (
+        "saint_iberis_2",
+        0.05,
+        True,
+    )
+    assert (config["optimizer"]["matrix_lr"], config["optimizer"]["normuon"]) == (0.04, True)
+    train(corpus, "--num-iterations=2", "--model-tag=first")
+    meta = read_meta(base_dir / "base_checkpoints" / "first", 2)
+    assert not set(meta["model_config"]) & set(SECOND)
+    assert (meta["user_config"]["recipe"], meta["user_config"]["value_embeds"]) == ("saint_iberis", False)
+
+
+def test_text_that_repeats_has_no_value_embeddings(corpus, base_dir, caplog):
+    """Unless they are asked for; one line says which it is. The text has some 4,400 tokens, a step 64."""
+    tokenizer = get_tokenizer()
+    recipe = ["--recipe=saint_iberis_2"]
+
+    def settled(*flags):
+        arguments = [f"--data={corpus}", *SMALL, *flags]
+        config = parse(BaseTrainConfig, arguments, None, with_recipe(BaseTrainConfig, arguments))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            found = settle_value_embeds(config, tokenizer).value_embeds
+        return found, [r.message for r in caplog.records if "value embeddings" in r.message]
+
+    assert settled("--num-iterations=60", *recipe) == (True, [])
+    assert settled("--num-iterations=60", *recipe, "--value-embeds=False") == (False, [])
+    assert settled("--num-iterations=300") == (False, [])
+    assert settled("--num-iterations=300", *recipe, "--value-embeds=False") == (False, [])
+    found, (line,) = settled("--num-iterations=300", *recipe)
+    assert not found
+    assert "its text 4." in line
+    assert "19,200 tokens of about" in line
+    assert line.endswith("would overfit: left out; --value-embeds=True keeps them")
+    for flags in (recipe, []):
+        found, (line,) = settled("--num-iterations=300", *flags, "--value-embeds=True")
+        assert found
+        assert line.endswith("would overfit: kept, as asked")
+    train(corpus, "--num-iterations=80", *recipe, "--eval-every=0")
+    meta = read_meta(base_dir / "base_checkpoints" / "d2", 80)
+    assert "value_embeds" not in meta["model_config"]
+    assert meta["model_config"]["x0_mix"]
+    assert meta["user_config"]["value_embeds"] is False
+
+
 def test_core_on_the_way(corpus, base_dir, tmp_path):
     """Every core_every steps but not at the ends; training does not change; a missing bundle fails first."""
     folder = write_bundle(tmp_path / "bundle")
@@ -104,15 +164,17 @@ def test_the_wall_clock_continues_over_restarts(corpus, base_dir, monkeypatch):
     assert 1010 < wall_seconds(10, "--resume") < 1110
 
 
-def test_resume_is_bitwise(corpus, base_dir, caplog):
+@pytest.mark.parametrize("flags", [[], ["--recipe=saint_iberis_2"]], ids=["published", "second"])
+def test_resume_is_bitwise(corpus, base_dir, caplog, flags):
     """Seven steps, stop, five more: weights, losses and moving average equal those of twelve in one go."""
-    train(corpus, "--num-iterations=12", "--model-tag=whole", "--save-every=7", "--keep-last=0")
-    train(corpus, "--num-iterations=12", "--model-tag=parts", "--save-every=7", "--keep-last=0")
+    flags = ["--num-iterations=12", *flags]
+    train(corpus, *flags, "--model-tag=whole", "--save-every=7", "--keep-last=0")
+    train(corpus, *flags, "--model-tag=parts", "--save-every=7", "--keep-last=0")
     parts = base_dir / "base_checkpoints" / "parts"
     for path in parts.glob("*_000012*"):
         path.unlink()
     with caplog.at_level(logging.INFO):
-        train(corpus, "--num-iterations=12", "--model-tag=parts", "--resume")
+        train(corpus, *flags, "--model-tag=parts", "--resume")
     assert any("resuming from step 7" in r.message for r in caplog.records)
     whole, resumed = weights(base_dir, 12, "whole"), weights(base_dir, 12, "parts")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -233,6 +295,9 @@ def test_no_tokenizer(tmp_path):
         (["--matrix-lr=nan"], "matrix_lr=nan must be 0 or more"),
         (["--num-iterations=0"], "num_iterations=0 must be above 0, or -1"),  # trained for days
         (["--target-flops=0"], "target_flops=0.0 must be above 0, or -1"),
+        (["--recipe=mine"], "recipe='mine' is none of saint_iberis, saint_iberis_2"),
+        (["--residual-conv=-1"], "residual_conv=-1 must be 0"),
+        (["--final-lr-frac=2"], "final_lr_frac=2.0 must be in"),
         (["--device-type=tpu"], "device_type='tpu' is not available"),
     ],
 )

@@ -58,6 +58,17 @@ def test_train_and_report(base_dir, capsys):
     assert (meta["step"], meta["user_config"]["num_samples"]) == (20, 8)
 
 
+def test_rl_follows_the_recipe_of_its_model():
+    path = checkpoint_dir("sft", "d2").glob("meta_*.json")
+    path = next(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "user_config": {"recipe": "saint_iberis_2"}}))
+    assert chat_rl.main([*SMALL, "--num-steps=1", "--matrix-lr=0.03"]) == 0
+    _, _, meta = load_model("rl", torch.device("cpu"), "eval")
+    found = meta["user_config"]
+    assert found["recipe"] == "saint_iberis_2"
+    assert (found["optimizer"]["matrix_lr"], found["optimizer"]["embedding_lr"]) == (0.03, 0.4)
+
+
 def test_resume_is_bitwise():
     """Two steps, stop, two more: questions, samples, weights and metrics equal those of four in one go."""
     (checkpoint_dir("sft", "whole")).symlink_to(checkpoint_dir("sft", "d2"))

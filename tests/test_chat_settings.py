@@ -2,12 +2,14 @@
 
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from nanochat.checkpoint_manager import checkpoint_dir, complete_steps
+from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_optimizer_shards, read_meta
 from nanochat.common import run
+from nanochat.recipes import find_recipe
 from scripts import chat_eval, chat_sft, mid_train
 from tasks import mixtures as recipes
 from tests.helpers.chats import ColourTask, learn, same, train, weights, write_base_checkpoint
@@ -60,6 +62,8 @@ def error_of(main):
         ("sft", ["--step=7"], "no checkpoint of step 7"),
         ("sft", ["--resume"], "resume and overwrite exclude each other"),
         ("sft", ["--epochs=2"], "Unrecognized options: --epochs=2"),
+        ("mid", ["--recipe=mine"], "recipe='mine' is none of saint_iberis, saint_iberis_2"),
+        ("mid", ["--normuon"], r"'second_moment'.* --no-warm-start"),
     ],
 )
 def test_invalid_settings(stage, flags, message, monkeypatch):
@@ -76,6 +80,57 @@ def test_invalid_settings(stage, flags, message, monkeypatch):
 def test_midtraining_validates_as_often_as_the_published_run():
     assert mid_train.MidTrainConfig().cadence.eval_every == 150
     assert chat_sft.ChatSFTConfig().cadence.eval_every == 250
+
+
+def settings_of(stage, step):
+    """Return the recipe and the optimizer's constants of a checkpoint."""
+    config = read_meta(checkpoint_dir(stage, "d2"), step)["user_config"]
+    return config["recipe"], config["optimizer"]
+
+
+def constants(recipe):
+    return asdict(find_recipe(recipe).settings.optimizer)
+
+
+def second_moments(stage, step):
+    """Return the state of NorMuon in a checkpoint."""
+    (saved,) = load_optimizer_shards(checkpoint_dir(stage, "d2"), step)
+    return [state["second_moment"] for state in saved["state"].values() if "second_moment" in state]
+
+
+def test_a_published_model_is_trained_as_before():
+    """Its files name no recipe."""
+    train("mid", "--num-iterations=1")
+    assert settings_of("mid", 1) == ("saint_iberis", constants("saint_iberis"))
+    assert second_moments("mid", 1) == []
+    train("sft", "--source=mid", "--num-iterations=1", "--conv-lr=0.5")
+    assert settings_of("sft", 1) == ("saint_iberis", {**constants("saint_iberis"), "conv_lr": 0.5})
+
+
+def test_stages_follow_the_recipe_of_their_model(base_dir):
+    """Through midtraining to SFT; flags override it, for their stage alone; NorMuon's state is taken over."""
+    write_base_checkpoint(base_dir, recipe="saint_iberis_2")
+    name, second = "saint_iberis_2", constants("saint_iberis_2")
+    train("mid", "--num-iterations=1", "--matrix-lr=0", "--value-embed-lr=0")
+    assert settings_of("mid", 1) == (name, {**second, "matrix_lr": 0, "value_embed_lr": 0})
+    before, after = second_moments("base", 3), second_moments("mid", 1)
+    assert len(before) == len(after) > 3
+    assert all((new >= 0.9 * old).all() and new.any() for old, new in zip(before, after, strict=True))
+    base, mid = weights("base", 3), weights("mid", 1)
+    for key in base:
+        is_frozen = "value_embeds" in key or not any(
+            part in key for part in ("wte", "lm_head", "conv", "gate", "scales")
+        )
+        assert (base[key] == mid[key]).all() == is_frozen, key
+    train("sft", "--source=mid", "--num-iterations=1")
+    assert settings_of("sft", 1) == (name, second)
+
+
+def test_a_stage_may_follow_another_recipe(base_dir):
+    write_base_checkpoint(base_dir, recipe="saint_iberis_2")
+    train("mid", "--num-iterations=1", "--recipe=saint_iberis")
+    assert settings_of("mid", 1) == ("saint_iberis", constants("saint_iberis"))
+    assert second_moments("mid", 1) == []
 
 
 def test_checkpoints_are_not_mixed_or_overwritten_by_default():

@@ -3,12 +3,14 @@ import random
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from nanochat import dataloader
 from nanochat.data.shards import write_parquet
-from nanochat.dataloader import merge_states, packed_batches
+from nanochat.dataloader import estimate_tokens, merge_states, packed_batches
 
 BOS = 256
 
@@ -312,3 +314,25 @@ def test_row_groups_are_decoded_once_while_streams_are_near_one_another(shards, 
     assert documents.read(order) == [texts[i] for i in order]
     assert sum(column.nbytes for column in documents.cache.values()) <= 100 or len(documents.cache) == 1
     assert len(read) > len(set(read))
+
+
+@pytest.mark.parametrize("with_dictionary", [True, False])
+def test_tokens_are_estimated_without_reading_all(tmp_path, with_dictionary):
+    """Within 3 %, from footers and a few documents, whoever wrote the file; other columns do not count."""
+    rng = random.Random(1)
+    documents = [
+        " ".join(rng.choices(["river", "stone,", "bridge"], k=rng.randrange(200, 900))) for _ in range(900)
+    ]
+    path = tmp_path / "shard.parquet"
+    table = pa.table({"url": ["https://there/" * 40] * 900, "text": documents})
+    pq.write_table(table, path, row_group_size=200, use_dictionary=with_dictionary)
+    tokenizer = ByteTokenizer()
+    exact = sum(len(text) + 1 for text in documents)
+    assert estimate_tokens(tokenizer, [path]) == pytest.approx(exact, rel=0.03)
+    assert len(tokenizer.seen) == 64
+    assert estimate_tokens(tokenizer, [path, path]) == pytest.approx(2 * exact, rel=0.03)
+
+
+def test_tokens_of_empty_documents(tmp_path):
+    write_parquet(tmp_path / "shard.parquet", ["", ""])
+    assert estimate_tokens(ByteTokenizer(), [tmp_path / "shard.parquet"]) > 0

@@ -9,7 +9,7 @@ from nanochat import doctor
 from nanochat.gpt import GPTConfig
 from scripts import doctor as script
 from tests.helpers.hub_server import HubServer
-from tests.helpers.models import random_model
+from tests.helpers.models import SECOND, random_model
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +54,17 @@ def test_model_sizes():
     by_adamw = model.transformer.wte.weight.numel() + model.lm_head.weight.numel()
     n = sum(p.numel() for p in model.parameters())
     assert doctor.model_sizes(config) == (4 * n, 4 * (n + by_adamw))
+
+
+def test_the_second_generation_needs_more_space_but_no_more_text():
+    config = GPTConfig.from_depth(4, vocab_size=500, **SECOND)
+    model = random_model(config)
+    tables = [model.transformer.wte, model.lm_head, model.transformer.value_embeds]
+    by_adamw = sum(table.weight.numel() for table in tables)
+    n = sum(p.numel() for p in model.parameters())
+    assert doctor.model_sizes(config) == (4 * n, 4 * (n + by_adamw))
+    d12, second = (GPTConfig.from_depth(12, vocab_size=65_536, **shape) for shape in ({}, SECOND))
+    assert doctor.required_shards(second) == doctor.required_shards(d12)
 
 
 def test_hub(monkeypatch):

@@ -10,7 +10,7 @@ from nanochat.cache import HybridCache, state_bytes
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ops import head_logits, head_loss
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import LearningRates
+from nanochat.optim.schedule import OptimizerConfig
 from nanochat.sampling import SamplingParams, penalize_repetition, sample
 from tests.helpers.models import random_model, small_config
 
@@ -160,7 +160,7 @@ def test_every_parameter_has_a_gradient_and_moves(slc_rate):
     model = GPT(small_config(slc_rate=slc_rate))
     model.init_weights()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, LearningRates())
+    optimizer = build_optimizer(model, OptimizerConfig())
     assert sorted(p.data_ptr() for group in optimizer.param_groups for p in group["params"]) == sorted(
         p.data_ptr() for p in model.parameters()
     )

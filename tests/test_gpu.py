@@ -10,7 +10,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import LearningRates
+from nanochat.optim.schedule import OptimizerConfig
 from nanochat.sampling import GREEDY
 from nanochat.train import accelerate as acceleration
 from nanochat.train.accelerate import accelerate, why_not_fused
@@ -115,7 +115,7 @@ def test_optimizer_step_is_that_of_the_cpu():
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(p.shape, generator=generator) for p in models[0].parameters()]
     for model in models:
-        optimizer = build_optimizer(model, LearningRates())
+        optimizer = build_optimizer(model, OptimizerConfig())
         for _ in range(2):
             for p, gradient in zip(model.parameters(), gradients, strict=True):
                 p.grad = gradient.to(p.device)

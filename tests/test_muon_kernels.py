@@ -121,36 +121,59 @@ def test_iterate_in_bfloat16_is_as_exact_as_orthogonalize(shape):
     assert error(out, exact) < 1.2 * error(plain, exact)
 
 
+OPTIONS = [(False, False), (True, False), (False, True), (True, True)]  # NorMuon, weight decay
+
+
 @pytest.mark.parametrize("rows_cols", [(16, 16), (16, 48), (48, 16)])
-def test_muon_step(rows_cols):
-    check_muon_step("cpu", muon.muon_step, *rows_cols, torch.float32, 1e-4)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_muon_step(rows_cols, options):
+    check_muon_step("cpu", muon.muon_step, *rows_cols, torch.float32, 1e-4, *options)
 
 
-def test_muon_step_is_one_graph():
+@pytest.mark.parametrize("options", OPTIONS)
+def test_muon_step_is_one_graph(options):
     step = torch.compile(muon.muon_step, backend="aot_eager", fullgraph=True, dynamic=False)
-    check_muon_step("cpu", step, 48, 16, torch.float32, 1e-4)
+    check_muon_step("cpu", step, 48, 16, torch.float32, 1e-4, *options)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows_cols", [(128, 128), (128, 384), (384, 128), (10, 1280)])
-def test_muon_step_of_the_optimizer(rows_cols):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_muon_step_of_the_optimizer(rows_cols, options):
     """Compiled; with the kernels for matrices of whole tiles."""
     step = muon_adamw.fastest_muon_step(torch.empty(1, *rows_cols, device="cuda", dtype=torch.bfloat16))
-    check_muon_step("cuda", step, *rows_cols, torch.bfloat16, 0.03)
+    check_muon_step("cuda", step, *rows_cols, torch.bfloat16, 0.03, *options)
 
 
-def check_muon_step(device, step, rows, cols, dtype, tolerance):
-    """Compare weights and momentum after two steps; the weights of another rank must not change."""
+def test_muon_step_without_options_is_as_published():
+    """The scaled rate times X, bit for bit."""
+    weights, grads, buffer = torch.randn(3, 2, 2, 48, 16)
+    expected, b = weights.clone(), buffer.clone()
+    rate, momentum = torch.tensor(0.1), torch.tensor(0.9)
+    X, norm = muon.look_ahead(grads.flatten(0, 1), b.flatten(0, 1), momentum)
+    norm = norm + 1e-7
+    scaled = rate * 3**0.5 / norm
+    expected.sub_(scaled.view(2, 2, 1, 1) * iterate(X, norm).view(grads.shape))
+    muon.muon_step(weights, grads, buffer, rate, momentum)
+    assert torch.equal(weights, expected)
+
+
+def check_muon_step(device, step, rows, cols, dtype, tolerance, normuon=False, decays=False):
+    """Compare weights and state after two steps; the weights of another rank must not change."""
     start = torch.randn(3, 2, 2, rows, cols, device=device)
     weights = start.clone()
     buffer = torch.randn(3, 2, rows, cols, device=device)
-    expected, expected_buffer = start[:, 1].double(), buffer.double()
-    for rate, momentum in ((0.1, 0.85), (0.05, 0.9)):
+    state = torch.rand(3, 2, *updates.second_moment_shape(rows, cols), device=device) / max(rows, cols)
+    expected, expected_buffer, expected_state = start[:, 1].double(), buffer.double(), state.double()
+    for rate, momentum, decay in ((0.1, 0.85, 0.3), (0.05, 0.9, 0.2)):
         grads = torch.randn(3, 2, rows, cols, device=device).to(dtype)
         numbers = torch.tensor(rate), torch.tensor(momentum)
-        step(weights[:, 1], grads, buffer, *numbers)
-        updates.muon_step(expected, grads.double(), expected_buffer, *numbers)
+        decay = torch.tensor(decay) if decays else None
+        step(weights[:, 1], grads, buffer, *numbers, state if normuon else None, decay)
+        second = expected_state if normuon else None
+        updates.muon_step(expected, grads.double(), expected_buffer, *numbers, second, decay)
     assert error(buffer, expected_buffer) < 1e-6
+    assert error(state, expected_state) < tolerance
     assert error(weights[:, 1] - start[:, 1], expected - start[:, 1]) < tolerance
     assert torch.equal(weights[:, 0], start[:, 0])
 

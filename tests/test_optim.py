@@ -5,9 +5,11 @@ import torch
 
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, build_optimizer
-from nanochat.optim.schedule import LearningRates
-from nanochat.optim.updates import muon_update, orthogonalize
-from tests.helpers.models import random_model, small_config
+from nanochat.optim.schedule import OptimizerConfig
+from nanochat.optim.updates import decayed, muon_step, muon_update, normalize_neurons, orthogonalize
+from tests.helpers.models import SECOND, random_model, small_config
+
+SECOND_SETTINGS = OptimizerConfig(normuon=True, weight_decay=0.1, table_beta2=0.99)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4), (1, 7), (30, 31)])
@@ -46,6 +48,88 @@ def test_muon_update_is_nesterov_momentum_and_scales_by_the_original_shape():
     assert torch.linalg.matrix_norm(wide, 2) < 1.3  # not scaled up: rows < columns
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (1, 7), (7, 1)])
+def test_neurons_are_normalized(shape):
+    """Against the equation in float64, matrix by matrix, with a state from steps before."""
+    torch.manual_seed(0)
+    rows, cols = shape
+    states = torch.rand(3, *((rows, 1) if rows >= cols else (1, cols)), dtype=torch.float64)
+    found_states = states.float()
+    for _ in range(2):
+        directions = torch.randn(3, *shape, dtype=torch.float64) * torch.rand(rows, 1) * torch.rand(cols)
+        found = normalize_neurons(directions.float(), found_states)
+        for i, O in enumerate(directions):
+            mean = (
+                (O * O).sum(1, keepdim=True) / cols if rows >= cols else (O * O).sum(0, keepdim=True) / rows
+            )
+            states[i] = 0.9 * states[i] + 0.1 * mean
+            U = O / (states[i] + 1e-10).sqrt()
+            torch.testing.assert_close(found[i].double(), U * O.norm() / U.norm(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found_states.double(), states, rtol=1e-5, atol=1e-7)
+
+
+def test_neurons_of_a_first_step_have_one_length():
+    """The state is in float32 whatever the direction is in; a direction of zeros stays zero."""
+    torch.manual_seed(0)
+    direction = (torch.randn(2, 6, 3) * torch.logspace(-2, 2, 6)[:, None]).bfloat16()
+    direction[0] = 0
+    state = torch.zeros(2, 6, 1)
+    out = normalize_neurons(direction, state)
+    assert out.dtype == torch.float32
+    assert not out[0].any()
+    lengths = out[1].norm(dim=1)
+    torch.testing.assert_close(lengths, lengths.mean().expand(6), rtol=1e-4, atol=0)
+    torch.testing.assert_close(out[1].norm(), direction[1].float().norm(), rtol=1e-4, atol=0)
+    assert not state[0].any()
+
+
+def test_weight_decay_is_cautious():
+    weights = torch.tensor([2.0, 2.0, -2.0, -2.0, 0.0, 2.0])
+    update = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.5, 0.0])
+    expected = torch.tensor([0.7, -0.5, 0.5, -0.7, 0.5, 0.2])  # 0.1 W more where the signs are equal
+    torch.testing.assert_close(decayed(update, weights, torch.tensor(0.1)), expected)
+
+
+@pytest.mark.parametrize("rows_cols", [(4, 9), (9, 4)])
+def test_a_step_with_both_options(rows_cols):
+    """The scale by shape comes after NorMuon; the decay is of the weights before the step."""
+    torch.manual_seed(0)
+    weights, grads = torch.randn(2, 1, 3, *rows_cols, dtype=torch.float64)
+    buffer, state = torch.zeros_like(weights), torch.rand(1, 3, 9, 1, dtype=torch.float64)
+    if rows_cols == (4, 9):
+        state = state.mT.contiguous()
+    rate, momentum, decay = torch.tensor(0.1), torch.tensor(0.9), torch.tensor(0.3)
+    W, v = weights.clone(), state.clone()
+    O = orthogonalize((1 - 0.9**2) * grads[0], torch.float64)[None]
+    mean = O.square().mean(-1 if rows_cols == (9, 4) else -2, keepdim=True)
+    v = 0.9 * v + 0.1 * mean
+    U = O / (v + 1e-10).sqrt()
+    U *= O.norm(dim=(-2, -1), keepdim=True) / U.norm(dim=(-2, -1), keepdim=True)
+    U *= 1.5 if rows_cols == (9, 4) else 1.0
+    expected = W - 0.1 * (U + 0.3 * W * (U * W >= 0))
+    muon_step(weights, grads, buffer, rate, momentum, state, decay)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(state, v, rtol=1e-6, atol=1e-7)
+
+
+def test_without_options_muon_is_as_published():
+    """Bit for bit; models and optimizer files of the first generation rely on it."""
+    torch.manual_seed(0)
+    weights, grads, buffer = torch.randn(3, 2, 2, 9, 4)
+    W, b = weights.clone(), buffer.clone()
+    rate, momentum = torch.tensor(0.02), torch.tensor(0.9)
+    b.mul_(momentum).add_(grads * (1 - momentum))
+    ahead = (grads * (1 - momentum) + b * momentum).flatten(0, 1)
+    W.sub_(rate * (orthogonalize(ahead, torch.float32) * (9 / 4) ** 0.5).view(W.shape))
+    muon_step(weights, grads, buffer, rate, momentum)
+    assert torch.equal(weights, W)
+    assert torch.equal(buffer, b)
+    optimizer = build_optimizer(random_model(small_config()), OptimizerConfig())
+    assert [list(stack.state) for stack in optimizer.stacks] == (
+        3 * [["exp_avg", "exp_avg_sq"]] + 5 * [["momentum_buffer"]]
+    )
+
+
 def test_stacked_matrices_are_updated_independently():
     torch.manual_seed(0)
     start, gradients = torch.randn(3, 4, 6), torch.randn(2, 3, 4, 6)
@@ -81,7 +165,7 @@ def test_adamw_equals_torchs():
 def test_groups_by_role():
     """Equal rates must not merge or drop groups; taps go to AdamW, alpha_proj and A_proj to Muon."""
     model = random_model(small_config(n_embd=192, n_layer=7))
-    rates = LearningRates(embedding_lr=0.3, unembedding_lr=0.3, conv_lr=0.3, matrix_lr=0.02)
+    rates = OptimizerConfig(embedding_lr=0.3, unembedding_lr=0.3, conv_lr=0.3, matrix_lr=0.02)
     optimizer = build_optimizer(model, rates)
     names = {p: name for name, p in model.named_parameters()}
     kinds = {names[p]: group["kind"] for group in optimizer.param_groups for p in group["params"]}
@@ -97,8 +181,42 @@ def test_groups_by_role():
     )  # no empty taps group
 
 
-def test_state_survives_saving():
+def test_groups_of_the_second_generation():
+    """Each parameter is in one group, with the rate of its role; taps of other shapes are in other groups."""
+    config = small_config(n_embd=192, n_head=4, n_kv_head=2, n_layer=7, n_kernel=4, **SECOND)
+    model = random_model(config)
+    settings = OptimizerConfig(normuon=True, weight_decay=0.1, table_beta2=0.99, matrix_lr=0.03)
+    optimizer = build_optimizer(model, settings)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names) == len(groups)
+    expected = {  # the part of a name: learning rate and second beta
+        "wte": (0.2 * 2, 0.99),
+        "lm_head": (0.004 * 2, 0.99),
+        "value_embeds": (0.1, 0.99),
+        "value_gate": (0.02, 0.95),
+        "resid_scales": (0.005, 0.95),
+        "x0_scales": (0.1, 0.95),
+        "conv": (0.02 * 2, 0.95),
+    }
+    for name, group in groups.items():
+        roles = [role for role in expected if role in name]
+        assert len(roles) == (group["kind"] == "adamw"), name
+        if roles:
+            rate, beta2 = expected[roles[0]]
+            assert group["lr"] == pytest.approx(rate), name
+            assert group["betas"] == (0.8, beta2), name
+        else:
+            assert (group["lr"], group["normuon"], group["weight_decay"]) == (0.03, True, 0.1), name
+    taps = [group for group in optimizer.param_groups if group["params"][0].ndim == 3]
+    assert {tuple(g["params"][0].shape) for g in taps} == {(96, 1, 3), (192, 1, 3), (192, 1, 4)}
+    assert len(taps) == 3
+
+
+@pytest.mark.parametrize("settings", [OptimizerConfig(), SECOND_SETTINGS], ids=["published", "second"])
+def test_state_survives_saving(settings):
     """Two steps, with and without saving and loading in between, give bitwise equal weights."""
+    config = small_config(**(SECOND if settings.normuon else {}))
 
     def gradients(model, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -109,14 +227,24 @@ def test_state_survives_saving():
         gradients(model, seed)
         optimizer.step()
 
-    model = random_model(small_config())
-    optimizer = build_optimizer(model, LearningRates())
+    model = random_model(config)
+    optimizer = build_optimizer(model, settings)
     step(model, optimizer, 1)
-    model2 = random_model(small_config(), seed=9)
+    model2 = random_model(config, seed=9)
     model2.load_state_dict(model.state_dict())
-    optimizer2 = build_optimizer(model2, LearningRates())
+    optimizer2 = build_optimizer(model2, settings)
     optimizer2.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for m, o in ((model, optimizer), (model2, optimizer2)):
         step(m, o, 2)
     for a, b in zip(model.parameters(), model2.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_state_without_second_moments_is_refused():
+    """Momentum alone cannot continue NorMuon; the other way round nothing is missing."""
+    plain, normuon = (
+        build_optimizer(random_model(small_config()), s) for s in (OptimizerConfig(), SECOND_SETTINGS)
+    )
+    with pytest.raises(ValueError, match=r"'second_moment'.* --no-warm-start"):
+        normuon.load_state_dict(plain.state_dict())
+    plain.load_state_dict(normuon.state_dict())

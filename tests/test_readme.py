@@ -28,7 +28,7 @@ from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import PEAK_FLOPS
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import LearningRates
+from nanochat.optim.schedule import OptimizerConfig
 from nanochat.train.memory import fit
 from scripts import tok_eval
 from tasks import embedded_mixtures
@@ -356,7 +356,7 @@ def test_the_table_of_many_gpus():
         n = int(ranks)
         with torch.device("meta"):
             model = GPT(GPTConfig.from_depth(20, vocab_size=65_536))
-        optimizer = build_optimizer(model, LearningRates(), replace(Runtime.cpu(), world_size=n))
+        optimizer = build_optimizer(model, OptimizerConfig(), replace(Runtime.cpu(), world_size=n))
         gradients = 2 * sum(stack.weights.numel() for stack in optimizer.stacks) * (n - 1) / n / bandwidth
         times = [alone / n, gradients, 2 * gradients]
         for cell, value in zip(cells, [*times, alone / sum(times)], strict=True):

@@ -6,7 +6,7 @@ import pytest
 
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import LearningRates
+from nanochat.optim.schedule import OptimizerConfig
 from nanochat.train.progress import EmaLoss, Progress
 from nanochat.train.results import report_rl, report_training
 from nanochat.train.run import Run
@@ -24,7 +24,7 @@ def a_run(directory, stage, lines, progress):
         directory=directory,
         model=model,
         tokenizer=train_tokenizer(),
-        optimizer=build_optimizer(model, LearningRates()),
+        optimizer=build_optimizer(model, OptimizerConfig()),
         runtime=Runtime.cpu(),
         config=RunConfig(resume=True),
         progress=progress,

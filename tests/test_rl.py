@@ -9,7 +9,7 @@ import torch
 
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
+from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
 from nanochat.train.rl import accumulate, policy_loss, train
 from nanochat.train.rollouts import Sample
 from nanochat.train.run import DryRun
@@ -128,7 +128,7 @@ def run_steps(
 ):
     """Train; return whether it finished, and the run. save gets the run, log each record."""
     model = rollouts.engine.model
-    optimizer = build_optimizer(model, LearningRates())
+    optimizer = build_optimizer(model, OptimizerConfig())
 
     class HookedRun(DryRun):
         def save(self):
@@ -144,6 +144,7 @@ def run_steps(
         accumulation=1,
         tokens_per_step=1,
         lr_multiplier=partial(lr_multiplier, peak=peak, warmdown=1.0),
+        momentum=OptimizerConfig().momentum_at,
     )
     return train(run, rollouts, plan, batch_size=3, evaluate=evaluate, sample=sample), run
 

@@ -19,7 +19,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import Runtime
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import Cadence, LearningRates
+from nanochat.optim.schedule import Cadence, OptimizerConfig
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.run import DryRun, warm_start
 from tests.helpers.chats import write_base_checkpoint
@@ -60,7 +60,7 @@ def test_warm_start_takes_momentum_and_keeps_the_settings(base_dir):
     (saved,) = load_optimizer_shards(directory, 3)
     shape = {"n_layer": 2, "n_embd": 32, "n_kernel": 4, "slc_rate": 2, "vocab_size": 350}
     optimizer = build_optimizer(
-        random_model(small_config(**shape)), LearningRates(matrix_lr=0.5, conv_lr=0.1)
+        random_model(small_config(**shape)), OptimizerConfig(matrix_lr=0.5, conv_lr=0.1)
     )
     before = optimizer.state_dict()
     warm_start(directory, 3, optimizer, Runtime.cpu())
@@ -77,7 +77,7 @@ def test_warm_start_takes_momentum_and_keeps_the_settings(base_dir):
 
 def test_warm_start_without_optimizer_state(tmp_path, caplog):
     model = random_model(small_config())
-    optimizer = build_optimizer(model, LearningRates())
+    optimizer = build_optimizer(model, OptimizerConfig())
     save_checkpoint(tmp_path, 3, model, None, {})
     with caplog.at_level(logging.INFO):
         warm_start(tmp_path, 3, optimizer, Runtime.cpu())
@@ -166,7 +166,7 @@ def test_as_many_checkpoints_are_kept_as_the_cadence_says(directory):
 
 def test_a_dry_run_writes_nothing(base_dir):
     model = random_model(small_config())
-    optimizer = build_optimizer(model, LearningRates())
+    optimizer = build_optimizer(model, OptimizerConfig())
     run = DryRun(model=model, optimizer=optimizer, runtime=Runtime.cpu(), config=RunConfig())
     run.log({"step": 0})
     run.save()
@@ -221,7 +221,7 @@ def test_no_checkpoint_can_be_read(directory):
 
 def test_optimizer_state_of_another_model(directory):
     saved_run([1])
-    other = build_optimizer(random_model(small_config(n_embd=32)), LearningRates())
+    other = build_optimizer(random_model(small_config(n_embd=32)), OptimizerConfig())
     with pytest.raises(ValueError, match=r"optimizer state has 50 x .24,., the model needs 50 x .32,."):
         open_run(optimizer=other, resume=True)
 

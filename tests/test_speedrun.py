@@ -134,6 +134,24 @@ def test_does_not_pass_over_another_precision(speedrun, capfd):
     assert speedrun(machine="eight of 80 GiB") == (1, [])
 
 
+def test_the_recipe_is_that_of_pretraining(speedrun, capfd):
+    """All stages after it follow their checkpoint, so a run cannot change its recipe half-way."""
+    status, calls = speedrun(RECIPE="saint_iberis_2")
+    assert status == 0
+    flag = "--recipe=saint_iberis_2"
+    given = [module_and_arguments(words) for words in calls if flag in words]
+    assert [module for module, _ in given] == ["scripts.doctor", "scripts.base_train"]
+    for module, arguments in given:
+        assert read_flags(module, arguments).recipe == "saint_iberis_2"
+    assert read_flags(*given[1]).optimizer.normuon
+    assert len(speedrun(RECIPE="saint_iberis_2")[1]) == 1  # the doctor: all else is done
+    assert speedrun() == (1, [])
+    assert "RECIPE=saint_iberis, but the run in" in capfd.readouterr().err
+    status, calls = speedrun("--fresh")
+    assert status == 0
+    assert not any(flag in words for words in calls)
+
+
 @pytest.mark.parametrize("setting", ["RL=yes", "RL=2", "FP8=yes", "FP8=2", "DATA=auto"])
 def test_does_not_guess_what_a_setting_means(setting, speedrun, capfd):
     """RL=yes was off, FP8=no was on, and DATA=auto a path."""

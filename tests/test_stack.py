@@ -8,16 +8,26 @@ import torch
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
 from nanochat.optim import stack as stack_module
-from nanochat.optim.schedule import LearningRates
+from nanochat.optim.schedule import OptimizerConfig
 from nanochat.optim.stack import Stack, slots_per_bucket
-from tests.helpers.models import random_model, small_config
+from tests.helpers.models import SECOND, random_model, small_config
+
+# the second generation has stacks of scalars, and state of other shapes than the weights
+GENERATIONS = [(small_config(n_embd=32), OptimizerConfig())]
+GENERATIONS += [(small_config(n_embd=32, n_kv_head=1, **SECOND), OptimizerConfig(normuon=True))]
 
 
-def optimizers(world_size, seed=0):
+@pytest.fixture(params=GENERATIONS, ids=["published", "second"])
+def generation(request):
+    return request.param
+
+
+def optimizers(world_size, generation):
     """Return a model and an optimizer for each rank; the models are equal."""
+    config, settings = generation
     runtimes = [dataclasses.replace(Runtime.cpu(), rank=r, world_size=world_size) for r in range(world_size)]
-    models = [random_model(small_config(n_embd=32), seed) for _ in runtimes]
-    return models, [build_optimizer(m, LearningRates(), r) for m, r in zip(models, runtimes, strict=True)]
+    models = [random_model(config) for _ in runtimes]
+    return models, [build_optimizer(m, settings, r) for m, r in zip(models, runtimes, strict=True)]
 
 
 @pytest.mark.parametrize("share", [1, 2, 7, 34, 100])
@@ -31,10 +41,12 @@ def test_buckets_are_full_and_within_the_size_limit(share, mib):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("bucket_bytes", [0, 2**30])
-def test_every_slot_has_one_owner_and_a_parameter_keeps_its_values(monkeypatch, world_size, bucket_bytes):
+def test_every_slot_has_one_owner_and_a_parameter_keeps_its_values(
+    monkeypatch, world_size, bucket_bytes, generation
+):
     monkeypatch.setattr(stack_module, "BUCKET_BYTES", bucket_bytes)
-    reference = random_model(small_config(n_embd=32))
-    models, ranks = optimizers(world_size)
+    reference = random_model(generation[0])
+    models, ranks = optimizers(world_size, generation)
     for model in models:
         for p, expected in zip(model.parameters(), reference.parameters(), strict=True):
             assert p.is_contiguous()
@@ -49,15 +61,15 @@ def test_every_slot_has_one_owner_and_a_parameter_keeps_its_values(monkeypatch, 
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2), (2, 5), (8, 8)])
-def test_state_moves_between_any_numbers_of_ranks(before, after):
-    _, old = optimizers(before)
+def test_state_moves_between_any_numbers_of_ranks(before, after, generation):
+    _, old = optimizers(before, generation)
     for i, optimizer in enumerate(old):
         for stack in optimizer.stacks:
             stack.n_steps = 7
             for value in stack.state.values():
                 value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(i)))
     shards = [optimizer.state_dict() for optimizer in old]
-    _, new = optimizers(after)
+    _, new = optimizers(after, generation)
     for optimizer in new:
         optimizer.load_shards(shards)
         for i, stack in enumerate(optimizer.stacks):
@@ -70,6 +82,23 @@ def test_state_moves_between_any_numbers_of_ranks(before, after):
                 assert all(torch.equal(v, shard[n][place]) for v, n in zip(values, stack.state, strict=True))
     with pytest.raises(ValueError, match="lacks the share of a rank"):
         new[0].load_shards(shards[1:])
+
+
+def test_the_state_of_normuon_is_small():
+    """A number a row of a tall matrix, a column of a wide one; kept in float32."""
+    _, (optimizer,) = optimizers(1, GENERATIONS[1])
+    found = {
+        tuple(stack.params[0].shape): tuple(stack.state["second_moment"].shape[2:])
+        for stack in optimizer.stacks
+        if "second_moment" in stack.state
+    }
+    assert found == {
+        (32, 32): (32, 1),
+        (16, 32): (1, 32),
+        (2, 32): (1, 32),
+        (128, 32): (128, 1),
+        (32, 128): (1, 128),
+    }
 
 
 class Done:
@@ -101,7 +130,7 @@ def test_order_of_communication_during_the_backward(monkeypatch):
     )
     model = random_model(small_config(n_embd=32, n_layer=6))
     optimizer = build_optimizer(
-        model, LearningRates(), dataclasses.replace(Runtime.cpu(), rank=0, world_size=2)
+        model, OptimizerConfig(), dataclasses.replace(Runtime.cpu(), rank=0, world_size=2)
     )
     idx = torch.randint(0, 50, (2, 9))
     for _ in range(2):
@@ -129,7 +158,7 @@ def test_reductions_have_the_same_order_on_a_rank_without_gradients(monkeypatch)
     orders = []
     for has_gradients in (True, False):
         model = random_model(small_config(n_embd=32))
-        optimizer = build_optimizer(model, LearningRates())
+        optimizer = build_optimizer(model, OptimizerConfig())
         order = []
         for number, stack in enumerate(optimizer.stacks):
             monkeypatch.setattr(
@@ -147,7 +176,7 @@ def test_reductions_have_the_same_order_on_a_rank_without_gradients(monkeypatch)
 
 def test_the_norm_is_that_of_all_gradients():
     model = random_model(small_config())
-    optimizer = build_optimizer(model, LearningRates())
+    optimizer = build_optimizer(model, OptimizerConfig())
     idx = torch.randint(0, 50, (2, 9))
     model(idx, idx).backward()
     expected = sum(p.grad.square().sum() for p in model.parameters())

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat.common import Runtime
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import Cadence, LearningRates
+from nanochat.optim.schedule import Cadence, OptimizerConfig
 from nanochat.train.progress import Progress
 from nanochat.train.run import DryRun
 from nanochat.train.steps import (
@@ -27,7 +27,7 @@ from tests.helpers.runs import RunConfig, a_plan
 @pytest.fixture(scope="module")
 def parts():
     model = random_model(small_config())
-    return {"model": model, "optimizer": build_optimizer(model, LearningRates()), "runtime": Runtime.cpu()}
+    return {"model": model, "optimizer": build_optimizer(model, OptimizerConfig()), "runtime": Runtime.cpu()}
 
 
 def events_of(parts, start, num_steps, stop_after=None, **cadence):
@@ -112,6 +112,16 @@ def test_rates_and_momentum_of_a_step(parts):
         assert group["lr"] == 0.75 * group["initial_lr"]
         if group["kind"] == "muon":
             assert group["momentum"] == pytest.approx(0.85 + 0.1 * 2 / 300)
+
+
+def test_momentum_and_weight_decay_of_the_second_generation():
+    settings = OptimizerConfig(momentum=0.9, momentum_warmup=10, weight_decay=0.2)
+    optimizer = build_optimizer(random_model(small_config()), settings)
+    plan = a_plan(8, momentum=settings.momentum_at)
+    for step, momentum, decay in ((0, 0.85, 0.2), (6, 0.88, 0.05)):
+        set_schedule(optimizer, plan, step)
+        found = {(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups if g["kind"] == "muon"}
+        assert [*found] == [pytest.approx((momentum, decay))]
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf"))])

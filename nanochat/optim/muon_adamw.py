@@ -3,10 +3,11 @@
 Muon (Jordan et al. 2024) replaces the gradient of a matrix by the nearest orthogonal one: with G = U S V^T it
 steps along U V^T, which five steps of a quintic Newton-Schulz iteration approximate by matrix products alone.
 Matrices of one shape are stacked and updated together: a few large batched products instead of hundreds of
-small ones. On Hopper, nanochat/kernels/train/muon.py needs fewer and cheaper products.
+small ones. On Hopper, nanochat/kernels/train/muon.py needs fewer and cheaper products. Options of the second
+generation: NorMuon (Li et al. 2025) and cautious weight decay (Chen et al. 2025).
 
-AdamW (Loshchilov & Hutter 2019) without weight decay updates the embedding, the head and the convolutions:
-rows of a table and taps of a filter are not linear maps whose singular values have a meaning.
+AdamW (Loshchilov & Hutter 2019) without weight decay updates tables, taps, gates and scales: rows of a table
+and taps of a filter are not linear maps whose singular values have a meaning, and a gate reads few channels.
 
 With several ranks, each updates a share of every stack and holds the optimizer state of that share only (ZeRO
 stage 2, Rajbhandari et al. 2020):
@@ -29,14 +30,15 @@ from torch import Tensor
 from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.hardware import compiled, has_large_tiles
-from nanochat.optim.schedule import LearningRates
+from nanochat.optim.schedule import OptimizerConfig
 from nanochat.optim.stack import Stack
-from nanochat.optim.updates import adamw_step, muon_step
+from nanochat.optim.updates import adamw_step, muon_step, second_moment_shape
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Optimizer over groups of `kind` "muon" (with `momentum`) or "adamw" (with `betas`, `eps`).
 
+    A group of muon may have `normuon` (whether to normalise neurons) and `weight_decay`.
     All parameters of a group have one shape, and become views into the stack of the group. Gradients are
     reduced, and Muon's products computed, in dtype. forward_order lists the parameters in the order of use
     in a forward; it decides the order of communication.
@@ -57,7 +59,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.stacks = [
             Stack(
                 sorted(group["params"], key=position.__getitem__, reverse=True),
-                ("momentum_buffer",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq"),
+                _state_shapes(group),
                 by_rows=group["kind"] == "adamw" and len(group["params"]) == 1,
                 dtype=dtype,
                 rank=runtime.rank,
@@ -148,6 +150,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 ) from error
 
 
+def _state_shapes(group: dict[str, Any]) -> dict[str, Sequence[int] | None]:
+    """Return what a stack of this group keeps for each slot, None for the shape of the slot."""
+    if group["kind"] == "adamw":
+        return {"exp_avg": None, "exp_avg_sq": None}
+    if not group.get("normuon"):
+        return {"momentum_buffer": None}
+    return {"momentum_buffer": None, "second_moment": second_moment_shape(*group["params"][0].shape)}
+
+
 def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
     """Return the fastest equivalent of muon_step for gradients (..., rows, cols) like these."""
     if not grads.is_cuda:
@@ -163,7 +174,9 @@ def fastest_muon_step(grads: Tensor) -> Callable[..., None]:
 def _update_muon(stack: Stack, group: dict[str, Any]) -> None:
     step = fastest_muon_step(stack.own_grads)
     rate, momentum = torch.tensor(group["lr"]), torch.tensor(group["momentum"])  # 0-D: new values, same graph
-    step(stack.own_weights, stack.own_grads, stack.state["momentum_buffer"], rate, momentum)
+    decay = torch.tensor(group["weight_decay"]) if group.get("weight_decay") else None
+    buffer, second_moment = stack.state["momentum_buffer"], stack.state.get("second_moment")
+    step(stack.own_weights, stack.own_grads, buffer, rate, momentum, second_moment, decay)
 
 
 def _update_adamw(stack: Stack, group: dict[str, Any]) -> None:
@@ -175,27 +188,46 @@ def _update_adamw(stack: Stack, group: dict[str, Any]) -> None:
     step(stack.own_weights, stack.own_grads, exp_avg, exp_avg_sq, rate, bias_sq, betas, eps)
 
 
-def build_optimizer(model: GPT, rates: LearningRates, runtime: Runtime | None = None) -> MuonAdamW:
-    """Group the parameters by role; a schedule multiplies the `initial_lr` of each group."""
+def build_optimizer(model: GPT, settings: OptimizerConfig, runtime: Runtime | None = None) -> MuonAdamW:
+    """Group the parameters by role and shape; a schedule multiplies the `initial_lr` of each group."""
     scale = (model.config.n_embd / 768) ** -0.5
-    taps = [p for p in model.transformer.h.parameters() if p.ndim == 3]  # conv1d.weight (E,1,K)
-    matrices: dict[torch.Size, list[Tensor]] = {}
-    for p in model.transformer.h.parameters():
-        if p.ndim == 2:
-            matrices.setdefault(p.shape, []).append(p)
+    usual, of_tables = (0.8, 0.95), (0.8, settings.table_beta2)
+    by_adamw = {  # learning rate and betas by role
+        "wte": (settings.embedding_lr * scale, of_tables),
+        "lm_head": (settings.unembedding_lr * scale, of_tables),
+        "taps": (settings.conv_lr * scale, usual),
+        "value_embeds": (settings.value_embed_lr, of_tables),
+        "value_gate": (settings.value_gate_lr, usual),
+        "resid_scales": (settings.resid_scale_lr, usual),
+        "x0_scales": (settings.x0_scale_lr, usual),
+    }
+    members: dict[tuple[str, torch.Size], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        named = (role for role in by_adamw if role in name.split("."))
+        role = next(named, "taps" if p.ndim == 3 else "matrix")
+        members.setdefault((role, p.shape), []).append(p)
     groups = [
-        {"kind": "adamw", "params": params, "lr": lr * scale, "betas": (0.8, 0.95), "eps": 1e-10}
-        for params, lr in (
-            ([model.transformer.wte.weight], rates.embedding_lr),
-            ([model.lm_head.weight], rates.unembedding_lr),
-            (taps, rates.conv_lr),
-        )
-        if params  # a model of attention layers only has no taps
+        {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": 1e-10}
+        for role, (lr, betas) in by_adamw.items()
+        for (found, _), params in members.items()
+        if found == role
     ]
     groups += [
-        {"kind": "muon", "params": params, "lr": rates.matrix_lr, "momentum": 0.95}
-        for params in matrices.values()
+        {
+            "kind": "muon",
+            "params": params,
+            "lr": settings.matrix_lr,
+            "momentum": settings.momentum,
+            "normuon": settings.normuon,
+            "weight_decay": settings.weight_decay,
+            "initial_weight_decay": settings.weight_decay,
+        }
+        for (role, _), params in members.items()
+        if role == "matrix"
     ]
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
+    assert set(grouped) == set(model.parameters()), "a parameter is in no group"
     return MuonAdamW(
         [{**group, "initial_lr": group["lr"]} for group in groups],
         list(model.parameters()),

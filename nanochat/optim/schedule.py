@@ -1,4 +1,4 @@
-"""Learning rates, their schedules, and the intervals of evaluation, sampling, saving and logging.
+"""The constants of the optimizer, schedules, and the intervals of evaluation, sampling, saving and logging.
 
 The schedules are pure functions of progress or step, so a resumed run follows the same curve. This module
 must not import torch: commands build their help text from these classes.
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningRates:
-    """Peak learning rates; AdamW's are for a width of 768 and are scaled by (n_embd / 768)^-0.5."""
+class OptimizerConfig:
+    """Peak learning rates and the other constants of Muon and AdamW.
+
+    The rates of embedding, head and taps are for a width of 768 and are scaled by (n_embd / 768)^-0.5.
+    """
 
     embedding_lr: float = 0.2
     """learning rate of the token embedding (AdamW)"""
@@ -19,13 +22,41 @@ class LearningRates:
     """learning rate of the output head (AdamW)"""
     conv_lr: float = 0.02
     """learning rate of the convolution taps (AdamW)"""
+    value_embed_lr: float = 0.1
+    """learning rate of the value embeddings (AdamW)"""
+    value_gate_lr: float = 0.02
+    """learning rate of the gates of value embeddings (AdamW)"""
+    resid_scale_lr: float = 0.005
+    """learning rate of the scales of the residual stream (AdamW)"""
+    x0_scale_lr: float = 0.1
+    """learning rate of the scales of the embedding in the residual stream (AdamW)"""
+    table_beta2: float = 0.95
+    """decay of AdamW's second moment for tables: both embeddings and the head"""
     matrix_lr: float = 0.02
     """learning rate of all matrices (Muon)"""
+    momentum_start: float = 0.85
+    """Muon's momentum at the first step"""
+    momentum: float = 0.95
+    """Muon's momentum, after a linear rise"""
+    momentum_warmup: int = 300
+    """steps of that rise"""
+    normuon: bool = False
+    """divide the rows of Muon's updates by their running root mean square (NorMuon)"""
+    weight_decay: float = 0.0
+    """cautious weight decay of the matrices, falling linearly to 0 over the run"""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be 0 or more, and finite")
+        for name in ("table_beta2", "momentum_start", "momentum"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
+
+    def momentum_at(self, step: int) -> float:
+        """Return Muon's momentum at a step: from momentum_start linearly to momentum, then constant."""
+        rise = min(step / self.momentum_warmup, 1.0) if self.momentum_warmup else 1.0
+        return self.momentum_start + (self.momentum - self.momentum_start) * rise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +88,12 @@ class Plan:
     accumulation: int  # micro-batches per step on this rank
     tokens_per_step: int  # summed over all ranks
     lr_multiplier: Callable[[float], float]  # function of progress in [0, 1]
+    momentum: Callable[[int], float]  # Muon's, function of the step
 
 
-def lr_multiplier(progress: float, *, peak: float = 1.0, warmdown: float = 0.2) -> float:
+def lr_multiplier(progress: float, *, peak: float = 1.0, warmdown: float = 0.2, final: float = 0.0) -> float:
     """Return the factor on every learning rate at a progress in [0, 1] through training.
 
-    The factor is `peak`, then falls linearly to 0 over the last `warmdown` fraction of the run.
+    The factor is `peak`, then falls linearly over the last `warmdown` fraction of the run, to `final` of it.
     """
-    return peak * min(1.0, (1 - progress) / warmdown)
-
-
-def muon_momentum(step: int) -> float:
-    """Return Muon's momentum: 0.85, rising linearly to 0.95 over the first 300 steps."""
-    return 0.85 + 0.10 * min(step / 300, 1.0)
+    return peak * min(1.0, final + (1 - final) * (1 - progress) / warmdown)

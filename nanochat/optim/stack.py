@@ -10,7 +10,7 @@ ranks, and both collectives read and write whole buckets in place. The parameter
 weights: only gradients are copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,17 @@ BUCKET_BYTES = 32 * 2**20  # of gradients; enough for full bandwidth, and small 
 
 
 class Stack:
-    """Weights, gradients in dtype, and this rank's share of the optimizer state `state_names`, initially 0.
+    """Weights, gradients in dtype, and this rank's share of the optimizer state, initially 0.
 
     params, all of one shape, become views into the stack, in the given order. With by_rows there is a single
-    parameter, a table that is sharded by rows.
+    parameter, a table that is sharded by rows. state names the tensors of the state, with the shape that each
+    has for a slot (None: that of the slot).
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
-        state_names: Sequence[str],
+        state: Mapping[str, Sequence[int] | None],
         *,
         by_rows: bool,
         dtype: torch.dtype,
@@ -55,7 +56,9 @@ class Stack:
         self._own_grads: Tensor | None = None
         self.reducing: list[dist.Work] = []
         self.n_steps = 0
-        self.state = {name: torch.zeros_like(self.own_weights) for name in state_names}  # (buckets, m, *slot)
+        shapes = {name: slot if shape is None else shape for name, shape in state.items()}
+        own = self.own_weights
+        self.state = {name: own.new_zeros(*own.shape[:2], *shape) for name, shape in shapes.items()}
 
     @property
     def own_weights(self) -> Tensor:
@@ -127,7 +130,7 @@ class Stack:
         return own[own < self.n_slots]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank's share, (n, *slot) per tensor, and the numbers of its n slots."""
+        """Return the state of this rank's share, n slots of each tensor, and the numbers of these slots."""
         slots = self.own_slots
         tensors = {name: value.flatten(0, 1)[: len(slots)] for name, value in self.state.items()}
         return {"n_slots": self.n_slots, "slots": slots, "n_steps": self.n_steps, **tensors}

@@ -1,4 +1,7 @@
-"""Update rules for stacked parameters: Muon (Jordan et al. 2024), AdamW (Loshchilov & Hutter 2019)."""
+"""Update rules for stacked parameters: Muon (Jordan et al. 2024), AdamW (Loshchilov & Hutter 2019).
+
+Muon has two options: NorMuon (Li et al. 2025) and cautious weight decay (Chen et al. 2025).
+"""
 
 import torch
 from torch import Tensor
@@ -6,6 +9,7 @@ from torch import Tensor
 NEWTON_SCHULZ_STEPS = 5
 # steep at 0, flat around 1: singular values land in about [0.7, 1.2] after five steps (Jordan et al. 2024)
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SECOND_MOMENT_BETA = 0.9  # of NorMuon
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,26 +27,74 @@ def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
     return X
 
 
-def muon_update(grads: Tensor, buffer: Tensor, momentum: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the direction of a Muon step for a stack of matrices, (n, rows, cols) in dtype.
+def second_moment_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Return the shape of NorMuon's state for a matrix: a number for each index of its longer side."""
+    return (rows, 1) if rows >= cols else (1, cols)
 
-    buffer, the running mean of the gradients with decay `momentum` (0-D), is updated in place. The step uses
-    Nesterov momentum, and is scaled by max(1, rows/cols)^0.5, so that the change of an output does not depend
-    on the shape.
+
+def normalize_neurons(direction: Tensor, second_moment: Tensor) -> Tensor:
+    """NorMuon: divide a direction (n, rows, cols) by the root of second_moment, and keep its Frobenius norm.
+
+    second_moment (n, *second_moment_shape), the running mean of the squares over the shorter side, is updated
+    in place. Rows, or columns, that were long in recent steps become as long as the others. The result has
+    the dtype of second_moment; zeros stay zeros.
+    """
+    direction = direction.to(second_moment.dtype)
+    rows, cols = direction.shape[-2:]
+    squares = direction.square().mean(dim=-1 if rows >= cols else -2, keepdim=True)
+    second_moment.lerp_(squares, 1 - SECOND_MOMENT_BETA)
+    inverse = 1 / (second_moment + 1e-10)
+    # both norms follow from the means: the matrix is read twice, not three times
+    before, after = (x.sum(dim=(-2, -1), keepdim=True) for x in (squares, squares * inverse))
+    return direction * (inverse * before / (after + 1e-20)).sqrt()
+
+
+def muon_update(
+    grads: Tensor, buffer: Tensor, momentum: Tensor, dtype: torch.dtype, second_moment: Tensor | None = None
+) -> Tensor:
+    """Return the direction of a Muon step for a stack of matrices, (n, rows, cols), orthogonalized in dtype.
+
+    buffer, the running mean of the gradients with decay `momentum` (0-D), is updated in place; so is
+    second_moment, see `normalize_neurons` (None: plain Muon). The step uses Nesterov momentum, and is scaled
+    by max(1, rows/cols)^0.5, so that the change of an output does not depend on the shape.
     """
     grads = grads.to(buffer.dtype)
     buffer.mul_(momentum).add_(grads * (1 - momentum))
     ahead = grads * (1 - momentum) + buffer * momentum
-    return orthogonalize(ahead, dtype) * max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
+    direction = orthogonalize(ahead, dtype)
+    if second_moment is not None:
+        direction = normalize_neurons(direction, second_moment)
+    return direction * max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
 
 
-def muon_step(weights: Tensor, grads: Tensor, buffer: Tensor, rate: Tensor, momentum: Tensor) -> None:
+def decayed(update: Tensor, weights: Tensor, decay: Tensor | None) -> Tensor:
+    """Return the update with cautious weight decay (None: without).
+
+    decay W is added where update and weight do not have opposite signs: where the step, which subtracts the
+    update, moves the weight towards 0 anyway.
+    """
+    return update if decay is None else update + decay * weights * (update * weights >= 0)
+
+
+def muon_step(
+    weights: Tensor,
+    grads: Tensor,
+    buffer: Tensor,
+    rate: Tensor,
+    momentum: Tensor,
+    second_moment: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> None:
     """Update weights and buffer (..., rows, cols) in place; orthogonalize in the dtype of the gradients.
 
-    rate (learning rate) and momentum are 0-D.
+    rate (learning rate), momentum and decay are 0-D. Options: NorMuon with its state second_moment
+    (..., *second_moment_shape), updated in place, and cautious weight decay.
     """
-    update = muon_update(grads.flatten(0, -3), buffer.flatten(0, -3), momentum, grads.dtype)
-    weights.sub_(rate * update.view(grads.shape).to(weights.dtype))
+    second_moment = None if second_moment is None else second_moment.flatten(0, -3)
+    flat = grads.flatten(0, -3), buffer.flatten(0, -3)
+    update = muon_update(*flat, momentum, grads.dtype, second_moment)
+    update = update.view(grads.shape).to(weights.dtype)
+    weights.sub_(rate * decayed(update, weights, decay))
 
 
 def adamw_step(

@@ -5,12 +5,16 @@ Nothing here imports torch before a function is called, so that --help answers a
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import Runtime, require_at_least, require_counts
-from nanochat.optim.schedule import Cadence, LearningRates, Plan, lr_multiplier
+from nanochat.config import GPTConfig
+from nanochat.optim.schedule import Cadence, Plan, lr_multiplier
+from nanochat.recipes import SAINT_IBERIS, RecipeSettings, asked_recipe, find_recipe
 
 if TYPE_CHECKING:
     from nanochat.core_bundle import Bundle
@@ -18,9 +22,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseTrainConfig:
+class BaseTrainConfig(RecipeSettings):
     """Settings of pretraining."""
 
+    recipe: str = SAINT_IBERIS.name
+    """saint_iberis (published) or saint_iberis_2 (second generation): defaults of what belongs to it"""
     run: str = "dummy"
     """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
     data: str = "auto"
@@ -51,11 +57,6 @@ class BaseTrainConfig:
     """training tokens a parameter"""
     device_batch_size: int = 0
     """sequences of one forward on one device; 0: as many as its memory holds, at most 32"""
-    total_batch_size: int = 524_288
-    """tokens of one optimizer step, over all devices"""
-    warmdown_ratio: float = 0.2
-    """last share of training, over which the learning rates fall to 0"""
-    rates: LearningRates = field(default_factory=LearningRates)
 
     eval_tokens: int = 20 * 524_288
     """tokens of a validation, at most once through the validation shard"""
@@ -74,6 +75,8 @@ class BaseTrainConfig:
     """delete the checkpoints that this model tag has and start over"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        find_recipe(self.recipe)
         require_at_least(self, depth=1, max_seq_len=1, device_batch_size=0, total_batch_size=1, eval_tokens=1)
         require_at_least(self, core_every=0)
         require_counts(self, "core_max_per_task")
@@ -82,13 +85,18 @@ class BaseTrainConfig:
         for name in ("num_iterations", "target_flops"):
             if not getattr(self, name) > 0 and getattr(self, name) != -1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, or -1")
-        if not 0 < self.warmdown_ratio <= 1:
-            raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
 
 Config = TypeVar("Config", bound=BaseTrainConfig)
+
+
+def with_recipe(config_class: type[Config], argv: Sequence[str] | None) -> Config:
+    """Return the default settings by the recipe that the arguments name (argv None: sys.argv[1:])."""
+    recipe = find_recipe(asked_recipe(sys.argv[1:] if argv is None else argv))
+    settings = {**vars(recipe.settings), "value_embeds": None}  # depends on the text, too
+    return config_class(recipe=recipe.name, **settings)
 
 
 def read_bundle(config: BaseTrainConfig, plan: Plan) -> Bundle | None:
@@ -100,16 +108,24 @@ def read_bundle(config: BaseTrainConfig, plan: Plan) -> Bundle | None:
     return load_bundle(folder) if config.core_bundle or (is_needed and folder.exists()) else None
 
 
+def model_shape(config: BaseTrainConfig, vocab_size: int) -> GPTConfig:
+    """Return the shape of the model; value_embeds, if left open, is the recipe's choice."""
+    shape = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len, "slc_rate": config.slc_rate}
+    parts = config.model_fields
+    if config.value_embeds is None:
+        parts["value_embeds"] = find_recipe(config.recipe).settings.value_embeds
+    return GPTConfig.from_depth(config.depth, **shape, **parts)
+
+
 def build_model(config: BaseTrainConfig, vocab_size: int, runtime: Runtime) -> GPT:
     """Make the model of these settings, with its initial weights."""
     import torch
 
-    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.gpt import GPT
 
-    shape = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len, "slc_rate": config.slc_rate}
     torch.manual_seed(config.seed)
     with runtime.device:
-        model = GPT(GPTConfig.from_depth(config.depth, **shape), runtime.compute_dtype)
+        model = GPT(model_shape(config, vocab_size), runtime.compute_dtype)
     model.init_weights()
     return model
 
@@ -133,19 +149,31 @@ def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
             f"{config.device_batch_size} x {config.max_seq_len} x {runtime.world_size} = {micro_batch}; "
             f"try {max(1, total // micro_batch) * micro_batch}"
         )
+    return Plan(
+        num_steps=count_steps(config, model),
+        accumulation=total // micro_batch,
+        tokens_per_step=total,
+        lr_multiplier=partial(lr_multiplier, warmdown=config.warmdown_ratio, final=config.final_lr_frac),
+        momentum=config.optimizer.momentum_at,
+    )
+
+
+def count_steps(config: BaseTrainConfig, model: GPT) -> int:
+    """Derive the number of steps; ValueError if it is 0.
+
+    Value embeddings are not counted as parameters: a token reads one row of their tables.
+    """
+    total = config.total_batch_size
     if config.num_iterations > 0:
         num_steps = config.num_iterations
     elif config.target_flops > 0:
         num_steps = round(config.target_flops / (model.flops_per_token() * total))
     else:
-        num_steps = round(config.target_param_data_ratio * model.num_parameters()["total"] / total)
+        counts = model.num_parameters()
+        counted = counts["total"] - counts.get("value_embeds", 0)
+        num_steps = round(config.target_param_data_ratio * counted / total)
     if num_steps < 1:
         raise ValueError(
             "these settings make a run of 0 steps: raise num_iterations, target_flops or the ratio"
         )
-    return Plan(
-        num_steps=num_steps,
-        accumulation=total // micro_batch,
-        tokens_per_step=total,
-        lr_multiplier=partial(lr_multiplier, warmdown=config.warmdown_ratio),
-    )
+    return num_steps

@@ -3,17 +3,23 @@
 Both start from the newest checkpoint of another stage, with its optimizer's momentum if that was saved, and
 end when every conversation has been seen `num_epochs` times; nanochat/train/chat_data.py lays the
 conversations out. The stages differ in tasks, in whether rows are packed, in the rows of a step and in the
-learning rates.
+learning rates. All stages after pretraining take the optimizer's constants from the recipe of their model.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
-from nanochat.common import require_at_least, require_counts
+from nanochat.common import parse, require_at_least, require_counts
 from nanochat.decode import DecoderKind
-from nanochat.optim.schedule import Cadence, LearningRates
+from nanochat.optim.schedule import Cadence, OptimizerConfig
+from nanochat.recipes import SAINT_IBERIS, find_recipe
+
+if TYPE_CHECKING:
+    from nanochat.train.run import WarmStartConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,9 @@ class ChatTrainConfig:
     """factor on all learning rates"""
     warmdown_ratio: float = 0.2
     """last share of training, over which the learning rates fall to 0"""
-    rates: LearningRates = field(default_factory=LearningRates)
+    recipe: str = ""
+    """recipe that the optimizer's defaults are from; empty: that of the model to start from"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     cadence: Cadence = field(default_factory=Cadence)
     val_conversations: int = 5000
     """validation conversations, at most all"""
@@ -77,3 +85,21 @@ class ChatTrainConfig:
     def rows_per_step(self, seq_len: int) -> int:
         """Return the rows of an optimizer step, over all devices, if each has seq_len tokens."""
         raise NotImplementedError
+
+
+StartConfig = TypeVar("StartConfig", bound="WarmStartConfig")
+
+
+def follow_recipe(config: StartConfig, source: str, argv: Sequence[str] | None) -> StartConfig:
+    """Parse argv again, with defaults for the optimizer by the recipe of the model that the run starts from.
+
+    source is the stage of that model; config.recipe, if not empty, is the recipe to follow instead. Models of
+    before recipes, and published ones, follow saint_iberis.
+    """
+    from nanochat.checkpoint_manager import checkpoint_dir, read_meta, resolve_step, resolve_tag
+
+    directory = checkpoint_dir(source, resolve_tag(source, config.model_tag))
+    saved = read_meta(directory, resolve_step(directory, config.step)).get("user_config") or {}
+    recipe = find_recipe(config.recipe or saved.get("recipe") or SAINT_IBERIS.name)
+    default = replace(type(config)(), recipe=recipe.name, optimizer=recipe.settings.optimizer)
+    return parse(type(config), argv, None, default)

@@ -98,6 +98,7 @@ class ChatData:
             # on average, without padding
             tokens_per_step=max(1, n_places * self.shape.rows // len(self.rows)),
             lr_multiplier=partial(lr_multiplier, peak=config.init_lr_frac, warmdown=config.warmdown_ratio),
+            momentum=config.optimizer.momentum_at,
         )
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, dict]]:

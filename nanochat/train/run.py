@@ -42,7 +42,7 @@ from nanochat.common import Runtime, write_report
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW, build_optimizer
-from nanochat.optim.schedule import Cadence, LearningRates, Plan
+from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.progress import Progress
 
@@ -68,11 +68,13 @@ class WarmStartConfig(RunConfig, Protocol):
     """The same, and the settings of a run that starts from the model of another stage."""
 
     @property
+    def recipe(self) -> str: ...
+    @property
     def model_tag(self) -> str: ...
     @property
     def step(self) -> int: ...
     @property
-    def rates(self) -> LearningRates: ...
+    def optimizer(self) -> OptimizerConfig: ...
     @property
     def warm_start(self) -> bool: ...
 
@@ -133,7 +135,7 @@ class Run(Generic[OwnConfig]):
         """Open a run of `stage` that starts from a model of stage `source`, under that model's tag."""
         tag = resolve_tag(source, config.model_tag)
         model, tokenizer, meta = load_for(runtime, source, "train", tag, config.step)
-        optimizer = build_optimizer(model, config.rates, runtime)
+        optimizer = build_optimizer(model, config.optimizer, runtime)
         if config.warm_start:
             warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
         return Run.open(stage, tag, model, tokenizer, optimizer, runtime, config)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.optim import MuonAdamW
-from nanochat.optim.schedule import Plan, muon_momentum
+from nanochat.optim.schedule import Plan
 from nanochat.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -86,12 +86,14 @@ def is_due(step: int, every: int) -> bool:
 
 
 def set_schedule(optimizer: MuonAdamW, plan: Plan, step: int) -> float:
-    """Set the learning rates and the momentum of a step; return the factor on the rates."""
-    multiplier = plan.lr_multiplier(step / plan.num_steps)
+    """Set rates, momentum and weight decay of a step; return the factor on the learning rates."""
+    progress = step / plan.num_steps
+    multiplier = plan.lr_multiplier(progress)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
         if group["kind"] == "muon":
-            group["momentum"] = muon_momentum(step)
+            group["momentum"] = plan.momentum(step)
+            group["weight_decay"] = group["initial_weight_decay"] * (1 - progress)
     return multiplier
 
 

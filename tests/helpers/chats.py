@@ -9,7 +9,7 @@ from nanochat.checkpoint_manager import checkpoint_dir, load_tensors, model_path
 from nanochat.gpt import GPT
 from nanochat.metrics import read_metrics
 from nanochat.optim import build_optimizer
-from nanochat.optim.schedule import LearningRates
+from nanochat.recipes import find_recipe
 from scripts import chat_sft, mid_train
 from tasks import mixtures as recipes
 from tasks.common import Task
@@ -55,22 +55,25 @@ class Unanswered(ColourTask):
         return conversation if index % 2 else {**conversation, "messages": conversation["messages"][:1]}
 
 
-def write_base_checkpoint(base_dir, tag="d2", with_optimizer=True):
+def write_base_checkpoint(base_dir, tag="d2", with_optimizer=True, recipe="saint_iberis"):
     """Save a model with unusual n_kernel and slc_rate after three training steps on random tokens."""
+    settings = find_recipe(recipe).settings
     tokenizer = train_tokenizer()
     tokenizer.save(base_dir / "tokenizer")
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_embd": 32, "n_kernel": 4, "slc_rate": 2, "sequence_len": 48}
-    model = GPT(small_config(vocab_size=tokenizer.get_vocab_size(), **shape))
+    model = GPT(small_config(vocab_size=tokenizer.get_vocab_size(), **shape, **settings.model_fields))
     model.init_weights()
-    optimizer = build_optimizer(model, LearningRates())
+    optimizer = build_optimizer(model, settings.optimizer)
     for _ in range(3):
         ids = torch.randint(0, 300, (2, 17))
         model(ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
         model.zero_grad()
     state = optimizer.state_dict() if with_optimizer else None
-    save_checkpoint(checkpoint_dir("base", tag), 3, model, state, {})
+    # published checkpoints name no recipe
+    meta = {} if recipe == "saint_iberis" else {"user_config": {"recipe": recipe}}
+    save_checkpoint(checkpoint_dir("base", tag), 3, model, state, meta)
 
 
 def learn(monkeypatch, task):

@@ -25,13 +25,19 @@ def pretrain(corpus, *flags):
     base_train.main([*SHORT, *shape, f"--data={corpus}", f"--save-every={HALF}", "--keep-last=0", *flags])
 
 
+def base(corpus, tag, partial_tag, *flags):
+    """Pretrain under `tag`, and resume the model `partial_tag`, if any."""
+    stack.BUCKET_BYTES = 100_000  # several buckets per stack, even for small matrices
+    pretrain(corpus, f"--model-tag={tag}", *flags)
+    if partial_tag:
+        pretrain(corpus, f"--model-tag={partial_tag}", "--resume", *flags)
+    return 0
+
+
 def work(corpus, tag, partial_tag):
     """Train each stage under `tag`, resume the base model `partial_tag`, evaluate into eval_<tag>.json."""
-    stack.BUCKET_BYTES = 100_000  # several buckets per stack, even for small matrices
     recipes.mid_tasks = recipes.sft_tasks = lambda data: TASK
-    pretrain(corpus, f"--model-tag={tag}")
-    if partial_tag:
-        pretrain(corpus, f"--model-tag={partial_tag}", "--resume")
+    base(corpus, tag, partial_tag)
     mid_train.main([*SHORT, f"--model-tag={tag}", "--total-batch-size=192", "--warmdown-ratio=1"])
     chat_sft.main([*SHORT, f"--model-tag={tag}", "--conversations-per-step=12", "--init-lr-frac=0.1"])
     runtime = common.setup_runtime("cpu")
@@ -46,4 +52,5 @@ def work(corpus, tag, partial_tag):
 
 if __name__ == "__main__":
     logging.disable(logging.INFO)
-    common.run(lambda: work(*sys.argv[1:]))
+    program, *arguments = sys.argv[1:]
+    common.run(lambda: {"base": base, "work": work}[program](*arguments))

@@ -3,7 +3,7 @@
 Symmetric products take half the work, and memory is read in few passes. One kernel reads gradients and
 momentum once and writes the direction X, in the dtype of the gradients, and its norm. X itself is never
 normalised: a Newton-Schulz step is linear in X except for X X^T, which is scaled by 1 / norm^2, and the
-learning rate is scaled by 1 / norm.
+learning rate is scaled by 1 / norm. NorMuon and weight decay, which are not linear, take X / norm.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.train.newton_schulz import iterate
+from nanochat.optim.updates import decayed, normalize_neurons
 
 BLOCK = 4096
 
@@ -51,10 +52,28 @@ def _(grads, buffer, momentum):
     return torch.empty_like(grads), buffer.new_empty(len(grads))
 
 
-def muon_step(weights: Tensor, grads: Tensor, buffer: Tensor, rate: Tensor, momentum: Tensor) -> None:
-    """Update weights and buffer (..., rows, cols) in place; requires newton_schulz.fits(rows, cols)."""
+def muon_step(
+    weights: Tensor,
+    grads: Tensor,
+    buffer: Tensor,
+    rate: Tensor,
+    momentum: Tensor,
+    second_moment: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> None:
+    """Update weights, buffer (..., rows, cols) and second_moment in place, as optim.updates.muon_step does.
+
+    Requires newton_schulz.fits(rows, cols).
+    """
     X, norm = look_ahead(grads.flatten(0, -3), buffer.flatten(0, -3), momentum)
     norm = norm + 1e-7
     X = iterate(X, norm)
-    rate = rate * max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5 / norm
-    weights.sub_(rate.view(*grads.shape[:-2], 1, 1) * X.view(grads.shape))
+    scale = max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
+    if second_moment is None and decay is None:
+        rate = rate * scale / norm
+        weights.sub_(rate.view(*grads.shape[:-2], 1, 1) * X.view(grads.shape))
+        return
+    direction = X / norm.view(-1, 1, 1)  # float32
+    if second_moment is not None:
+        direction = normalize_neurons(direction, second_moment.flatten(0, -3))
+    weights.sub_(rate * decayed((direction * scale).view(grads.shape), weights, decay))

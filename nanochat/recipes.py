@@ -1,0 +1,104 @@
+"""Recipes: under one name, what a generation of the model is made of and how it is pretrained.
+
+    saint_iberis      the published models
+    saint_iberis_2    residual convolutions, value embeddings, the embedding mixed into the residual stream;
+                      NorMuon, cautious weight decay, higher rates and a long warmdown (dev/LOG.md)
+
+A recipe's values are the defaults of the trainer's command line; explicit flags override them. Checkpoints
+name their recipe, and the stages after pretraining take the constants of the optimizer from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanochat.optim.schedule import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """What a recipe decides, as settings of pretraining; the defaults are those of the published models."""
+
+    residual_conv: int = 0
+    """taps of the convolutions added to keys and output of attention and to the MLP's output; 0: none"""
+    value_embeds: bool | None = None
+    """tables of values by token in attention layers; None: as the recipe, but not for text that repeats"""
+    x0_mix: bool = False
+    """scale the residual stream before each layer, and add the embedding to it"""
+    score_scale: float = 1.0
+    """factor on attention's scores"""
+    total_batch_size: int = 524_288
+    """tokens of one optimizer step, over all devices"""
+    warmdown_ratio: float = 0.2
+    """last share of training, over which the learning rates fall"""
+    final_lr_frac: float = 0.0
+    """what they fall to, as a share of the peak"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.warmdown_ratio <= 1:
+            raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
+        if not 0 <= self.final_lr_frac <= 1:
+            raise ValueError(f"final_lr_frac={self.final_lr_frac} must be in [0, 1]")
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """The settings that are fields of GPTConfig, under their names."""
+        names = ("residual_conv", "value_embeds", "x0_mix", "score_scale")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named recipe: the text on the hub that it was made for, and its settings."""
+
+    name: str
+    dataset: str
+    settings: RecipeSettings
+
+
+SAINT_IBERIS = Recipe(name="saint_iberis", dataset="fineweb", settings=RecipeSettings(value_embeds=False))
+SAINT_IBERIS_2 = Recipe(
+    name="saint_iberis_2",
+    dataset="climbmix",
+    settings=RecipeSettings(
+        residual_conv=3,
+        value_embeds=True,
+        x0_mix=True,
+        score_scale=1.44,
+        # 65,536 was the best for 36 M tokens with a d12; what is best at full length has not been measured
+        total_batch_size=524_288,
+        warmdown_ratio=0.65,
+        final_lr_frac=0.05,
+        optimizer=OptimizerConfig(
+            embedding_lr=0.4,
+            unembedding_lr=0.012,
+            table_beta2=0.99,
+            matrix_lr=0.04,
+            momentum=0.90,
+            normuon=True,
+            weight_decay=0.1,
+        ),
+    ),
+)
+RECIPES = (SAINT_IBERIS, SAINT_IBERIS_2)
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe of a name; ValueError for an unknown one."""
+    for recipe in RECIPES:
+        if recipe.name == name:
+            return recipe
+    raise ValueError(f"recipe={name!r} is none of {', '.join(recipe.name for recipe in RECIPES)}")
+
+
+def asked_recipe(arguments: Sequence[str]) -> str:
+    """Return the last value of --recipe among arguments, by default the name of the published recipe."""
+    name = SAINT_IBERIS.name
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--recipe":
+            name = value if equals else "".join(arguments[i + 1 : i + 2])
+    return name
