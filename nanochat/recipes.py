@@ -52,17 +52,15 @@ class RecipeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A named recipe: the text on the hub that it was made for, and its settings."""
+    """Settings under a name."""
 
     name: str
-    dataset: str
     settings: RecipeSettings
 
 
-SAINT_IBERIS = Recipe(name="saint_iberis", dataset="fineweb", settings=RecipeSettings(value_embeds=False))
+SAINT_IBERIS = Recipe(name="saint_iberis", settings=RecipeSettings(value_embeds=False))
 SAINT_IBERIS_2 = Recipe(
     name="saint_iberis_2",
-    dataset="climbmix",
     settings=RecipeSettings(
         residual_conv=3,
         value_embeds=True,

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from nanochat.common import Runtime
@@ -33,13 +31,6 @@ def test_estimate_is_near_what_was_measured(config, rows, fused, measured):
     estimate = training_bytes(config, rows, checkpointing=False, fused=fused) / GIB
     assert measured <= estimate * 1.05
     assert estimate < 1.15 * measured
-
-
-def test_value_embeddings_take_as_much_as_other_tables():
-    """Weights, gradients and two moments: 20 bytes a number of a d12's five tables, 4.7 GiB."""
-    config = d(12)
-    more = training_bytes(replace(config, value_embeds=True), 8, checkpointing=False)
-    assert more - training_bytes(config, 8, checkpointing=False) == 20 * 5 * 65_536 * 768
 
 
 def test_small_cards_train_small_models():
