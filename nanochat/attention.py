@@ -19,10 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.cache import LayerState, Span
-from nanochat.config import GPTConfig
+from nanochat.config import GATE_INPUTS, GPTConfig
 from nanochat.layers import Linear, ShortConv, norm, residual_conv
-
-GATE_INPUTS = 12  # channels of h that the gate of value embeddings reads
 
 
 @lru_cache(maxsize=8)

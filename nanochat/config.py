@@ -5,6 +5,7 @@ from math import inf
 from typing import Any
 
 HEAD_DIM = 128
+GATE_INPUTS = 12  # channels that the gate of value embeddings reads
 N_PUBLISHED = 8  # fields of GPTConfig that published files have
 
 
@@ -34,6 +35,8 @@ class GPTConfig:
             raise ValueError(f"slc_rate={self.slc_rate} must be 0 (all attention) or more")
         if self.residual_conv < 0:
             raise ValueError(f"residual_conv={self.residual_conv} must be 0 (none) or a number of taps")
+        if self.value_embeds and self.n_embd < GATE_INPUTS:
+            raise ValueError(f"value_embeds needs n_embd={self.n_embd} to be at least {GATE_INPUTS}")
         if not 0 < self.score_scale < inf:
             raise ValueError(f"score_scale={self.score_scale} must be above 0, and finite")
         if self.n_embd % self.n_head or self.head_dim % 2:

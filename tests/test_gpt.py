@@ -127,6 +127,9 @@ def test_config_survives_json_and_old_ones_lack_the_last_two_keys():
         ({"n_head": 4, "n_kv_head": 3}, "multiple of n_kv_head=3"),
         ({"n_kernel": 0}, "n_kernel=0 must be at least 1"),
         ({"slc_rate": -1}, "slc_rate=-1"),
+        ({"residual_conv": -1}, "residual_conv=-1"),
+        ({"score_scale": 0.0}, "score_scale=0.0"),
+        ({"value_embeds": True, "n_embd": 8}, "n_embd=8 to be at least 12"),
     ],
 )
 def test_config_says_what_does_not_fit(changes, message):
