@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,20 @@ from nanochat.checkpoint_manager import checkpoint_dir, delete_checkpoint, load_
 from tests.helpers import ranks
 from tests.helpers.chats import untimed_records
 from tests.helpers.core_bundles import write_bundle
+from tests.helpers.kernels import error
 from tests.helpers.vocabulary import train_tokenizer
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SECOND_GENERATION = ["--recipe=saint_iberis_2", "--value-embeds=True"]
-# at lower rates, since the rounding errors that AdamW makes large grow with them
-SECOND_GENERATION += ["--embedding-lr=0.2", "--unembedding-lr=0.004", "--value-embed-lr=0.02"]
 
 
-def assert_same_run(stage, tag, other):
+assert_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+
+
+def assert_same_run(stage, tag, other, assert_close=assert_close):
+    """Compare the metrics of two runs, and by assert_close their final weights."""
     for one, two in zip(untimed_records(stage, tag), untimed_records(stage, other), strict=True):
         assert one.pop("grad_norm", 0) == pytest.approx(two.pop("grad_norm", 0), rel=1e-4)
         assert one == pytest.approx(two, rel=1e-5), (stage, one, two)
@@ -34,7 +38,15 @@ def assert_same_run(stage, tag, other):
         load_tensors(model_path(checkpoint_dir(stage, t), ranks.NUM_STEPS), "cpu") for t in (tag, other)
     )
     for name, weight in one.items():
-        torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4)
+        assert_close(weight, two[name])
+
+
+def assert_near(weight, expected):
+    """Require a small error of the whole tensor (at most 8e-5 was seen).
+
+    At the rates of the second generation AdamW makes 1e-3 of a weight of rounding errors in small gradients.
+    """
+    assert error(weight, expected) < 5e-4
 
 
 def copy_half(tag, new_tag):
@@ -110,7 +122,7 @@ def test_two_ranks_compute_the_second_generation(one_rank, monkeypatch):
     data, resumed_tag = str(one_rank / "*.txt"), copy_half("second_of1", "second_then_2")
     torchrun(1, 2, "base", data, "second_of2", resumed_tag, *SECOND_GENERATION)
     for tag in ("second_of2", resumed_tag):
-        assert_same_run("base", tag, "second_of1")
+        assert_same_run("base", tag, "second_of1", assert_near)
     back = copy_half("second_of2", "second_then_1")
     ranks.pretrain(data, f"--model-tag={back}", "--resume", *SECOND_GENERATION)
-    assert_same_run("base", back, "second_of1")
+    assert_same_run("base", back, "second_of1", assert_near)

@@ -77,6 +77,7 @@ ELSEWHERE = {
     "DEPTH=8 bash speedrun.sh": "tests/test_speedrun.py",
     "DEVICE_BATCH_SIZE=4 bash speedrun.sh": "tests/test_speedrun.py",
     "FP8=1 bash speedrun.sh": "tests/test_speedrun.py",
+    "RECIPE=saint_iberis_2 bash speedrun.sh": "tests/test_speedrun.py",
     "DATA=PATH bash speedrun.sh": "tests/test_speedrun.py",
     "bash tests/run.sh": ".ci/run",
     "bash tests/run.sh tests/test_slc2.py tests/test_gpt.py tests/test_decode_law.py": ".ci/run",
