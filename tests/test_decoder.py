@@ -39,7 +39,8 @@ SHAPES = [
         )
     ),
 ]
-GENERATIONS = pytest.mark.parametrize("config", [SMALL, SMALL_SECOND], ids=["published", "second"])
+# a second generation has the state of a published model, and more; the interpreter is slow
+GENERATIONS = pytest.mark.parametrize("config", [on_gpu(SMALL), SMALL_SECOND], ids=["published", "second"])
 
 
 def model_on(device, config, dtype=torch.float32):
@@ -97,7 +98,7 @@ def test_greedy_tokens_are_those_of_full_forwards_in_any_batch(device, kind, con
     assert drawn[slots[0]] == greedy_by_full_forwards(model, prompts[0], 6)
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=str)
+@pytest.mark.parametrize("config", [shape for shape in SHAPES if shape is not SMALL_SECOND], ids=str)
 def test_sampling_and_logits_equal_the_plain_decoder_s(device, config):
     model = model_on(device, config)
     found = []
