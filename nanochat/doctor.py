@@ -18,7 +18,7 @@ from nanochat.common import Runtime, atomic_write, base_dir, run, setup_runtime
 from nanochat.config import GPTConfig
 from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, source
 from nanochat.gpt import GPT
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.train.accelerate import accelerate
 from nanochat.train.memory import MAX_ROWS, choose_rows

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.dataloader import packed_batches, validation_batches
     from nanochat.dataset import shard_paths
     from nanochat.loss_eval import evaluate_bpb
-    from nanochat.optim import build_optimizer
+    from nanochat.optim.muon_adamw import build_optimizer
     from nanochat.tokenizer import get_tokenizer
     from nanochat.train.accelerate import accelerate
     from nanochat.train.loop import train

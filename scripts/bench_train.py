@@ -122,7 +122,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict[str, Any]:
     import torch
 
     from nanochat.benchmark import fill_zero_weights
-    from nanochat.optim import build_optimizer
+    from nanochat.optim.muon_adamw import build_optimizer
     from nanochat.train.accelerate import accelerate, uses_kernels
     from nanochat.train.loop import train
     from nanochat.train.run import DryRun

@@ -9,7 +9,7 @@ from nanochat.attention import apply_rotary, rotary_tables
 from nanochat.cache import HybridCache, state_bytes
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ops import head_logits, head_loss
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.sampling import SamplingParams, penalize_repetition, sample
 from tests.helpers.models import random_model, small_config

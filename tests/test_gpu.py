@@ -9,7 +9,7 @@ from nanochat.cache import HybridCache
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.sampling import GREEDY
 from nanochat.train import accelerate as acceleration

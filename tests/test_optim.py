@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.optim.muon_adamw import MuonAdamW, build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.optim.updates import decayed, muon_step, muon_update, normalize_neurons, orthogonalize
 from tests.helpers.models import SECOND, random_model, small_config

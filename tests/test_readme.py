@@ -27,7 +27,7 @@ from nanochat.checkpoint_manager import checkpoint_dir, load_model
 from nanochat.common import Runtime
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import PEAK_FLOPS
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.train.memory import fit
 from scripts import tok_eval

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanochat.common import Runtime
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.train.progress import EmaLoss, Progress
 from nanochat.train.results import report_rl, report_training

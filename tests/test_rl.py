@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanochat.common import Runtime
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
 from nanochat.train.rl import accumulate, policy_loss, train
 from nanochat.train.rollouts import Sample

@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import Runtime
 from nanochat.metrics import read_metrics
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.run import DryRun, warm_start

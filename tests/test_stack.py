@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nanochat.common import Runtime
-from nanochat.optim import build_optimizer
 from nanochat.optim import stack as stack_module
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.optim.stack import Stack, slots_per_bucket
 from tests.helpers.models import SECOND, random_model, small_config

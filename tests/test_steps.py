@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from nanochat.common import Runtime
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig
 from nanochat.train.progress import Progress
 from nanochat.train.run import DryRun

@@ -41,7 +41,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import Runtime, write_report
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
-from nanochat.optim import MuonAdamW, build_optimizer
+from nanochat.optim.muon_adamw import MuonAdamW, build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.progress import Progress

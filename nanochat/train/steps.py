@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.optim import MuonAdamW
+from nanochat.optim.muon_adamw import MuonAdamW
 from nanochat.optim.schedule import Plan
 from nanochat.train.run import Run
 

@@ -8,7 +8,7 @@ import torch
 from nanochat.checkpoint_manager import checkpoint_dir, load_tensors, model_path, save_checkpoint
 from nanochat.gpt import GPT
 from nanochat.metrics import read_metrics
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.recipes import find_recipe
 from scripts import chat_sft, mid_train
 from tasks import mixtures as recipes

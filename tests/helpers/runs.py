@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from nanochat.common import Runtime
-from nanochat.optim import build_optimizer
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan
 from nanochat.train.run import Run
 from tests.helpers.models import random_model, small_config
