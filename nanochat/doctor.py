@@ -141,8 +141,8 @@ def check_disk(config: GPTConfig, data: str) -> Iterator[Finding]:
 
 def required_shards(config: GPTConfig) -> int:
     """Return the number of the hub's shards that pretraining reads."""
-    counted = replace(config, value_embeds=False)  # as in train.base.count_steps
-    tokens = TOKENS_PER_PARAMETER * model_sizes(counted)[0] / 4
+    with torch.device("meta"):
+        tokens = TOKENS_PER_PARAMETER * GPT(config).num_scaling_parameters()
     return min(N_TRAIN_SHARDS, -int(-tokens // SHARD_TOKENS))
 
 

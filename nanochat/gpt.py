@@ -198,7 +198,7 @@ class GPT(nn.Module):
         delta = torch.zeros_like(x)
         states = [None] * len(self.blocks) if cache is None else cache.layers
         *links, last = self.links(x, states)
-        rotary, values = self._rotary(idx.size(1), span), self._value_embeds(idx, ops)
+        rotary, values = self._rotary(idx.size(1), span), self.value_embeds(idx, ops)
         call = self._block_call(cache is not None)
         with self._attention_kernels(idx.size(1), cache is not None):
             for block, link, embeds, state in zip(self.blocks, links, values, states, strict=True):
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         ]
         return [*mixed, links[-1]]
 
-    def _value_embeds(self, idx: Tensor, ops: Ops) -> list[Tensor | None]:
+    def value_embeds(self, idx: Tensor, ops: Ops) -> list[Tensor | None]:
         """Return the value embeddings (B,T,H_kv*D) of each layer, None where it has none."""
         table, kinds = self.transformer.value_embeds, self.config.layer_kinds
         if table is None:
@@ -320,6 +320,14 @@ class GPT(nn.Module):
             counts["mlp"] += sum(p.numel() for p in block.mlp.parameters())
         return {**counts, "total": sum(counts.values())}
 
+    def num_scaling_parameters(self) -> int:
+        """Return the number of parameters from which the length of training follows.
+
+        Value embeddings are not counted: a token reads one row of their tables.
+        """
+        counts = self.num_parameters()
+        return counts["total"] - counts.get("value_embeds", 0)
+
     def flops_per_token(self) -> int:
         """Return training FLOPs a token: 6 a weight of matrices and taps, and 12*E*T an attention layer.
 
@@ -328,6 +336,5 @@ class GPT(nn.Module):
         The attention term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
         """
         c = self.config
-        counts = self.num_parameters()
-        weights = counts["total"] - counts["wte"] - counts.get("value_embeds", 0)
+        weights = self.num_scaling_parameters() - self.transformer.wte.weight.numel()
         return 6 * weights + 12 * c.n_embd * c.sequence_len * c.layer_kinds.count("attention")

@@ -14,7 +14,7 @@ from nanochat.decode.graph_model import Batch, KernelModel
 from nanochat.gpt import ANY_LENGTH, GPT
 from nanochat.layer_check import BOUNDS, noise, noise_for_zeros, require_same
 from nanochat.layers import norm
-from nanochat.ops import embed, join, look_up_values
+from nanochat.ops import PLAIN, embed, join
 
 PREFIX = 16  # tokens of the prefill
 SCALE = 2.0**-6  # of the residual stream: rounding the sum must not hide what a layer adds to it
@@ -62,15 +62,10 @@ def _check_layers(kernels: KernelModel, model: GPT) -> None:
 
 def _plain_mixer(model: GPT, i: int, x: Tensor, tokens: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
     """Return what the mixer of layer i adds to x (T,E)."""
-    h, kinds, tables = norm(x)[None], model.config.layer_kinds, model.transformer.value_embeds
-    mixer = model.blocks[i].attn
-    if kinds[i] != "attention":
+    h, mixer = norm(x)[None], model.blocks[i].attn
+    if model.config.layer_kinds[i] != "attention":
         return mixer(h)[0]
-    values = None
-    if tables is not None:
-        of_layers = look_up_values(tokens[None], tables.weight, x.dtype).chunk(kinds.count("attention"), -1)
-        values = of_layers[kinds[:i].count("attention")]
-    return mixer(h, *rotary, values)[0]
+    return mixer(h, *rotary, model.value_embeds(tokens[None], PLAIN)[i])[0]
 
 
 def _decoded(

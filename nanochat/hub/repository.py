@@ -46,7 +46,6 @@ from nanochat.tokenizer import JSON_FILE, PICKLE_FILE, SPECIAL_TOKENS, RustBPETo
 
 logger = logging.getLogger(__name__)
 
-# the names of the training stages in the report
 REPORT_SUFFIXES = (".json", ".md", ".png")
 
 

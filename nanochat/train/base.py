@@ -159,19 +159,14 @@ def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
 
 
 def count_steps(config: BaseTrainConfig, model: GPT) -> int:
-    """Derive the number of steps; ValueError if it is 0.
-
-    Value embeddings are not counted as parameters: a token reads one row of their tables.
-    """
+    """Derive the number of steps; ValueError if it is 0."""
     total = config.total_batch_size
     if config.num_iterations > 0:
         num_steps = config.num_iterations
     elif config.target_flops > 0:
         num_steps = round(config.target_flops / (model.flops_per_token() * total))
     else:
-        counts = model.num_parameters()
-        counted = counts["total"] - counts.get("value_embeds", 0)
-        num_steps = round(config.target_param_data_ratio * counted / total)
+        num_steps = round(config.target_param_data_ratio * model.num_scaling_parameters() / total)
     if num_steps < 1:
         raise ValueError(
             "these settings make a run of 0 steps: raise num_iterations, target_flops or the ratio"
