@@ -20,7 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.train.residual_conv import load_taps, residual_conv_backward, shifted
+from nanochat.kernels.train.residual_conv import (
+    load_before,
+    load_taps,
+    residual_conv_backward,
+    shifted,
+)
 
 ROWS, WARPS = 8, 2  # tokens of a program, in turn
 
@@ -47,10 +52,7 @@ def _join_forward(
     c = tl.arange(0, BLOCK)
     first = tl.program_id(0).to(tl.int64) * ROWS
     taps = load_taps(conv_ptr, c, E, TAPS)
-    before = ()
-    for j in tl.static_range(1, TAPS):
-        is_in = (c < E) & (first >= j)
-        before += (tl.load(m_ptr + (first - j) * E + c, mask=is_in, other=0.0).to(tl.float32),)
+    before = load_before(m_ptr, first, E, c, E, TAPS)
     for i in range(ROWS):
         t = first + i
         at = t * E + c

@@ -30,6 +30,19 @@ def load_taps(conv_ptr, c, C, TAPS: tl.constexpr):
 
 
 @triton.jit
+def load_before(u_ptr, first, row, c, C, TAPS: tl.constexpr):
+    """Return the K-1 values of channels c before token `first`, latest first, 0 before the first of all.
+
+    row is the distance of two tokens in memory.
+    """
+    before = ()
+    for j in tl.static_range(1, TAPS):
+        is_in = (c < C) & (first >= j)
+        before += (tl.load(u_ptr + (first - j) * row + c, mask=is_in, other=0.0).to(tl.float32),)
+    return before
+
+
+@triton.jit
 def shifted(value, others):
     """Return (value, *others) without the last: the neighbours of the next token."""
     kept = (value,)
@@ -45,10 +58,7 @@ def _residual_conv_forward(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(1).to(tl.int64) * TOKENS
     taps = load_taps(conv_ptr, c, C, TAPS)
-    before = ()
-    for j in tl.static_range(1, TAPS):
-        is_in = (c < C) & (first >= j)
-        before += (tl.load(u_ptr + (first - j) * u_row + c, mask=is_in, other=0.0).to(tl.float32),)
+    before = load_before(u_ptr, first, u_row, c, C, TAPS)
     for i in range(TOKENS):
         t = first + i
         u = tl.load(u_ptr + t * u_row + c, mask=(c < C) & (t < N), other=0.0).to(tl.float32)
