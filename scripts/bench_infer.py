@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.common import parse, run, setup_runtime
 from nanochat.decode import DecoderKind
+from nanochat.recipes import SAINT_IBERIS, find_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ class BenchInferConfig:
     """Number of tokens."""
     slc_rate: int = 3
     """Layer i is attention if i % slc_rate == 1 or if it is the last; 0: all layers are."""
+    recipe: str = SAINT_IBERIS.name
+    """saint_iberis (published) or saint_iberis_2 (second generation): what the model is made of."""
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
     """Sequences decoded at once."""
     contexts: tuple[int, ...] = (512, 2048)
@@ -56,6 +59,7 @@ class BenchInferConfig:
     """cuda, mps or cpu; empty: the best available."""
 
     def __post_init__(self) -> None:
+        find_recipe(self.recipe)
         for name in ("depth", "steps", *(("batch_sizes", "contexts"))):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
@@ -94,13 +98,12 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def step_bytes(model: GPT, batch_size: int, context: int) -> int:
-    """Return the bytes that a step must read: weights without the embedding, state of each sequence."""
+    """Return the bytes that a step must read: weights without tables by token, state of each sequence."""
     from nanochat.cache import state_bytes
 
-    parts = model.num_parameters()
     state = state_bytes(model.config, model.activation_dtype)
-    weights = (parts["total"] - parts["wte"]) * model.activation_dtype.itemsize
-    return weights + batch_size * (context * state["per_token"] + state["per_sequence"])
+    weights = model.num_scaling_parameters() - model.transformer.wte.weight.numel()
+    return weights * model.activation_dtype.itemsize + batch_size * (context * state["per_token"] + state["per_sequence"])
 
 
 def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context: int) -> dict[str, float]:
@@ -161,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         vocab_size=config.vocab_size,
         slc_rate=config.slc_rate,
         sequence_len=max(config.contexts),
+        **find_recipe(config.recipe).settings.model_fields,
     )
     model = random_model(shape, runtime.device)
     bandwidth = copy_bandwidth(runtime.device)
@@ -183,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "top_k": config.top_k,
                 "depth": config.depth,
                 "slc_rate": config.slc_rate,
+                "recipe": config.recipe,
                 **describe(runtime.device),
             }
             if runtime.device.type == "cuda":

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nanochat.cache import state_bytes
 from nanochat.gpt import GPTConfig
 from scripts.bench_infer import main, random_model, step_bytes
 from tests.helpers.models import small_config
@@ -47,6 +48,20 @@ def test_bytes_of_a_step_at_d20_equal_those_computed_by_hand():
     assert step_bytes(model, 32, 2048) == 916_298_240 + 32 * (2048 * 35_840 + 66_560)
 
 
+def test_second_generation(capsys):
+    shape = ["--depth=2", "--vocab-size=300", "--batch-sizes", "1", "--contexts", "8", "--steps=4"]
+    main([*shape, "--recipe=saint_iberis_2", "--device-type=cpu"])
+    assert json.loads(capsys.readouterr().out)["recipe"] == "saint_iberis_2"
+
+
+def test_the_floor_counts_no_table_of_value_embeddings():
+    model = random_model(small_config(vocab_size=100, value_embeds=True), "cpu")
+    tables = (model.transformer.wte.weight, model.transformer.value_embeds.weight)
+    weights = sum(p.numel() for p in model.parameters()) - sum(table.numel() for table in tables)
+    state = state_bytes(model.config, model.activation_dtype)
+    assert step_bytes(model, 1, 0) == 4 * weights + state["per_sequence"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +72,7 @@ def test_bytes_of_a_step_at_d20_equal_those_computed_by_hand():
         ),  # it used to crash in a prefill
         (["--batch-sizes", "0"], "batch_sizes"),
         (["--depth=0"], "depth=0"),
+        (["--recipe=third"], "recipe='third' is none of"),
     ],
 )
 def test_bad_settings(arguments, message):
