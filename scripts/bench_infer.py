@@ -103,7 +103,9 @@ def step_bytes(model: GPT, batch_size: int, context: int) -> int:
 
     state = state_bytes(model.config, model.activation_dtype)
     weights = model.num_scaling_parameters() - model.transformer.wte.weight.numel()
-    return weights * model.activation_dtype.itemsize + batch_size * (context * state["per_token"] + state["per_sequence"])
+    return weights * model.activation_dtype.itemsize + batch_size * (
+        context * state["per_token"] + state["per_sequence"]
+    )
 
 
 def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context: int) -> dict[str, float]:
