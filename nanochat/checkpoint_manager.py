@@ -161,6 +161,15 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged ({error}); delete it or copy it again") from error
 
 
+def read_settings(stage: str, model_tag: str, step: int) -> dict[str, Any]:
+    """Read the settings that a model was trained with, {} if its meta file has none; tag and step: see below.
+
+    The model is not loaded. Raise FileNotFoundError or DamagedError.
+    """
+    directory = checkpoint_dir(stage, resolve_tag(stage, model_tag))
+    return read_meta(directory, resolve_step(directory, step)).get("user_config") or {}
+
+
 def load_optimizer_shards(directory: Path, step: int) -> list[dict[str, Any]]:
     """Read the optimizer state of a checkpoint: the share of every rank that saved it, in order of rank.
 

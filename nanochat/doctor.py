@@ -16,7 +16,7 @@ import torch
 
 from nanochat.common import Runtime, atomic_write, base_dir, run, setup_runtime
 from nanochat.config import GPTConfig
-from nanochat.dataset import N_TRAIN_SHARDS, REPO_ID, VAL_SHARD, shard_paths, source
+from nanochat.dataset import HubText, hub_text, shard_paths, source
 from nanochat.gpt import GPT
 from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
@@ -139,26 +139,27 @@ def check_disk(config: GPTConfig, data: str) -> Iterator[Finding]:
         yield Finding(True, "disk", text)
 
 
-def required_shards(config: GPTConfig) -> int:
+def required_shards(config: GPTConfig, text: HubText) -> int:
     """Return the number of the hub's shards that pretraining reads."""
     with torch.device("meta"):
         tokens = TOKENS_PER_PARAMETER * GPT(config).num_scaling_parameters()
-    return min(N_TRAIN_SHARDS, -int(-tokens // SHARD_TOKENS))
+    return min(text.n_train_shards, -int(-tokens // SHARD_TOKENS))
 
 
 def missing_shards(config: GPTConfig, data: str) -> int:
     """Return the number of shards still to be downloaded, including the validation shard."""
-    if source(data) != "hub":
+    text = hub_text(data)
+    if text is None:
         return 0
-    present = [path.name for path in (base_dir() / "base_data").glob("*.parquet")]
-    return max(0, required_shards(config) - len(present)) + (VAL_SHARD not in present)
+    present = [path.name for path in text.shards]
+    return max(0, required_shards(config, text) - len(present)) + (text.val_shard not in present)
 
 
 def check_data(config: GPTConfig, data: str) -> Iterator[Finding]:
     """Check that the training text is readable, or that the hub responds."""
-    n_missing = missing_shards(config, data)
-    if n_missing:
-        yield from _check_hub(n_missing)
+    n_missing, text = missing_shards(config, data), hub_text(data)
+    if n_missing and text:
+        yield from _check_hub(n_missing, text)
     else:
         try:
             n_shards = len(shard_paths(data, "train")) + len(shard_paths(data, "val"))
@@ -167,22 +168,22 @@ def check_data(config: GPTConfig, data: str) -> Iterator[Finding]:
             yield Finding(False, "data", str(error))
 
 
-def _check_hub(n_missing: int) -> Iterator[Finding]:
+def _check_hub(n_missing: int, text: HubText) -> Iterator[Finding]:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import httpx
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
-    url = hf_hub_url(REPO_ID, VAL_SHARD, repo_type="dataset", endpoint=endpoint)
+    url = hf_hub_url(text.repo, text.val_shard, repo_type="dataset", endpoint=endpoint)
     try:
         get_hf_file_metadata(url, timeout=10)
-        yield Finding(True, "data", f"{n_missing} shards to download; the hub responds")
+        yield Finding(True, "data", f"{n_missing} shards of {text.data} to download; the hub responds")
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         yield Finding(
             False,
             "data",
-            f"{n_missing} shards are missing and the hub does not respond ({reason}); set HF_ENDPOINT or a "
-            "proxy, or use --data=embedded or your own text",
+            f"{n_missing} shards of {text.data} are missing and the hub does not respond ({reason}); "
+            "set HF_ENDPOINT or a proxy, or use --data=embedded or your own text",
         )
 
 

@@ -1,19 +1,21 @@
-"""Recipes: under one name, what a generation of the model is made of and how it is pretrained.
+"""Recipes: under one name, what a generation of the model is made of, how it is pretrained, and on what text.
 
-    saint_iberis      the published models
+    saint_iberis      the published models; FineWeb-EDU
     saint_iberis_2    residual convolutions, value embeddings, the embedding mixed into the residual stream;
-                      NorMuon, cautious weight decay, higher rates and a long warmdown (dev/LOG.md)
+                      NorMuon, cautious weight decay, higher rates and a long warmdown (dev/LOG.md); ClimbMix
 
-A recipe's values are the defaults of the trainer's command line; explicit flags override them. Checkpoints
-name their recipe, and the stages after pretraining take the constants of the optimizer from it.
+A recipe's values are the defaults of the trainer's command line, and its text is that of --data=hub
+(nanochat/dataset.py); explicit flags override them. Checkpoints name their recipe and their text. The stages
+after pretraining take the constants of the optimizer from the recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanochat.dataset import CLIMBMIX, FINEWEB, HubText, find_hub_text
 from nanochat.optim.schedule import OptimizerConfig
 
 
@@ -52,15 +54,17 @@ class RecipeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings under a name."""
+    """Settings and a data set of the hub under a name."""
 
     name: str
+    text: HubText
     settings: RecipeSettings
 
 
-SAINT_IBERIS = Recipe(name="saint_iberis", settings=RecipeSettings(value_embeds=False))
+SAINT_IBERIS = Recipe(name="saint_iberis", text=FINEWEB, settings=RecipeSettings(value_embeds=False))
 SAINT_IBERIS_2 = Recipe(
     name="saint_iberis_2",
+    text=CLIMBMIX,
     settings=RecipeSettings(
         residual_conv=3,
         value_embeds=True,
@@ -90,6 +94,17 @@ def find_recipe(name: str) -> Recipe:
         if recipe.name == name:
             return recipe
     raise ValueError(f"recipe={name!r} is none of {', '.join(recipe.name for recipe in RECIPES)}")
+
+
+def trained_recipe(saved: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a checkpoint with these settings; published ones have none, and saint_iberis."""
+    return find_recipe(saved.get("recipe") or SAINT_IBERIS.name)
+
+
+def trained_text(saved: Mapping[str, Any]) -> HubText:
+    """Return the hub's data set for a checkpoint with these settings: the one they name, or its recipe's."""
+    data = str(saved.get("data"))
+    return find_hub_text(data) if data.startswith("hub:") else trained_recipe(saved).text
 
 
 def asked_recipe(arguments: Sequence[str]) -> str:

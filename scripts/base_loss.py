@@ -7,7 +7,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from nanochat.common import parse, require_at_least, run, setup_runtime, write_report
 
@@ -21,7 +21,8 @@ class BaseLossConfig:
     step: int = -1
     """step of the checkpoint; -1: the newest"""
     data: str = "auto"
-    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    """source of text: auto, hub (the model's; or hub:fineweb, hub:climbmix), embedded, or a path of parquet,
+    jsonl or txt files"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
     device_batch_size: int = 4
@@ -41,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.checkpoint_manager import load_for
     from nanochat.dataloader import validation_batches
-    from nanochat.dataset import shard_paths
+    from nanochat.dataset import shard_paths, source
     from nanochat.loss_eval import evaluate_bpb
+    from nanochat.recipes import trained_text
     from nanochat.train.samples import print_samples
 
     runtime = setup_runtime(config.device_type)
     model, tokenizer, meta = load_for(runtime, "base", "eval", config.model_tag, config.step)
+    config = replace(config, data=source(config.data, trained_text(meta.get("user_config") or {})))
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     bpb = {}
     for split in ("train", "val"):

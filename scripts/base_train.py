@@ -24,6 +24,7 @@ from nanochat.train.base import (
     read_bundle,
     with_recipe,
     with_rows,
+    with_text,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; leaves checkpoints, metrics.jsonl and report/base_train.json."""
-    config = parse(BaseTrainConfig, argv, __doc__, with_recipe(BaseTrainConfig, argv))
+    config = with_text(parse(BaseTrainConfig, argv, __doc__, with_recipe(BaseTrainConfig, argv)))
 
     import torch
 

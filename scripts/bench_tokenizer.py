@@ -56,7 +56,8 @@ class BenchTokenizerConfig:
     """The text, the vocabulary and the number of runs."""
 
     data: str = "embedded"
-    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    """source of text: auto, hub (FineWeb-EDU, as hub:fineweb), hub:climbmix, embedded, or a path of parquet,
+    jsonl or txt files"""
     max_chars: int = 100_000_000
     """number of characters to train on; shorter text is repeated"""
     vocab_size: int = 32_768

@@ -11,7 +11,7 @@ no ChatCORE and is written to report/chat_eval_<source>_part.json.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -30,7 +30,8 @@ class ChatEvalConfig:
     task_names: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
     """tasks to run, separated by |; empty: all of the data"""
     data: str = "auto"
-    """source of the tasks: hub, embedded or auto"""
+    """source of the tasks: hub (with words of the model's text; hub:fineweb and hub:climbmix choose it),
+    embedded or auto"""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
     """conversations at a time on one device"""
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1
@@ -59,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.chat_eval import evaluate_task
     from nanochat.chat_format import limit_reply
-    from nanochat.checkpoint_manager import load_for
+    from nanochat.checkpoint_manager import load_for, read_settings
+    from nanochat.dataset import source
+    from nanochat.recipes import trained_text
     from tasks.mixtures import eval_tasks
 
+    text = trained_text(read_settings(config.source, config.model_tag, config.step))
+    config = replace(config, data=source(config.data, text))
     known = eval_tasks(config.data)
     names = config.task_names.split("|") if config.task_names else list(known)
     if unknown := [name for name in names if name not in known]:

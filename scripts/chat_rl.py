@@ -36,7 +36,8 @@ class ChatRLConfig:
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage whose model is trained: sft or mid"""
     data: str = "auto"
-    """questions: hub (GSM8K), embedded (arithmetic and spelling, measured on arithmetic) or auto"""
+    """questions: hub (GSM8K; the same for hub:fineweb and hub:climbmix), embedded (arithmetic and spelling,
+    measured on arithmetic) or auto"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
     model_tag: str = ""

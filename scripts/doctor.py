@@ -31,7 +31,8 @@ class DoctorConfig:
     ranks: int = 0
     """processes on this machine; 0: one per GPU, or one"""
     data: str = "auto"
-    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    """source of text: auto, hub (the recipe's; or hub:fineweb, hub:climbmix), embedded, or a path of parquet,
+    jsonl or txt files"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
 
@@ -50,16 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat import doctor
     from nanochat.common import setup_runtime
     from nanochat.config import GPTConfig
+    from nanochat.dataset import source
 
     device_type = setup_runtime(config.device_type).device.type
     ranks = config.ranks or max(1, torch.cuda.device_count() if device_type == "cuda" else 1)
-    parts = find_recipe(config.recipe).settings.model_fields
+    recipe = find_recipe(config.recipe)
+    data, parts = source(config.data, recipe.text), recipe.settings.model_fields
     shape = {"vocab_size": config.vocab_size, "sequence_len": config.max_seq_len, **parts}
     model = GPTConfig.from_depth(config.depth, **shape)
     findings = chain(
         doctor.check_devices(device_type, ranks),
-        doctor.check_disk(model, config.data),
-        doctor.check_data(model, config.data),
+        doctor.check_disk(model, data),
+        doctor.check_data(model, data),
         doctor.check_collectives(device_type, ranks),
         doctor.check_memory(model, device_type, config.device_batch_size, ranks),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from queue import Empty, Queue
 from threading import Thread
@@ -95,7 +95,8 @@ class TokEvalConfig:
     """The text to encode, and a limit on downloads."""
 
     data: str = "auto"
-    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    """source of text: auto, hub (FineWeb-EDU, as hub:fineweb), hub:climbmix, embedded, or a path of parquet,
+    jsonl or txt files"""
     max_chars: int = 1_000_000
     """number of characters to encode, of the training and of the validation text"""
     download_timeout: float = 15.0
@@ -159,9 +160,10 @@ def table(sizes: dict[str, int], texts: dict[str, dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Encode the texts, print the table and write report/tok_eval.json."""
     config = parse(TokEvalConfig, argv)
-    from nanochat.dataset import parquets_iter_batched
+    from nanochat.dataset import parquets_iter_batched, source
     from nanochat.tokenizer import get_tokenizer
 
+    config = replace(config, data=source(config.data))
     tokenizers = {"ours": get_tokenizer()}
     for name in PRETRAINED:
         try:

@@ -4,6 +4,7 @@ Read documents, each truncated to doc_cap characters, up to max_chars characters
 to $NANOCHAT_BASE_DIR/tokenizer and its statistics to report/tok_train.json.
 
     python -m scripts.tok_train                          # the published recipe: 65,536 tokens
+    python -m scripts.tok_train --data=hub:climbmix      # saint_iberis_2
     python -m scripts.tok_train --data=embedded --vocab_size=4096
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ class TokTrainConfig:
     """The training text and the size of the vocabulary."""
 
     data: str = "auto"
-    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    """source of text: auto, hub (FineWeb-EDU, as hub:fineweb), hub:climbmix, embedded, or a path of parquet,
+    jsonl or txt files"""
     max_chars: int = 2_000_000_000
     """maximum number of characters to read"""
     doc_cap: int = 10_000
@@ -67,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(TokTrainConfig, argv)
     from tqdm import tqdm
 
-    from nanochat.dataset import parquets_iter_batched
+    from nanochat.dataset import parquets_iter_batched, source
     from nanochat.tokenizer import RustBPETokenizer
 
+    config = replace(config, data=source(config.data))
     start = time.perf_counter()
     counts = {"characters": 0, "documents": 0}
     texts = chain.from_iterable(parquets_iter_batched("train", data=config.data))

@@ -1,4 +1,7 @@
-"""The tasks of each stage with data from the hub: the data sets of the published run."""
+"""The tasks of each stage with data from the hub: the data sets of the published run.
+
+`text` is the hub's text whose words are spelled, "hub:fineweb" or "hub:climbmix" (nanochat/dataset.py).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
 
 
-def mid_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
+def mid_tasks(identity: Sequence[Task], text: str) -> tuple[Task, Task]:
     """Return the training and validation task of midtraining; identity conversations are repeated twice."""
-    words = word_list("hub")
+    words = word_list(text)
     train = [
         SmolTalk("train"),
         MMLU("all", "auxiliary_train"),
@@ -28,9 +31,9 @@ def mid_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
     return TaskMixture(train), TaskMixture(val)
 
 
-def sft_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
+def sft_tasks(identity: Sequence[Task], text: str) -> tuple[Task, Task]:
     """Return the training and validation task of supervised finetuning."""
-    words = word_list("hub")
+    words = word_list(text)
     train = [
         ARC("ARC-Easy", "train"),
         ARC("ARC-Challenge", "train"),
@@ -48,7 +51,7 @@ def rl_tasks() -> tuple[Task, Task]:
     return GSM8K("main", "train"), GSM8K("main", "test")
 
 
-def eval_tasks() -> dict[str, Callable[[], Task]]:
+def eval_tasks(text: str) -> dict[str, Callable[[], Task]]:
     """Return a constructor for each task of the chat evaluation."""
     return {
         "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
@@ -56,5 +59,5 @@ def eval_tasks() -> dict[str, Callable[[], Task]]:
         "MMLU": lambda: MMLU("all", "test"),
         "GSM8K": lambda: GSM8K("main", "test"),
         "HumanEval": HumanEval,
-        "SpellingBee": lambda: SpellingBee(word_list("hub"), 256, "test"),
+        "SpellingBee": lambda: SpellingBee(word_list(text), 256, "test"),
     }

@@ -1,11 +1,13 @@
 """The tasks of each stage: training, validation and evaluation, by source of data.
 
-    hub         the data sets of the published run (hub_mixtures.py)
+    hub         the data sets of the published run (hub_mixtures.py), with words to spell from FineWeb-EDU;
+                hub:climbmix: the same with words from ClimbMix, hub:fineweb: the same as hub
     embedded    tasks that need no network (embedded_mixtures.py)
     a path      your own conversations: a file, a folder or a glob of .jsonl; one in twenty is held out
     auto        hub if the hub's text has been downloaded, else embedded
 
     python -m tasks.mixtures    # download the hub's data sets before the stages that need them
+    python -m tasks.mixtures --data=hub:climbmix
 
 With hub and embedded, models also learn a name and a character from the conversations in
 $NANOCHAT_BASE_DIR/identity_conversations.jsonl, if that file exists; dev/gen_identity.py generates it.
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 
 from nanochat.common import base_dir, parse, run
 from nanochat.data.own_text import own_files
-from nanochat.dataset import source
+from nanochat.dataset import FINEWEB, find_hub_text, hub_text, source
 from tasks import embedded_mixtures, hub_mixtures
 from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
@@ -41,31 +43,32 @@ def sft_tasks(data: str) -> tuple[Task, Task]:
 
 def rl_tasks(data: str) -> tuple[Task, Task]:
     """Return the training and evaluation task of reinforcement learning."""
-    return hub_mixtures.rl_tasks() if _graded_source(data) == "hub" else embedded_mixtures.rl_tasks()
+    return embedded_mixtures.rl_tasks() if _graded_source(data) == "embedded" else hub_mixtures.rl_tasks()
 
 
 def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
     """Return a constructor for each task of the chat evaluation; only constructed tasks load their data."""
-    return hub_mixtures.eval_tasks() if _graded_source(data) == "hub" else embedded_mixtures.eval_tasks()
+    data = _graded_source(data)
+    return embedded_mixtures.eval_tasks() if data == "embedded" else hub_mixtures.eval_tasks(data)
 
 
 def _chat_tasks(
     data: str,
-    from_hub: Callable[[Sequence[Task]], tuple[Task, Task]],
+    from_hub: Callable[[Sequence[Task], str], tuple[Task, Task]],
     embedded: Callable[[Sequence[Task]], tuple[Task, Task]],
 ) -> tuple[Task, Task]:
     data = source(data)
-    if data == "hub":
-        return from_hub(_identity())
+    if hub_text(data):
+        return from_hub(_identity(), data)
     if data == "embedded":
         return embedded(_identity())
     return _own(data, f"data={data!r} is none of auto, hub and embedded, and")
 
 
 def _graded_source(data: str) -> str:
-    """Return the source of tasks with known answers, "hub" or "embedded"; raise ValueError for a path."""
+    """Return the source of tasks with known answers, as `source` does; raise ValueError for a path."""
     data = source(data)
-    if data not in ("hub", "embedded"):
+    if data != "embedded" and not hub_text(data):
         raise ValueError(
             f"data={data!r} must be hub, embedded or auto: your own conversations cannot grade answers"
         )
@@ -98,16 +101,22 @@ def _identity() -> list[Task]:
 
 @dataclass(frozen=True)
 class DownloadConfig:
-    """Download all data sets of the hub that the stages use; there are no settings."""
+    """Download all data sets of the hub that the stages use."""
+
+    data: str = FINEWEB.data
+    """text with the words to spell, downloaded before: hub:fineweb or hub:climbmix"""
+
+    def __post_init__(self) -> None:
+        find_hub_text(self.data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load all data sets of the hub once; later loads read the downloaded files."""
-    parse(DownloadConfig, argv)
-    n_conversations = sum(map(len, mid_tasks("hub")))
-    sft_tasks("hub")
-    rl_tasks("hub")
-    for make in eval_tasks("hub").values():
+    data = parse(DownloadConfig, argv).data
+    n_conversations = sum(map(len, mid_tasks(data)))
+    sft_tasks(data)
+    rl_tasks(data)
+    for make in eval_tasks(data).values():
         make()
     logger.info(f"chat_data: downloaded; {n_conversations:,} conversations for midtraining and validation")
     return 0

@@ -17,6 +17,8 @@ from nanochat.checkpoint_manager import complete_steps, load_model, load_tensors
 from nanochat.common import Runtime, parse, run
 from nanochat.core_bundle import load_bundle
 from nanochat.core_eval import evaluate_core
+from nanochat.data.shards import write_parquet
+from nanochat.dataset import CLIMBMIX, FINEWEB
 from nanochat.metrics import read_metrics
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train.base import BaseTrainConfig, with_recipe
@@ -27,6 +29,7 @@ from tests.helpers.models import SECOND
 
 pytestmark = pytest.mark.slow
 
+REPORTS = ("tok_train", "base_train")
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device-type=cpu", "--depth=2", "--max-seq-len=16", "--device-batch-size=2"]
 SMALL += [
@@ -210,6 +213,39 @@ def test_report_and_base_loss(corpus, base_dir, capsys):
     assert set(loss["bpb"]) == {"train", "val"}
     assert loss["bpb"]["val"] == pytest.approx(result["val_bpb"], rel=0.05)
     assert loss["samples"][1].startswith("The capital of France is")
+
+
+@pytest.mark.parametrize(("recipe", "text"), [("saint_iberis", FINEWEB), ("saint_iberis_2", CLIMBMIX)])
+def test_tokenizer_training_and_loss_read_the_text_of_the_recipe(recipe, text, corpus, base_dir, capsys):
+    """Both texts are downloaded. base_loss follows its checkpoint, whose files name the text."""
+    for hub, word in ((FINEWEB, "river"), (CLIMBMIX, "stone")):
+        hub.directory.mkdir(parents=True)
+        for name in ("shard_00000.parquet", hub.val_shard):
+            documents = [f"{word} {name} {i} " * (2 if hub is text else 20) for i in range(100)]
+            write_parquet(hub.directory / name, documents)
+    tok_train.main([f"--data={text.data}", "--vocab-size=300"])
+    flags = [*SMALL, "--num-iterations=4", f"--recipe={recipe}"]
+    assert base_train.main([*flags, "--data=hub"]) == 0
+    losses = []
+    for flag in ([], ["--data=hub"], [f"--data={text.data}"]):
+        assert base_loss.main(["--device-type=cpu", *flag]) == 0
+        losses.append(json.loads((base_dir / "report" / "base_loss.json").read_text()))
+    assert losses[0]["bpb"] == losses[1]["bpb"] == losses[2]["bpb"]
+    other = CLIMBMIX if text is FINEWEB else FINEWEB
+    assert base_loss.main(["--device-type=cpu", f"--data={other.data}"]) == 0
+    assert json.loads((base_dir / "report" / "base_loss.json").read_text())["bpb"] != losses[0]["bpb"]
+    meta = read_meta(base_dir / "base_checkpoints" / "d2", 4)
+    reports = [json.loads((base_dir / "report" / f"{stage}.json").read_text()) for stage in REPORTS]
+    named = [meta["user_config"], *(report.get("settings") or report["config"] for report in reports)]
+    named += [loss["settings"] for loss in losses]
+    assert [settings["data"] for settings in named] == 6 * [text.data]
+
+
+def test_a_text_that_is_not_downloaded(corpus, base_dir):
+    for recipe, data in (("saint_iberis", "hub:fineweb"), ("saint_iberis_2", "hub:climbmix")):
+        message = error_of(lambda r=recipe: base_train.main([*SMALL, f"--recipe={r}", "--data=hub"]))
+        assert f"run `python -m nanochat.dataset -n 8 --data={data}`" in message
+    assert "data='hub:pile' is no data set" in error_of(lambda: base_train.main([*SMALL, "--data=hub:pile"]))
 
 
 def test_resuming_beyond_the_end_is_refused(corpus, base_dir):

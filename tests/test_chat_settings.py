@@ -9,6 +9,7 @@ import pytest
 
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_optimizer_shards, read_meta
 from nanochat.common import run
+from nanochat.dataset import CLIMBMIX, FINEWEB, HUB_TEXTS
 from nanochat.recipes import find_recipe
 from scripts import chat_eval, chat_sft, mid_train
 from tasks import mixtures as recipes
@@ -126,6 +127,41 @@ def test_stages_follow_the_recipe_of_their_model(base_dir):
     assert settings_of("sft", 1) == (name, second)
 
 
+@pytest.mark.parametrize(("recipe", "text"), [("saint_iberis", FINEWEB), ("saint_iberis_2", CLIMBMIX)])
+@pytest.mark.parametrize("flag", ["--data=hub", "--data=auto"])
+def test_stages_follow_the_text_of_their_model(recipe, text, flag, base_dir, monkeypatch):
+    """Their words to spell are from there; a text that is named is taken, by the stages after it too."""
+    write_base_checkpoint(base_dir, recipe=recipe)
+    for hub in HUB_TEXTS:
+        hub.directory.mkdir(parents=True)
+        for name in ("shard_00000.parquet", hub.val_shard):
+            (hub.directory / name).touch()
+    asked = []
+
+    def tasks(data):
+        asked.append(data)
+        return ColourTask(20), ColourTask(5, seed=1)
+
+    def graded(data):
+        asked.append(data)
+        return {"Colour": lambda: ColourTask(4, seed=1)}
+
+    for name, make in {"mid_tasks": tasks, "sft_tasks": tasks, "eval_tasks": graded}.items():
+        monkeypatch.setattr(recipes, name, make)
+    train("mid", "--num-iterations=1", flag)
+    train("sft", "--source=mid", "--num-iterations=1", flag)
+    assert chat_eval.main(["--device-type=cpu", "-i", "sft", flag]) == 0
+    assert asked == 3 * [text.data]
+    saved = [read_meta(checkpoint_dir(stage, "d2"), 1)["user_config"]["data"] for stage in ("mid", "sft")]
+    assert saved == 2 * [text.data]
+    train("mid", "--num-iterations=1", "--overwrite", "--data=hub:fineweb")
+    train("sft", "--source=mid", "--num-iterations=1", "--overwrite", flag)
+    assert asked[3:] == ["hub:fineweb", "hub:fineweb"]
+    assert "data='hub:pile' is no data set" in error_of(
+        lambda: train("mid", "--overwrite", "--data=hub:pile")
+    )
+
+
 def test_a_stage_may_follow_another_recipe(base_dir):
     write_base_checkpoint(base_dir, recipe="saint_iberis_2")
     train("mid", "--num-iterations=1", "--recipe=saint_iberis")
@@ -153,7 +189,7 @@ def test_a_resume_with_other_conversations(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-a", "Color"], "unknown tasks Color; there are Colour"),
+        (["-i", "base", "-a", "Color"], "unknown tasks Color; there are Colour"),
         (["-b", "0"], "batch_size=0"),
         (["-m", "0"], "max_new_tokens=0"),
         (["-x", "0"], "max_problems=0"),

@@ -9,12 +9,17 @@ from nanochat.common import base_dir
 from nanochat.data import own_text
 from nanochat.data.shards import write_parquet
 from nanochat.dataset import (
-    VAL_SHARD,
+    CLIMBMIX,
+    FINEWEB,
+    HUB_TEXTS,
+    hub_text,
     parquets_iter_batched,
     resolve,
     shard_paths,
+    source,
 )
 
+VAL_SHARD = FINEWEB.val_shard
 SHARD = "shard_00000.parquet"
 
 
@@ -54,6 +59,62 @@ def test_auto_uses_the_hub_only_after_a_download(base_dir, monkeypatch):
     assert resolve("auto") == base_dir / "embedded_data"
     make_shards(base_dir / "base_data", SHARD)
     assert resolve("auto") == base_dir / "base_data"
+
+
+def test_auto_looks_for_the_text_of_the_recipe(base_dir):
+    """The other one, even if it has been downloaded, is not read in its place."""
+    assert source("auto", FINEWEB) == source("auto", CLIMBMIX) == "embedded"
+    make_shards(base_dir / "base_data", SHARD, VAL_SHARD)
+    assert (source("auto", FINEWEB), source("auto", CLIMBMIX)) == ("hub:fineweb", "embedded")
+    make_shards(base_dir / "base_data_climbmix", SHARD, "shard_06542.parquet")
+    assert (source("auto", FINEWEB), source("auto", CLIMBMIX)) == ("hub:fineweb", "hub:climbmix")
+    (base_dir / "base_data" / SHARD).unlink()
+    assert (source("auto", FINEWEB), source("auto", CLIMBMIX)) == ("embedded", "hub:climbmix")
+
+
+def test_names_of_texts():
+    assert source("hub") == "hub:fineweb"
+    assert source("hub", CLIMBMIX) == "hub:climbmix"
+    for text in HUB_TEXTS:
+        for other in HUB_TEXTS:
+            assert source(text.data, other) == text.data
+        assert hub_text(text.data) is text
+    assert hub_text("hub") is FINEWEB
+    for data in ("embedded", "auto", "climbmix", "/my/hub:text"):
+        assert hub_text(data) is None
+    for data in ("hub:", "hub:pile", "hub:Climbmix"):
+        with pytest.raises(
+            ValueError, match=f"data='{data}' is no data set of the hub; choose hub:fineweb or"
+        ):
+            shard_paths(data, "train")
+
+
+def test_no_two_texts_share_a_folder(base_dir):
+    assert {text.directory for text in HUB_TEXTS} == {
+        base_dir / "base_data",
+        base_dir / "base_data_climbmix",
+    }
+    assert [text.val_shard for text in HUB_TEXTS] == ["shard_01822.parquet", "shard_06542.parquet"]
+
+
+@pytest.mark.parametrize("text", HUB_TEXTS, ids=lambda text: text.name)
+def test_a_missing_download_is_reported_with_its_command(text, base_dir):
+    command = f"run `python -m nanochat.dataset -n 8 --data={text.data}`"
+    with pytest.raises(FileNotFoundError, match=f"{text.val_shard} is missing; {command}"):
+        shard_paths(text.data, "train")
+    make_shards(text.directory, text.val_shard)
+    with pytest.raises(FileNotFoundError, match=f"needs two: .*{command}"):
+        shard_paths(text.data, "train")
+
+
+def test_shards_of_another_text_in_the_folder_are_refused(base_dir):
+    """The last file of a folder is its validation set: ClimbMix's shards would hide FineWeb-EDU's."""
+    make_shards(base_dir / "base_data", SHARD, VAL_SHARD, "shard_06542.parquet")
+    for split in ("train", "val"):
+        with pytest.raises(
+            ValueError, match=r"shard_06542.* is no shard of hub:fineweb.*shard_01822.*move it"
+        ):
+            shard_paths("hub", split)
 
 
 def test_one_shard_is_an_error_in_both_splits(base_dir):

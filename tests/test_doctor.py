@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from nanochat import doctor
+from nanochat.dataset import CLIMBMIX, FINEWEB
 from nanochat.gpt import GPTConfig
 from scripts import doctor as script
 from tests.helpers.hub_server import HubServer
@@ -64,22 +65,34 @@ def test_the_second_generation_needs_more_space_but_no_more_text():
     n = sum(p.numel() for p in model.parameters())
     assert doctor.model_sizes(config) == (4 * n, 4 * (n + by_adamw))
     d12, second = (GPTConfig.from_depth(12, vocab_size=65_536, **shape) for shape in ({}, SECOND))
-    assert doctor.required_shards(second) == doctor.required_shards(d12)
+    assert doctor.required_shards(second, CLIMBMIX) == doctor.required_shards(d12, FINEWEB)
 
 
-def test_hub(monkeypatch):
+@pytest.mark.parametrize("data_set", [FINEWEB, CLIMBMIX], ids=lambda text: text.name)
+def test_hub(data_set, monkeypatch):
     """Text is missing, so the hub at HF_ENDPOINT must respond."""
     config = GPTConfig.from_depth(2)
-    n_missing = doctor.required_shards(config) + 1
-    with HubServer({doctor.VAL_SHARD: b"x"}) as server:
+    n_missing = doctor.required_shards(config, data_set) + 1
+    missing = f"{n_missing} shards of {data_set.data}"
+    with HubServer({f"{data_set.repo}/{data_set.val_shard}": b"x"}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        expected = (True, "data", f"{n_missing} shards to download; the hub responds")
-        assert findings(doctor.check_data(config, "hub")) == [expected]
+        expected = (True, "data", f"{missing} to download; the hub responds")
+        assert findings(doctor.check_data(config, data_set.data)) == [expected]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    ((is_ok, what, text),) = findings(doctor.check_data(config, "hub"))
+    ((is_ok, what, text),) = findings(doctor.check_data(config, data_set.data))
     assert (is_ok, what) == (False, "data")
-    assert f"{n_missing} shards are missing and the hub does not respond" in text
-    assert doctor.required_shards(GPTConfig.from_depth(20, vocab_size=65_536)) == 217  # 542 M x 20 / 50 M
+    assert f"{missing} are missing and the hub does not respond" in text
+    d20 = GPTConfig.from_depth(20, vocab_size=65_536)
+    assert doctor.required_shards(d20, data_set) == 217  # 542 M x 20 / 50 M
+
+
+def test_the_text_is_that_of_the_recipe(capsys, monkeypatch, base_dir):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for recipe, data in (("saint_iberis", "hub:fineweb"), ("saint_iberis_2", "hub:climbmix")):
+        assert script.main([*SMALL[:-1], "--data=hub", "--depth=4", f"--recipe={recipe}"]) == 1
+        assert f"shards of {data} are missing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="data='hub:pile' is no data set of the hub"):
+        script.main([*SMALL[:-1], "--data=hub:pile"])
 
 
 @pytest.mark.parametrize("fault", ["status", "hang"])

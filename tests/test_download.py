@@ -14,10 +14,11 @@ from nanochat.data import download as module
 from nanochat.data.download import download
 from nanochat.data.partial_file import PartialFile, open_partial
 from nanochat.data.shards import write_parquet
-from nanochat.dataset import REPO_ID, VAL_SHARD, main, shard_paths
+from nanochat.dataset import CLIMBMIX, FINEWEB, main, shard_paths
 from tests.helpers.hub_server import HubServer, kill_at
 
 SHARD = "shard_00000.parquet"
+VAL_SHARD = FINEWEB.val_shard
 SMALL = "about.json"
 
 
@@ -48,7 +49,7 @@ def shards(base_dir):
 
 
 def fetch(name, directory, **settings):
-    url = module.hub_url(REPO_ID, name, repo_type="dataset")
+    url = module.hub_url(FINEWEB.repo, name, repo_type="dataset")
     download(url, directory / name, is_hub=True, **settings)
 
 
@@ -216,7 +217,7 @@ def test_any_address_resumes(hub, shards):
 
 
 def test_redirects_are_followed(hub, shards):
-    url, path = module.hub_url(REPO_ID, SHARD, repo_type="dataset"), shards / "any.zip"
+    url, path = module.hub_url(FINEWEB.repo, SHARD, repo_type="dataset"), shards / "any.zip"
     half = interrupted(hub, path, url)
     download(url, path, attempts=1)
     assert path.read_bytes() == hub.files[SHARD]
@@ -364,7 +365,65 @@ def test_a_missing_network_is_reported_for_the_first_shard(hub, base_dir, monkey
     assert [path.name for path in (base_dir / "base_data").iterdir()] == [f".{VAL_SHARD}.partial"]
 
 
-@pytest.mark.parametrize("argv", [["-n", "0"], ["-n", "1823"], ["-n", "1", "-w", "0"]])
-def test_command_refuses_numbers_out_of_range(argv):
-    with pytest.raises(ValueError, match="must be"):
+@pytest.fixture
+def climbmix(hub, tmp_path):
+    """The files of the other data set, on the same hub."""
+    files = {}
+    for name in (SHARD, "shard_00001.parquet", CLIMBMIX.val_shard):
+        write_parquet(tmp_path / name, [f"climbmix {name} {os.urandom(50).hex()}" for _ in range(2000)])
+        files[name] = (tmp_path / name).read_bytes()
+    hub.files.update({f"{CLIMBMIX.repo}/{name}": content for name, content in files.items()})
+    return files
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_two_data_sets_do_not_mix(hub, climbmix, base_dir):
+    """Their shards have the same names, and a file that is there is not fetched again."""
+    assert main(["-n", "2"]) == 0
+    fineweb = content(base_dir / "base_data")
+    assert main(["-n", "2", "--data=hub:climbmix"]) == 0
+    assert content(base_dir / "base_data_climbmix") == climbmix
+    assert content(base_dir / "base_data") == fineweb
+    assert fineweb[SHARD] == hub.files[SHARD] != climbmix[SHARD]
+    for data, val_shard in (("hub:fineweb", VAL_SHARD), ("hub:climbmix", CLIMBMIX.val_shard)):
+        assert [path.name for path in shard_paths(data, "train")] == [SHARD, "shard_00001.parquet"]
+        assert [path.name for path in shard_paths(data, "val")] == [val_shard]
+    assert shard_paths("hub", "train") == shard_paths("hub:fineweb", "train")
+
+
+def test_a_broken_download_resumes_in_its_data_set(hub, climbmix, base_dir):
+    name = f"{CLIMBMIX.repo}/{SHARD}"
+    half = len(hub.files[name]) // 2
+    hub.faults[name] = ["truncate", *6 * ["503"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.time, "sleep", lambda seconds: None)
+        assert main(["-n", "1", "--data=hub:climbmix"]) == 1
+    assert main(["-n", "1"]) == 0
+    assert hub.starts(SHARD) == [0]
+    hub.faults.clear()
+    assert main(["-n", "1", "--data=hub:climbmix"]) == 0
+    assert hub.ranges(name)[-1] == (half, len(hub.files[name]))
+    assert content(base_dir / "base_data_climbmix")[SHARD] == climbmix[SHARD]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-n", "0"], "num_shards=0 must be from 1 to 1822, the training shards of hub:fineweb"),
+        (["-n", "1823"], "num_shards=1823 must be from 1 to 1822"),
+        (
+            ["-n", "6543", "--data=hub:climbmix"],
+            "must be from 1 to 6542, the training shards of hub:climbmix",
+        ),
+        (["-n", "1", "-w", "0"], "num_workers=0 must be"),
+        (["-n", "1", "--data=hub:pile"], "data='hub:pile' is no data set of the hub; choose hub:fineweb or"),
+        (["-n", "1", "--data=embedded"], "data='embedded' is no data set of the hub"),
+        (["-n", "1", "--data=auto"], "data='auto' is no data set of the hub"),
+    ],
+)
+def test_command_refuses_what_is_not_there(argv, message):
+    with pytest.raises(ValueError, match=message):
         main(argv)

@@ -130,6 +130,24 @@ def test_the_card_names_data_of_the_hub_but_no_path(allowed, base_dir, tokenizer
     assert "secret" not in card
 
 
+@pytest.mark.parametrize(
+    ("data", "repo"),
+    [
+        ("hub", "karpathy/fineweb-edu-100b-shuffle"),  # as reports said before there were two
+        ("hub:fineweb", "karpathy/fineweb-edu-100b-shuffle"),
+        ("hub:climbmix", "karpathy/climbmix-400b-shuffle"),
+    ],
+)
+def test_the_card_names_the_text_of_pretraining(data, repo, allowed, base_dir, tokenizer):
+    trained(base_dir, tokenizer, settings={"data": data})
+    write_json(base_dir / "report" / "base_train.json", {"settings": {"data": data}})
+    hub.main(["push", MINE, "-g", "d2"])
+    card = allowed.files["README.md"].decode()
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"][0] == repo
+    rows = [" ".join(line.split()) for line in card.splitlines()]
+    assert f"| base_train | {repo} | - | - | - | - |" in rows
+
+
 @pytest.mark.parametrize("other", [{"steps": 11}, {"metrics": "/x/chatsft_checkpoints/d4/metrics.jsonl"}])
 def test_the_report_of_another_run_is_not_uploaded(allowed, base_dir, tokenizer, other):
     trained(base_dir, tokenizer, **other)

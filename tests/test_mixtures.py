@@ -1,13 +1,16 @@
 """The tasks of the stages with small copies of the hub's data sets: names, columns, splits."""
 
+import shutil
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nanochat.chat_format import render_conversation
 from nanochat.data.shards import write_parquet
-from nanochat.dataset import VAL_SHARD
+from nanochat.dataset import HUB_TEXTS, source
 from tasks import mixtures
+from tasks.spellingbee import SimpleSpelling
 from tests.helpers.vocabulary import train_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -33,10 +36,11 @@ DATASETS = [
 @pytest.fixture
 def hub(base_dir):
     """All data sets of the mixtures, as if downloaded from the hub."""
-    texts = [" ".join(f"{a}{b}{a}" for a in "abcdefgh" for b in "stuvwxyz")] * 8
-    (base_dir / "base_data").mkdir(parents=True)
-    for name in ("shard_00000.parquet", VAL_SHARD):
-        write_parquet(base_dir / "base_data" / name, texts)
+    for text, letter in zip(HUB_TEXTS, "nm", strict=True):  # in each word of the text
+        words = " ".join(f"{a}{letter}{b}" for a in "abcdefgh" for b in "stuvwxyz")
+        text.directory.mkdir(parents=True)
+        for name in ("shard_00000.parquet", text.val_shard):
+            write_parquet(text.directory / name, [words] * 8)
     for repo, subset, splits, row in DATASETS:
         for split in splits:
             folder = base_dir / "task_data" / "--".join([*repo.split("/"), subset, split]) / subset
@@ -62,6 +66,21 @@ def test_datasets_of_the_hub(hub, monkeypatch):
         mixtures.main([])
 
 
+@pytest.mark.parametrize(("data", "letter"), [("hub", "n"), ("hub:fineweb", "n"), ("hub:climbmix", "m")])
+def test_words_are_those_of_the_text(data, letter, hub):
+    """They came from FineWeb-EDU always, which a run on ClimbMix has not downloaded."""
+    for text in HUB_TEXTS:
+        if text.data != source(data):
+            shutil.rmtree(text.directory)
+    assert mixtures.main([] if data == "hub" else [f"--data={data}"]) == 0
+    bee = mixtures.eval_tasks(data)["SpellingBee"]()
+    assert {word[1] for word in bee.words} == {letter}
+    for tasks in (mixtures.mid_tasks, mixtures.sft_tasks):
+        spelling = [task for task in tasks(data)[0].tasks if isinstance(task, SimpleSpelling)]
+        assert [{word[1] for word in task.words} for task in spelling] == [{letter}]
+    assert len(mixtures.rl_tasks(data)[0]) == 3
+
+
 def test_help_and_unknown_arguments_start_no_download(monkeypatch, capsys):
     """Regression: both started a download."""
     monkeypatch.setattr(mixtures, "mid_tasks", None)
@@ -69,8 +88,11 @@ def test_help_and_unknown_arguments_start_no_download(monkeypatch, capsys):
         mixtures.main(["--help"])
     assert end.value.code == 0
     assert "download the hub's data sets" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Unrecognized options: --data=hub"):
-        mixtures.main(["--data=hub"])
+    with pytest.raises(ValueError, match="Unrecognized options: --stage=mid"):
+        mixtures.main(["--stage=mid"])
+    for data in ("hub:pile", "embedded", "mine.jsonl"):
+        with pytest.raises(ValueError, match=f"data='{data}' is no data set of the hub"):
+            mixtures.main([f"--data={data}"])
 
 
 @pytest.mark.parametrize("make", [mixtures.rl_tasks, mixtures.eval_tasks])

@@ -8,10 +8,11 @@ import torch
 from nanochat.command_line import parse
 from nanochat.common import Runtime
 from nanochat.config import GPTConfig
+from nanochat.dataset import CLIMBMIX, FINEWEB, HUB_TEXTS
 from nanochat.gpt import GPT
 from nanochat.optim.schedule import OptimizerConfig
-from nanochat.recipes import RECIPES, asked_recipe, find_recipe
-from nanochat.train.base import BaseTrainConfig, count_steps, make_plan, model_shape, with_recipe
+from nanochat.recipes import RECIPES, asked_recipe, find_recipe, trained_text
+from nanochat.train.base import BaseTrainConfig, count_steps, make_plan, model_shape, with_recipe, with_text
 from scripts import base_train, bench_train
 from tests.helpers.models import SECOND
 
@@ -56,6 +57,36 @@ def test_names():
     assert [recipe.name for recipe in RECIPES] == ["saint_iberis", "saint_iberis_2"]
     for recipe in RECIPES:
         assert find_recipe(recipe.name) is recipe
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_the_text_of_a_recipe(recipe, base_dir):
+    """It is what hub and auto mean, and what is saved; a text that is named stays."""
+    hub = {"saint_iberis": FINEWEB, "saint_iberis_2": CLIMBMIX}[recipe.name]
+    assert recipe.text is hub
+
+    def text(data):
+        return with_text(read(f"--recipe={recipe.name}", f"--data={data}")).data
+
+    assert text("hub") == hub.data
+    assert text("auto") == "embedded"
+    for other in HUB_TEXTS:
+        other.directory.mkdir(parents=True)
+        for name in ("shard_00000.parquet", other.val_shard):
+            (other.directory / name).touch()
+        assert text("auto") == (hub.data if hub.is_downloaded else "embedded")
+        assert text(other.data) == other.data
+    assert (text("embedded"), text("mine.txt")) == ("embedded", "mine.txt")
+    with pytest.raises(ValueError, match="data='hub:pile' is no data set of the hub"):
+        text("hub:pile")
+
+
+def test_the_text_of_a_checkpoint():
+    """The one it names, else that of its recipe; published checkpoints name neither."""
+    assert trained_text({}) is trained_text({"data": "auto", "recipe": "saint_iberis"}) is FINEWEB
+    assert trained_text({"data": "embedded", "recipe": "saint_iberis_2"}) is CLIMBMIX
+    assert trained_text({"data": "hub:fineweb", "recipe": "saint_iberis_2"}) is FINEWEB
+    assert trained_text({"data": "hub:climbmix", "recipe": "saint_iberis"}) is CLIMBMIX
 
 
 def test_flags_override_the_recipe():

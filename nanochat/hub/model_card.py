@@ -12,13 +12,12 @@ import yaml
 
 from nanochat.cache import state_bytes
 from nanochat.config import GPTConfig
-from nanochat.dataset import REPO_ID, source
+from nanochat.dataset import hub_text, source
 from nanochat.gpt import GPT
 from nanochat.report.markdown import dig, escape, fence, show, table
 from nanochat.report.text import count, fixed4, summary, task_names
 
-HUB_DATASETS = {
-    "base_train": [REPO_ID],
+CHAT_DATASETS = {
     "mid_train": ["HuggingFaceTB/smol-smoltalk", "cais/mmlu", "openai/gsm8k"],
     "chat_sft": ["allenai/ai2_arc", "openai/gsm8k", "HuggingFaceTB/smol-smoltalk"],
     "chat_rl": ["openai/gsm8k"],
@@ -131,12 +130,16 @@ def _architecture(model: GPT) -> str:
 def _data(results: dict[str, dict]) -> dict[str, list[str]]:
     """Return the training data of each stage; paths of the author's own data are not disclosed."""
     data_of = {}
-    for stage, datasets in HUB_DATASETS.items():
+    for stage in ("base_train", *CHAT_DATASETS):
         data = dig(results, stage, "settings", "data")
         if isinstance(data, str):
-            embedded = "documentation of Python" + ("" if stage == "base_train" else " and synthetic tasks")
-            kinds = {"hub": datasets, "embedded": [embedded]}
-            data_of[stage] = list(kinds.get(source(data), ["data of the author's own"]))
+            if text := hub_text(data):
+                data_of[stage] = [*CHAT_DATASETS.get(stage, [text.repo])]
+            elif source(data) == "embedded":
+                synthetic = "" if stage == "base_train" else " and synthetic tasks"
+                data_of[stage] = [f"documentation of Python{synthetic}"]
+            else:
+                data_of[stage] = ["data of the author's own"]
             if dig(results, stage, "settings", "add"):
                 data_of[stage].append("conversations of the author's own")
     return data_of

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import Runtime, require_at_least, require_counts
 from nanochat.config import GPTConfig
+from nanochat.dataset import source
 from nanochat.optim.schedule import Cadence, Plan, lr_multiplier
 from nanochat.recipes import SAINT_IBERIS, RecipeSettings, asked_recipe, find_recipe
 
@@ -30,7 +31,8 @@ class BaseTrainConfig(RecipeSettings):
     run: str = "dummy"
     """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
     data: str = "auto"
-    """source of text: auto, hub, embedded, or a path of parquet, jsonl or txt files"""
+    """source of text: auto, hub (the recipe's; or hub:fineweb, hub:climbmix), embedded, or a path of parquet,
+    jsonl or txt files"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
     compile: bool | None = None
@@ -97,6 +99,11 @@ def with_recipe(config_class: type[Config], argv: Sequence[str] | None) -> Confi
     recipe = find_recipe(asked_recipe(sys.argv[1:] if argv is None else argv))
     settings = {**vars(recipe.settings), "value_embeds": None}  # depends on the text, too
     return config_class(recipe=recipe.name, **settings)
+
+
+def with_text(config: Config) -> Config:
+    """Return the config with hub and auto in data replaced by the name of the text, for all that is saved."""
+    return replace(config, data=source(config.data, find_recipe(config.recipe).text))
 
 
 def read_bundle(config: BaseTrainConfig, plan: Plan) -> Bundle | None:

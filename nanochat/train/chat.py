@@ -3,7 +3,8 @@
 Both start from the newest checkpoint of another stage, with its optimizer's momentum if that was saved, and
 end when every conversation has been seen `num_epochs` times; nanochat/train/chat_data.py lays the
 conversations out. The stages differ in tasks, in whether rows are packed, in the rows of a step and in the
-learning rates. All stages after pretraining take the optimizer's constants from the recipe of their model.
+learning rates. All stages after pretraining take the optimizer's constants from the recipe of their model,
+and words to spell from the hub's text that it was pretrained on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from nanochat.common import parse, require_at_least, require_counts
 from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, OptimizerConfig
-from nanochat.recipes import SAINT_IBERIS, find_recipe
+from nanochat.recipes import find_recipe, trained_recipe, trained_text
 
 if TYPE_CHECKING:
     from nanochat.train.run import WarmStartConfig
@@ -29,7 +30,8 @@ class ChatTrainConfig:
     run: str = "dummy"
     """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
     data: str = "auto"
-    """conversations: auto, hub, embedded, or your own: a .jsonl file, a folder or a glob"""
+    """conversations: auto, hub (with words of the model's text; hub:fineweb and hub:climbmix choose it),
+    embedded, or your own: a .jsonl file, a folder or a glob"""
     add: str = ""
     """conversations of your own to learn beside those of `data`: a .jsonl file, a folder or a glob"""
     device_type: str = ""
@@ -94,12 +96,14 @@ def follow_recipe(config: StartConfig, source: str, argv: Sequence[str] | None) 
     """Parse argv again, with defaults for the optimizer by the recipe of the model that the run starts from.
 
     source is the stage of that model; config.recipe, if not empty, is the recipe to follow instead. Models of
-    before recipes, and published ones, follow saint_iberis.
+    before recipes, and published ones, follow saint_iberis. In data, hub and auto become the name of the
+    hub's text that the model was pretrained on.
     """
-    from nanochat.checkpoint_manager import checkpoint_dir, read_meta, resolve_step, resolve_tag
+    from nanochat import dataset
+    from nanochat.checkpoint_manager import read_settings
 
-    directory = checkpoint_dir(source, resolve_tag(source, config.model_tag))
-    saved = read_meta(directory, resolve_step(directory, config.step)).get("user_config") or {}
-    recipe = find_recipe(config.recipe or saved.get("recipe") or SAINT_IBERIS.name)
+    saved = read_settings(source, config.model_tag, config.step)
+    recipe = find_recipe(config.recipe) if config.recipe else trained_recipe(saved)
     default = replace(type(config)(), recipe=recipe.name, optimizer=recipe.settings.optimizer)
-    return parse(type(config), argv, None, default)
+    config = parse(type(config), argv, None, default)
+    return replace(config, data=dataset.source(config.data, trained_text(saved)))

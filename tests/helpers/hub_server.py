@@ -1,4 +1,6 @@
-"""A substitute for the Hugging Face hub on 127.0.0.1: one repository, with injected faults.
+"""A substitute for the Hugging Face hub on 127.0.0.1, with injected faults.
+
+All repositories have the same files, but one named "{repo}/{name}" is in that repository only.
 
 Like the hub, it answers /datasets/{repo}/resolve/{revision}/{name} for a large file with its size, its
 SHA-256 and a redirect to another host, here `localhost`; it sends a small file itself, with the SHA-1 of its
@@ -69,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
             self._list(self.path.split("/tree/main/")[1].split("?")[0])
             return
         host, name = self.headers["Host"].split(":")[0], re.sub("^.*/resolve/[^/]+/|^/", "", self.path)
+        in_repo = re.sub("^/datasets/|/resolve/[^/]+(?=/)", "", self.path)
+        name = in_repo if in_repo in self.server.files else name
         self.server.requests.append((self.command, host, name, "Authorization" in self.headers))
         content = self.server.files.get(name)
         if content is None:
