@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # From raw text to a model that you can talk to, on any machine:
 #
-#   with GPUs    FineWeb-EDU and chat data from the hub; a d20 on eight GPUs, a d12 on fewer
+#   with GPUs    the recipe's text and chat data from the hub; a d20 on eight GPUs, a d12 on fewer
 #   without      a d4 on the documentation of your own Python, in about twenty minutes on two cores
 #
 #   bash speedrun.sh            run, or continue where the last run stopped
 #   bash speedrun.sh --fresh    run every stage again
 #
 # Settings (environment variables):
-#   DATA               hub, embedded or a path of your own texts
+#   DATA               hub (the recipe's text: hub:fineweb, or hub:climbmix), embedded or a path of your own texts
 #   DEPTH              layers; the width and the length of training follow
 #   RECIPE             generation of the model: saint_iberis, or saint_iberis_2 (nanochat/recipes.py)
 #   NPROC_PER_NODE     ranks: 1, 2, 4 or 8
@@ -30,7 +30,8 @@ source dev/stage.sh # prepare, wandb, doctor, stage
 prepare "$@"        # check the settings, set up; sets python, seed, recipe, bundle, gpus, gib and ranks
 
 data=${DATA:-$([ "$gpus" -gt 0 ] && echo hub || echo embedded)}
-chat_data=$([ "$data" = hub ] && echo hub || echo embedded) # of the stages after pretraining
+name_text # hub becomes the name of the recipe's text; sets shards, those of the hub's text for training, or 0
+chat_data=$([ "$shards" -gt 0 ] && echo "$data" || echo embedded) # of the stages after pretraining
 if [ "$gpus" -gt 0 ] && [ "$data" != embedded ]; then
     depth=${DEPTH:-$((ranks >= 8 ? 20 : 12))} rows=${DEVICE_BATCH_SIZE:-0} vocab=65536 seq_len=2048
     tag=--model-tag=d$depth
@@ -46,7 +47,7 @@ fi
 [ "${FP8:-0}" = 0 ] || base+=(--fp8)
 [ "$recipe" = saint_iberis ] || base+=("--recipe=$recipe") # the other stages follow their checkpoint
 mid=("$tag" "$(wandb mid)") sft=("$tag" "$(wandb sft)") rl=("$tag" "$(wandb rl)") evals=("$tag")
-if [ "$chat_data" = hub ]; then
+if [ "$shards" -gt 0 ]; then
     mid+=("--device-batch-size=$rows") sft+=("--device-batch-size=$((gib >= 22 ? 4 : 2))")
 else # a million tokens: small steps, whatever the model
     chat_rows=$((rows == 0 || rows * ranks > 16 ? 16 / ranks : rows))
@@ -62,10 +63,10 @@ doctor "--data=$data" "--depth=$depth" "--vocab-size=$vocab" "--max-seq-len=$seq
     "--device-batch-size=$rows" "--ranks=$ranks" "--recipe=$recipe"
 
 # stage NAME MODULE RANKS FLAGS...
-if [ "$data" = hub ]; then # a shard is about 50 M tokens; training takes 20 tokens per parameter
-    stage download nanochat.dataset 1 -n "${SHARDS:-$((depth * depth * 6 / 10 + 8))}" -w 4 \
+if [ "$shards" -gt 0 ]; then # a shard is about 50 M tokens; training takes 20 tokens per parameter
+    stage download nanochat.dataset 1 -n "${SHARDS:-$((depth * depth * 6 / 10 + 8))}" -w 4 "--data=$data" \
         || fail "no data from the hub; run again to continue, or start with DATA=embedded or DATA=<your texts>"
-    stage chat_data tasks.mixtures 1
+    stage chat_data tasks.mixtures 1 "--data=$data"
 fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"

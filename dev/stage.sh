@@ -77,12 +77,25 @@ keep() {
 set that, set NANOCHAT_BASE_DIR to another folder, or run every stage again with --fresh"
 }
 
+# name_text: name the hub's text in data; sets shards, its number of shards for training, 0 for other text
+name_text() {
+    if [ "$data" = hub ]; then
+        case $recipe in saint_iberis_2) data=hub:climbmix ;; *) data=hub:fineweb ;; esac
+    fi
+    case $data in # as in nanochat/dataset.py
+        hub:fineweb) shards=1822 ;;
+        hub:climbmix) shards=6542 ;;
+        hub:*) fail "DATA=$data is no text of the hub; choose hub:fineweb or hub:climbmix, or hub for the recipe's" ;;
+        *) shards=0 ;;
+    esac
+    [ -n "${SHARDS:-}" ] || return 0
+    [ "$shards" -gt 0 ] || fail "SHARDS=$SHARDS is for DATA=hub, and the data is $data; leave it out"
+    [ "$SHARDS" -le "$shards" ] 2>/dev/null \
+        || fail "SHARDS=$SHARDS must be at most $shards, the shards of $data; lower it"
+}
+
 # doctor FLAGS...: check the machine for what would end this run; then start its report
 doctor() {
-    if [ -n "${SHARDS:-}" ]; then
-        [ "$data" = hub ] || fail "SHARDS=$SHARDS is for DATA=hub, and the data is $data; leave it out"
-        [ "$SHARDS" -le 1822 ] 2>/dev/null || fail "SHARDS=$SHARDS must be at most 1822, the hub's shards; lower it"
-    fi
     echo "speedrun: $gpus GPU(s) of $gib GiB, $ranks rank(s), data $data, depth $depth, files in $NANOCHAT_BASE_DIR"
     echo "== doctor"
     "$python" -m scripts.doctor "$@" || fail "the doctor found what would end this run"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.dataset import HUB_TEXTS
+from nanochat.recipes import RECIPES
 from tests.test_readme import module_and_arguments, read_flags
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,7 @@ MACHINES = {  # number of GPUs, their GiB, and whether they compute in 8 bits
     "six of 80 GiB": "6 79 True",
 }
 TRAINING = ("base_train", "mid_train", "chat_sft")
+TEXT_STAGES = ("doctor", "tok_train", "tok_eval", "base_train", "base_loss")
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def test_gives_flags_that_are_read(machine, setting, speedrun):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("data", ["hub", "embedded", "PATH"])
+@pytest.mark.parametrize("data", ["hub", "hub:climbmix", "embedded", "PATH"])
 @pytest.mark.parametrize("more", [{}, {"NPROC_PER_NODE": "4"}, {"DEVICE_BATCH_SIZE": "4"}])
 def test_gives_batches_that_divide(machine, data, more, speedrun):
     """DATA=embedded on four or more GPUs or ranks failed before or after pretraining."""
@@ -86,7 +89,7 @@ def test_gives_batches_that_divide(machine, data, more, speedrun):
             seq_len = config.max_seq_len if config.max_seq_len > 0 else 2048
             n_rows = config.total_batch_size // seq_len
         assert n_rows % (n_ranks * max(1, config.device_batch_size)) == 0, (stage, n_ranks, config)
-        is_chat_of_embedded = data != "hub" and stage == "mid_train"
+        is_chat_of_embedded = not data.startswith("hub") and stage == "mid_train"
         assert not is_chat_of_embedded or config.total_batch_size == 4096  # else two steps are all there are
 
 
@@ -150,6 +153,57 @@ def test_the_recipe_is_that_of_pretraining(speedrun, capfd):
     status, calls = speedrun("--fresh")
     assert status == 0
     assert not any(flag in words for words in calls)
+
+
+def texts_of(calls):
+    """Return the values of --data: of the stages that read text, and of those with conversations."""
+    found = [(module_and_arguments(words)[0], word) for words in calls for word in words if "--data=" in word]
+    texts = {word for module, word in found if module.split(".")[1] in TEXT_STAGES}
+    chats = {word for module, word in found if module.split(".")[1] not in TEXT_STAGES}
+    return texts, chats
+
+
+@pytest.mark.parametrize(
+    ("settings", "data"),
+    [
+        ({}, "hub:fineweb"),
+        ({"DATA": "hub"}, "hub:fineweb"),
+        ({"DATA": "hub:climbmix"}, "hub:climbmix"),
+        ({"RECIPE": "saint_iberis_2"}, "hub:climbmix"),
+        ({"RECIPE": "saint_iberis_2", "DATA": "hub"}, "hub:climbmix"),
+        ({"RECIPE": "saint_iberis_2", "DATA": "hub:fineweb"}, "hub:fineweb"),
+    ],
+)
+def test_all_stages_read_the_same_text(settings, data, speedrun, tmp_path):
+    status, calls = speedrun(machine="eight of 80 GiB", RL="1", **settings)
+    assert status == 0
+    flags = {f"--data={data}"}
+    assert texts_of(calls) == (flags, flags)
+    modules = {module_and_arguments(words)[0].split(".")[1] for words in calls}
+    assert modules >= {*TEXT_STAGES, *TRAINING, "chat_eval", "chat_rl"}
+    for words in calls:
+        module, arguments = module_and_arguments(words)
+        assert getattr(read_flags(module, arguments), "data", data) == data, module
+    lines = (tmp_path / "calls").read_text().splitlines()
+    for module in ("nanochat.dataset", "tasks.mixtures"):
+        (line,) = (line for line in lines if module in line)
+        assert line.endswith(f"--data={data}")
+
+
+def test_names_of_texts_are_those_of_the_recipes(speedrun, capfd):
+    """The script cannot ask for them: it must run before there is a Python."""
+    for recipe in RECIPES:
+        status, calls = speedrun("--fresh", machine="eight of 80 GiB", RECIPE=recipe.name)
+        assert (status, texts_of(calls)[0]) == (0, {f"--data={recipe.text.data}"})
+    for text in HUB_TEXTS:
+        n_shards = {"DATA": text.data, "SHARDS": str(text.n_train_shards + 1)}
+        assert speedrun("--fresh", machine="eight of 80 GiB", **n_shards) == (1, [])
+        message = f"must be at most {text.n_train_shards}, the shards of {text.data}"
+        assert message in capfd.readouterr().err
+        n_shards["SHARDS"] = str(text.n_train_shards)
+        assert speedrun("--fresh", machine="eight of 80 GiB", **n_shards)[0] == 0
+    assert speedrun("--fresh", DATA="hub:pile") == (1, [])
+    assert "DATA=hub:pile is no text of the hub; choose hub:fineweb or" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("setting", ["RL=yes", "RL=2", "FP8=yes", "FP8=2", "DATA=auto"])
@@ -236,7 +290,7 @@ def test_a_rehearsal_is_short(machine, row, speedrun, tmp_path):
 def test_a_rehearsal_downloads_few_shards(speedrun, tmp_path):
     assert speedrun(machine="eight of 80 GiB", SHARDS="2")[0] == 0
     (line,) = (line for line in (tmp_path / "calls").read_text().splitlines() if "nanochat.dataset" in line)
-    assert line.endswith("-n 2 -w 4")
+    assert line.endswith("-n 2 -w 4 --data=hub:fineweb")
 
 
 def trained(calls):
