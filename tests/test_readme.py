@@ -85,6 +85,7 @@ ELSEWHERE = {
     "bash dev/setup.sh --tests": "tests/run.sh",
     "python -m nanochat.dataset -n 240": "tests/test_download.py",
     "python -m nanochat.dataset -n 8": "tests/test_download.py",
+    "python -m nanochat.dataset -n 240 --data=hub:climbmix": "tests/test_download.py",
     "python -m scripts.chat_web": "tests/test_chat_web.py",
     "NANOCHAT_API_KEY=secret python -m scripts.chat_web --host 0.0.0.0 -p 8080": "tests/test_chat_web.py",
     "python -m scripts.chat_web -n 8": "tests/test_chat_web.py",
