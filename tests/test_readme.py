@@ -445,6 +445,15 @@ def test_the_log_has_an_index_and_verdicts():
     assert [entry.splitlines()[0] for entry in entries if not re.match(r".*\n\n\*\*Verdict: ", entry)] == []
 
 
+def test_the_points_of_the_figure_are_those_of_the_log(tmp_path):
+    from dev import draw_minutes
+
+    values = [value for system in draw_minutes.SYSTEMS for runs in system.runs.values() for value in runs]
+    assert [value for value in values if f"{value:.4f}" not in LOG] == []
+    assert draw_minutes.main([str(tmp_path / "minutes.png")]) == 0
+    assert (tmp_path / "minutes.png").stat().st_size > 10_000
+
+
 def test_the_figure_is_that_of_its_script(tmp_path):
     from dev import draw_slc2
 
