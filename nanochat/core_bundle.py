@@ -12,9 +12,10 @@ Three kinds of task become one kind of example: options, each a continuation of 
     schema                several contexts (context_options), one continuation
     language_modeling     one context, one continuation
 
-Texts lose the white space around them; the prompt adds its own delimiters. A download is unpacked and checked
-in a hidden folder, so a bundle under its own name is complete. It records its address and digest in
-origin.json, so that a request for another address is not answered with the same bundle.
+Texts keep the white space around them, for the protocol to decide (nanochat/core_protocol.py). A download is
+unpacked and checked in a hidden folder, so a bundle under its own name is complete. It records its address
+and digest in origin.json, so that a request for another address is not answered with the same bundle. A
+bundle comes from elsewhere: its names must stay in its folder, and its size is bounded.
 """
 
 import csv
@@ -41,6 +42,8 @@ from nanochat.data.download import download
 logger = logging.getLogger(__name__)
 N_CORE_TASKS = 22  # in the published metric
 ORIGIN = "origin.json"  # in a downloaded bundle: address and SHA-256 of the zip
+EVAL_BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+MAX_UNPACKED_BYTES = 4 << 30  # of a zip; more is no bundle
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,39 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(path.read_text("utf-8"))["icl_tasks"]
         for entry in entries:
-            if entry["icl_task_type"] not in ("multiple_choice", "schema", "language_modeling"):
-                raise ValueError(f"unknown icl_task_type {entry['icl_task_type']!r}")
             (entry["num_fewshot"],) = entry["num_fewshot"]
-            CoreTask(**entry, random_baseline=0, examples=())  # raises for a missing or unknown key
+            # which raises for a missing or unknown key
+            _check_task(CoreTask(**entry, random_baseline=0, examples=()))
         if len({entry["label"] for entry in entries}) < len(entries):
             raise ValueError("two tasks have the same label")
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a list of CORE tasks: {error}") from error
     return entries
+
+
+def _check_task(task: CoreTask) -> None:
+    """Raise ValueError for a value that is of a wrong type or leads out of the bundle."""
+    for name in ("label", "dataset_uri", "continuation_delimiter"):
+        if not isinstance(getattr(task, name), str):
+            raise ValueError(f"{name}={getattr(task, name)!r} of task {task.label!r} must be a text")
+    if task.icl_task_type not in ("multiple_choice", "schema", "language_modeling"):
+        raise ValueError(f"unknown icl_task_type {task.icl_task_type!r}")
+    if type(task.num_fewshot) is not int or task.num_fewshot < 0:
+        raise ValueError(
+            f"num_fewshot=[{task.num_fewshot!r}] of task {task.label!r} must be a whole number, 0 or more"
+        )
+    if type(task.has_categories) is not bool:
+        raise ValueError(f"has_categories={task.has_categories!r} of {task.label!r} must be true or false")
+    if _leaves_folder(task.dataset_uri):
+        raise ValueError(
+            f"dataset_uri={task.dataset_uri!r} of task {task.label!r} must be a path within eval_data"
+        )
+
+
+def _leaves_folder(name: str) -> bool:
+    """Return whether a relative path may lead out of its folder, on any system."""
+    path = PureWindowsPath(name)  # parses both kinds of slashes, and drives
+    return bool(path.anchor) or ".." in path.parts
 
 
 def _read_baselines(path: Path) -> dict[str, float]:
@@ -163,10 +190,11 @@ def _example(row: dict[str, Any], kind: str, category: str) -> Example:
         options = [(row["context"], row["continuation"])]
     if not 0 <= gold < len(options):
         raise ValueError(f"gold={gold} of {len(options)} options")
-    options = tuple((context.strip(), continuation.strip()) for context, continuation in options)
-    if not all(continuation for _, continuation in options):
+    if not all(continuation.strip() for _, continuation in options):
         raise ValueError("an empty continuation")
-    return Example(options, gold, category)
+    if not all(isinstance(context, str) for context, _ in options):
+        raise TypeError("a context that is no text")
+    return Example(tuple(options), gold, category)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -179,7 +207,9 @@ def bundle_folder(path: str) -> Path:
 
 
 def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "") -> Path:
-    """Return the folder `path`, or base_dir()/eval_bundle, downloaded from url if it does not exist.
+    """Return the folder `path`, or base_dir()/eval_bundle, downloaded if it does not exist.
+
+    It comes from url, by default EVAL_BUNDLE_URL.
 
     A collective: all ranks call this together, and the first rank of each machine downloads. All raise
     OSError or ValueError if that fails, or if eval_bundle was downloaded from another address.
@@ -193,7 +223,7 @@ def find_bundle(runtime: Runtime, path: str = "", url: str = "", sha256: str = "
                 if folder.exists():
                     _check_origin(folder, url, sha256)
                 else:
-                    download_bundle(url, sha256, folder)
+                    download_bundle(url or EVAL_BUNDLE_URL, sha256, folder)
     return folder
 
 
@@ -217,15 +247,10 @@ def _check_origin(folder: Path, url: str, sha256: str) -> None:
 def download_bundle(url: str, sha256: str, folder: Path) -> None:
     """Download a zip, check it and unpack it as `folder`, which appears when it is complete.
 
-    Resumes a download that broke. Raises FileNotFoundError without a url, OSError if the transfer fails,
-    ValueError if the zip does not have this SHA-256 (hex; empty: not checked), is damaged, would write
-    outside its folder or contains no bundle.
+    Resumes a download that broke. Raises OSError if the transfer fails, ValueError if the zip does not have
+    this SHA-256 (hex; empty: not checked), is damaged, would write outside its folder, unpacks to more than
+    MAX_UNPACKED_BYTES or contains no bundle.
     """
-    if not url:
-        raise FileNotFoundError(
-            f"no CORE bundle in {folder}; unpack one there, name a folder with --bundle, "
-            "or the address of a zip with --bundle-url"
-        )
     logger.info("downloading the CORE bundle from %s", url)
     staging = folder.with_name(f".{folder.name}.download")  # a fixed name, so that a download can resume
     archive, unpacked = staging / "bundle.zip", staging / "unpacked"
@@ -261,9 +286,13 @@ def _unpack(archive: Path, folder: Path, url: str) -> None:
     try:
         with zipfile.ZipFile(archive) as file:
             for name in file.namelist():
-                path = PureWindowsPath(name)  # parses both kinds of slashes, and drives
-                if path.anchor or ".." in path.parts:
+                if _leaves_folder(name):
                     raise ValueError(f"{url} would write outside its folder: {name!r}")
+            n_bytes = sum(member.file_size for member in file.infolist())  # zipfile writes no more than these
+            if n_bytes > MAX_UNPACKED_BYTES:
+                raise ValueError(
+                    f"{url} unpacks to {n_bytes} bytes; a CORE bundle has at most {MAX_UNPACKED_BYTES}"
+                )
             file.extractall(folder)
     # RuntimeError: a password or an unknown compression; OSError: an offset before the start of the file
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat import core_bundle
 from nanochat.common import Runtime
 from nanochat.core_bundle import ORIGIN, Example, _unpack, download_bundle, find_bundle, load_bundle
 from tests.helpers.core_bundles import write_bundle
@@ -38,9 +39,9 @@ def test_three_kinds_of_task_become_one_kind_of_example(folder, caplog):
         (folder / "eval_data" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     bundle = load_bundle(folder)
     assert [task.examples for task in bundle.tasks] == [
-        (Example((("Q: one?", "a"), ("Q: one?", "b")), 1),),
-        (Example((("x", "ran."), ("y", "ran.")), 0),),
-        (Example((("2 + 2 =", "4"),), 0, "sums"),),
+        (Example((("Q: one?\n", "a "), ("Q: one?\n", "b")), 1),),
+        (Example(((" x", " ran."), ("y", " ran.")), 0),),
+        (Example((("2 + 2 = ", "4"),), 0, "sums"),),
     ]
     pick, who, recall = bundle.tasks
     assert (pick.label, pick.icl_task_type, pick.num_fewshot) == ("pick", "multiple_choice", 2)
@@ -70,6 +71,21 @@ def test_a_bundle_without_rows_is_an_error(folder):
         ("label: who", "label: nobody", "no random baseline of task 'nobody'"),
         ("icl_tasks", "tasks", "icl_tasks"),
         ("label: pick", "label: [", "not a list of CORE tasks"),
+        ("label: pick", "label: 7", "label=7 of task 7 must be a text"),
+        (
+            "num_fewshot: [2]",
+            "num_fewshot: ['2']",
+            r"num_fewshot=\['2'\] of task 'pick' must be a whole",
+        ),
+        ("num_fewshot: [2]", "num_fewshot: [2.0]", r"num_fewshot=\[2.0\] of task 'pick' must be a whole"),
+        ("num_fewshot: [2]", "num_fewshot: [true]", r"num_fewshot=\[True\] of task 'pick' must be a whole"),
+        ("num_fewshot: [2]", "num_fewshot: [-1]", r"num_fewshot=\[-1\] of task 'pick' must be a whole"),
+        ("num_fewshot: [2]", "num_fewshot: 2", "not a list of CORE tasks"),
+        ("has_categories: true", "has_categories: 'yes'", "has_categories='yes' of 'recall' must be true or"),
+        ("reading/pick.jsonl", "../../rows.jsonl", "'../../rows.jsonl' of task 'pick' must be a path within"),
+        ("reading/pick.jsonl", "/etc/passwd", "'/etc/passwd' of task 'pick' must be a path within eval_data"),
+        ("reading/pick.jsonl", "c:\\rows.jsonl", "of task 'pick' must be a path within eval_data"),
+        ("reading/pick.jsonl", "5", "dataset_uri=5 of task 'pick' must be a text"),
     ],
 )
 def test_errors_in_the_yaml(folder, old, new, message):
@@ -157,9 +173,17 @@ def test_a_folder_that_is_named_takes_precedence(folder, base_dir):
     assert find_bundle(Runtime.cpu()) == base_dir / "eval_bundle"
 
 
-def test_without_a_bundle_and_an_address():
-    with pytest.raises(FileNotFoundError, match="--bundle-url"):
-        find_bundle(Runtime.cpu())
+def test_the_published_bundle_is_the_default(server, base_dir, monkeypatch):
+    """Without a bundle and an address there was no CORE."""
+    assert core_bundle.EVAL_BUNDLE_URL.startswith("https://karpathy-public.s3.us-west-2.amazonaws.com/")
+    monkeypatch.setattr(core_bundle, "EVAL_BUNDLE_URL", server.url)
+    assert find_bundle(Runtime.cpu()) == base_dir / "eval_bundle"
+    assert json.loads((base_dir / "eval_bundle" / ORIGIN).read_text())["url"] == server.url
+    assert find_bundle(Runtime.cpu()) == base_dir / "eval_bundle"
+    assert len(server.starts("bundle.zip")) == 1
+
+
+def test_a_folder_without_a_bundle():
     with pytest.raises(FileNotFoundError, match=r"it has no core\.yaml"):
         load_bundle(find_bundle(Runtime.cpu(), "/nowhere"))
 
@@ -260,6 +284,34 @@ def test_names_outside_the_folder_are_refused(tmp_path, folder, base_dir, name):
         download_bundle(archive.as_uri(), "", base_dir / "eval_bundle")
     assert list(base_dir.iterdir()) == []
     assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_zip_that_unpacks_to_too_much_is_refused(tmp_path, folder, base_dir, monkeypatch):
+    """A few kilobytes of zip filled the disk."""
+    base_dir.mkdir()
+    archive = tmp_path / "large.zip"
+    archive.write_bytes(zipped(folder))
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros", bytes(1 << 20))
+        n_bytes = sum(member.file_size for member in file.infolist())
+    monkeypatch.setattr(core_bundle, "MAX_UNPACKED_BYTES", n_bytes - 1)
+    with pytest.raises(ValueError, match=f"unpacks to {n_bytes} bytes; a CORE bundle has at most"):
+        download_bundle(archive.as_uri(), "", base_dir / "eval_bundle")
+    assert list(base_dir.iterdir()) == []
+    monkeypatch.setattr(core_bundle, "MAX_UNPACKED_BYTES", n_bytes)
+    download_bundle(archive.as_uri(), "", base_dir / "eval_bundle")
+
+
+def test_a_zip_that_understates_its_size_writes_no_more(tmp_path):
+    """The bound counts the sizes that the zip states."""
+    archive = tmp_path / "lie.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros", bytes(1 << 20))
+    content = archive.read_bytes().replace((1 << 20).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot unpack ADDRESS"):
+        _unpack(archive, tmp_path / "unpacked", "ADDRESS")
+    assert (tmp_path / "unpacked" / "zeros").stat().st_size <= 10
 
 
 def test_a_zip_without_a_bundle(tmp_path, folder, base_dir):
