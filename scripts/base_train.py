@@ -94,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_core(run: Run[BaseTrainConfig], bundle: Bundle) -> None:
-    """Evaluate CORE and log it."""
+    """Evaluate CORE by nanochat's protocol and log it."""
     from nanochat.core_eval import evaluate_core
 
-    limits = {"max_per_task": run.config.core_max_per_task, "batch_rows": run.config.device_batch_size}
-    core = evaluate_core(run.model, run.tokenizer, bundle, run.runtime, **limits)["core"]
+    sizes = run.config.core_max_per_task, run.config.device_batch_size
+    core = evaluate_core(run.model, run.tokenizer, bundle, run.runtime, *sizes)["core"]
     run.log({"step": run.progress.step, "core": core})
     logger.info(f"step {run.progress.step:05d} | CORE {core:.4f}")
 

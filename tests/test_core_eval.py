@@ -1,5 +1,4 @@
-import random
-from dataclasses import replace
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -8,9 +7,10 @@ import torch
 from nanochat import core_eval
 from nanochat.common import Runtime
 from nanochat.core_bundle import Bundle, CoreTask, Example, load_bundle
-from nanochat.core_eval import crop, evaluate_core, prompt_texts, score_prompts, tokenize_prompts
-from tests.helpers.core_bundles import PLAIN_WORDS, write_bundle
-from tests.helpers.models import random_model, small_config
+from nanochat.core_eval import CoreGPT, evaluate_core, score_prompts
+from nanochat.core_protocol import DCLM, NANOCHAT, crop, draw_shots, evaluated_rows, make_prompts
+from tests.helpers.core_bundles import write_bundle
+from tests.helpers.models import SECOND, random_model, small_config
 from tests.helpers.vocabulary import train_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -27,121 +27,13 @@ def bundle(tmp_path):
 
 
 def model_for(tokenizer, **changes):
-    return random_model(small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=256, **changes))
+    shape = {"vocab_size": tokenizer.get_vocab_size(), "sequence_len": 256, **changes}
+    return random_model(small_config(**shape))
 
 
 def task(examples, **changes):
     settings = {"label": "t", "dataset_uri": "", "icl_task_type": "multiple_choice", "num_fewshot": 0}
     return CoreTask(**{**settings, "random_baseline": 0.0, "examples": tuple(examples), **changes})
-
-
-def numbered(n, category=""):
-    return [Example(((f"Q{i}", f"no{i}"), (f"Q{i}", f"yes{i}")), 1, category) for i in range(n)]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Prompts, compared with texts written by hand
-
-
-def test_prompts_without_examples():
-    mc = Example((("The sky is", "blue"), ("The sky is", "salty")), 0)
-    schema = Example((("The cat", "barked."), ("The dog", "barked.")), 1)
-    lm = Example((("To be or not to", "be"),), 0)
-    assert prompt_texts(task([mc]), 0) == [("The sky is ", "blue"), ("The sky is ", "salty")]
-    assert prompt_texts(task([mc], continuation_delimiter="\nA: "), 0)[1] == ("The sky is\nA: ", "salty")
-    assert prompt_texts(task([schema], icl_task_type="schema"), 0) == [
-        ("The cat ", "barked."),
-        ("The dog ", "barked."),
-    ]
-    assert prompt_texts(task([lm], icl_task_type="language_modeling"), 0) == [("To be or not to ", "be")]
-
-
-def test_solved_examples_come_first():
-    """With two rows only one can be drawn, and its gold option is shown."""
-    pair = task(numbered(2), num_fewshot=1, continuation_delimiter=" -> ")
-    assert prompt_texts(pair, 0) == [("Q1 -> yes1\n\nQ0 -> ", "no0"), ("Q1 -> yes1\n\nQ0 -> ", "yes0")]
-    assert prompt_texts(pair, 1)[0] == ("Q0 -> yes0\n\nQ1 -> ", "no1")
-    schema = [Example((("He", f"ran{i}"), ("She", f"ran{i}")), i) for i in range(2)]
-    assert prompt_texts(task(schema, num_fewshot=1), 0)[1] == ("She ran1\n\nShe ", "ran0")
-
-
-def shots(task, index):
-    before = prompt_texts(task, index)[0][0]
-    return before.split("\n\n")[:-1]
-
-
-def test_shots_are_distinct_other_examples_and_reproducible():
-    ten = task(numbered(20), num_fewshot=5)
-    drawn = [shots(ten, i) for i in range(20)]
-    for i, own in enumerate(drawn):
-        assert len(set(own)) == 5
-        assert f"Q{i} yes{i}" not in own
-    assert drawn == [shots(task(numbered(20), num_fewshot=5), i) for i in range(20)]
-    assert len({tuple(own) for own in drawn}) == 20  # each row has its own draw
-    assert {shot for own in drawn for shot in own} == {f"Q{i} yes{i}" for i in range(20)}
-    assert shots(ten, 3) != shots(replace(ten, label="other"), 3)
-
-
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 6])
-def test_a_small_pool_yields_fewer_shots(n):
-    """Regression: random.sample raised if a task had fewer rows than shots."""
-    small = task(numbered(n), num_fewshot=5)
-    for i in range(n):
-        others = {f"Q{j} yes{j}" for j in range(n) if j != i}
-        assert set(shots(small, i)) <= others
-        assert len(shots(small, i)) == min(5, n - 1)
-
-
-def test_shots_are_of_the_same_category():
-    rows = [*numbered(4, "a"), *numbered(9, "b")[4:]]
-    mixed = task(rows, num_fewshot=2)
-    for i in range(4):
-        assert set(shots(mixed, i)) <= {f"Q{j} yes{j}" for j in range(4)}
-    for i in range(4, 9):
-        assert set(shots(mixed, i)) <= {f"Q{j} yes{j}" for j in range(4, 9)}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-def test_the_continuation_starts_at_the_first_different_token(tokenizer):
-    texts = [
-        ("over the ", "river"),
-        ("over the\nAnswer: ", "1887"),
-        ("the riv", "er of"),
-        ("", "light"),
-        ("a", "b"),
-    ]
-    prompts = tokenize_prompts(tokenizer, texts)
-    rest = [tokenizer.decode(ids[start:].tolist()) for ids, start in prompts]
-    # the space belongs to the continuation, as a separate token or not; " river" spans the boundary
-    assert rest == [" river", " 1887", " river of", "light", "b"]
-    for (ids, start), (before, continuation) in zip(prompts, texts, strict=True):
-        assert ids.tolist() == tokenizer.encode(before + continuation, prepend="<|bos|>")
-        assert 1 <= start < len(ids)
-
-
-def test_any_boundary_leaves_a_prefix_and_a_continuation(tokenizer):
-    rng = random.Random(0)
-    for _ in range(200):
-        text = " ".join(rng.choices(PLAIN_WORDS, k=6))
-        cut = rng.randrange(len(text))
-        ((ids, start),) = tokenize_prompts(tokenizer, [(text[:cut], text[cut:])])
-        context = tokenizer.encode(text[:cut].rstrip(), prepend="<|bos|>")
-        assert context[:start] == ids[:start].tolist()
-        assert start < len(ids)
-        assert tokenizer.decode(ids[start:].tolist()).endswith(text[cut:])
-
-
-def test_crop():
-    ids = np.arange(10, dtype=np.int32)
-    for sequence_len, kept, start in [(20, 10, 7), (9, 10, 7), (8, 9, 6), (4, 5, 2), (3, 4, 1)]:
-        cropped, new_start = crop((ids, 7), sequence_len)
-        assert (cropped.tolist(), new_start) == (list(range(10 - kept, 10)), start)
-        assert cropped[new_start:].tolist() == [7, 8, 9]  # the whole continuation
-    cropped, start = crop((ids, 7), 2)  # it is too long: its last two tokens are scored
-    assert (cropped.tolist(), start) == ([7, 8, 9], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -175,7 +67,7 @@ def test_batched_scores_equal_scores_of_single_prompts(changes, batch_tokens, mo
     monkeypatch.setattr(core_eval, "HEAD_POSITIONS", 7)
     config = small_config(sequence_len=40, **changes)
     prompts = random_prompts()
-    losses, is_greedy = score_prompts(random_model(config), prompts, batch_tokens)
+    losses, is_greedy = score_prompts(CoreGPT(random_model(config)), prompts, batch_tokens)
     double = random_model(config).double()
     expected = [reference(double, *prompt) for prompt in prompts]
     np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-5)
@@ -191,7 +83,7 @@ def test_options_are_compared_in_float32():
     with torch.no_grad():
         model.lm_head.weight[1] = model.lm_head.weight[0] * (1 + 2**-12)
     pairs = [(np.append(ids, last).astype(np.int32), len(ids)) for ids, _ in prompts for last in (0, 1)]
-    losses, _ = score_prompts(model, pairs, 400)
+    losses, _ = score_prompts(CoreGPT(model), pairs, 400)
     assert {bool(a > b) for a, b in zip(losses[::2], losses[1::2], strict=True)} == {True, False}
     assert (losses[::2] != losses[1::2]).all()
 
@@ -204,7 +96,7 @@ def test_forward_passes_have_limited_size_and_no_duplicate_inputs(monkeypatch):
     )
     ids = np.arange(30, dtype=np.int32)
     four = [(np.append(ids, last).astype(np.int32), 30) for last in (1, 2, 3, 4)]
-    score_prompts(model, [*four, (ids[:20], 3), (ids[5:25], 3), (ids[3:23], 3)], 64)
+    score_prompts(CoreGPT(model), [*four, (ids[:20], 3), (ids[5:25], 3), (ids[3:23], 3)], 64)
     assert shapes == [(2, 32), (2, 32)]
     assert all(rows * width <= 64 for rows, width in shapes)
 
@@ -213,49 +105,65 @@ def test_padding_uses_no_other_tokens():
     """Tokens that are in no prompt may have NaN embeddings: padding must not read them."""
     prompts = [(ids % 20 + 5, start) for ids, start in random_prompts()]
     model = random_model(small_config(sequence_len=40))
-    clean = score_prompts(model, prompts, 400)[0]
+    clean = score_prompts(CoreGPT(model), prompts, 400)[0]
     with torch.no_grad():
         model.transformer.wte.weight[:5] = torch.nan
         model.transformer.wte.weight[25:] = torch.nan
-    np.testing.assert_array_equal(score_prompts(model, prompts, 400)[0], clean)
+    np.testing.assert_array_equal(score_prompts(CoreGPT(model), prompts, 400)[0], clean)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The metric
 
 
-def slow_core(model, tokenizer, bundle):
+def slow_core(model, tokenizer, bundle, protocol):
     """Compute accuracies one example at a time, in float64."""
     double = model.double()
     tasks = {}
     for t in bundle.tasks:
-        n_correct = 0
-        for index, example in enumerate(t.examples):
-            prompts = [
-                crop(prompt, model.config.sequence_len)
-                for prompt in tokenize_prompts(tokenizer, prompt_texts(t, index))
-            ]
-            scores = [reference(double, *prompt) for prompt in prompts]
-            if t.icl_task_type == "language_modeling":
-                n_correct += scores[0][1]
-            else:
-                losses = [loss for loss, _ in scores]
-                n_correct += losses.index(min(losses)) == example.gold
-        tasks[t.label] = n_correct / len(t.examples)
+        correct = defaultdict(list)
+        for row, shots in draw_shots(t, evaluated_rows(t), protocol).items():
+            prompts = make_prompts(tokenizer, t, {row: shots}, protocol)
+            if protocol.cuts_prompts:
+                prompts = [crop(prompt, model.config.sequence_len) for prompt in prompts]
+            losses, hits = zip(*(reference(double, *prompt) for prompt in prompts), strict=True)
+            is_language = t.icl_task_type == "language_modeling"
+            is_correct = hits[0] if is_language else losses.index(min(losses)) == t.examples[row].gold
+            correct[t.examples[row].category if protocol.by_category else ""].append(is_correct)
+        tasks[t.label] = np.mean([np.mean(group) for group in correct.values()])
     return tasks
 
 
-@pytest.mark.parametrize("sequence_len", [256, 24])  # nothing is cropped; nearly everything is
-def test_core_equals_a_slow_evaluation(tokenizer, bundle, sequence_len, caplog):
+@pytest.mark.parametrize("sequence_len", [256, 24])  # nearly all prompts are longer than 24
+@pytest.mark.parametrize("protocol", [NANOCHAT, DCLM], ids=["nanochat", "dclm"])
+def test_core_equals_a_slow_evaluation(tokenizer, bundle, sequence_len, protocol, caplog):
     config = small_config(vocab_size=tokenizer.get_vocab_size(), sequence_len=sequence_len)
     results = [
-        evaluate_core(random_model(config), tokenizer, bundle, Runtime.cpu(), -1, rows) for rows in (1, 9)
+        evaluate_core(random_model(config), tokenizer, bundle, Runtime.cpu(), -1, rows, protocol)
+        for rows in (1, 9)
     ]
     assert results[0] == results[1]
     accuracies = {label: result["accuracy"] for label, result in results[0]["tasks"].items()}
-    assert accuracies == slow_core(random_model(config), tokenizer, bundle)
+    assert accuracies == pytest.approx(slow_core(random_model(config), tokenizer, bundle, protocol))
     assert 0 < accuracies["who"] < 1
-    assert ("cropped at the start" in caplog.text) == (sequence_len == 24)
+    assert ("cropped at the start" in caplog.text) == (sequence_len == 24 and protocol is DCLM)
+
+
+@pytest.mark.parametrize("changes", [{}, SECOND], ids=["published", "second"])
+def test_prompts_beyond_the_context(tokenizer, bundle, changes):
+    """Nothing in the model depends on the length that it was trained for: its rotary tables grow."""
+    prompts = [
+        prompt
+        for t in bundle.tasks
+        for prompt in make_prompts(tokenizer, t, draw_shots(t, evaluated_rows(t), NANOCHAT), NANOCHAT)
+    ]
+    assert max(len(ids) for ids, _ in prompts) > 6 * 16
+    scores = [
+        score_prompts(CoreGPT(model_for(tokenizer, **changes, sequence_len=length)), prompts, 16)
+        for length in (16, 256)
+    ]
+    np.testing.assert_array_equal(scores[0][0], scores[1][0])
+    np.testing.assert_array_equal(scores[0][1], scores[1][1])
 
 
 def test_accuracy_is_centered_on_the_random_baseline(tokenizer):
@@ -291,8 +199,14 @@ def test_language_modeling_needs_every_token(tokenizer, monkeypatch):
 
 def test_a_subset_is_fixed_and_shuffled(tokenizer, bundle, monkeypatch):
     calls = []
-    real = core_eval.prompt_texts
-    monkeypatch.setattr(core_eval, "prompt_texts", lambda t, i: calls.append((t.label, i)) or real(t, i))
+    real = core_eval.make_prompts
+    monkeypatch.setattr(
+        core_eval,
+        "make_prompts",
+        lambda tokenizer, task, shots, protocol: (
+            calls.extend((task.label, row) for row in shots) or real(tokenizer, task, shots, protocol)
+        ),
+    )
     rounds = []
     for max_per_task in (3, 3, 5, 100, -1):
         calls.clear()
@@ -302,7 +216,8 @@ def test_a_subset_is_fixed_and_shuffled(tokenizer, bundle, monkeypatch):
     three, three_again, five, hundred, unlimited = rounds
     assert three == three_again == five[:3]
     assert three != [0, 1, 2]
-    assert sorted(hundred) == unlimited == list(range(9))
+    assert hundred == unlimited
+    assert sorted(unlimited) == list(range(9))
 
 
 def test_ranks_share_the_work(tokenizer, bundle, monkeypatch):
