@@ -1,11 +1,18 @@
 """base_eval from checkpoint and bundle to report."""
 
 import json
+import shutil
 import zipfile
 
 import pytest
+import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat import core_bundle
+from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
+from nanochat.common import Runtime
+from nanochat.core_bundle import load_bundle
+from nanochat.core_eval import evaluate_core
+from nanochat.core_protocol import find_protocol
 from scripts import base_eval
 from tests.helpers.core_bundles import write_bundle
 from tests.helpers.models import random_model, small_config
@@ -67,6 +74,46 @@ def test_bundle_from_an_address(checkpoint, bundle, base_dir, tmp_path):
     assert base_eval.main(flags) == 0  # from the base directory
 
 
+@pytest.mark.parametrize("protocol", ["nanochat", "dclm"])
+def test_protocols(protocol, checkpoint, bundle, base_dir, capsys):
+    flags = [f"--bundle={bundle}", "--device-type=cpu", f"--protocol={protocol}"]
+    assert base_eval.main(flags) == 0
+    assert f"protocol {protocol}, " in capsys.readouterr().out.splitlines()[-1]
+    model, tokenizer, _ = load_model("base", torch.device("cpu"), "eval")
+    expected = evaluate_core(
+        model, tokenizer, load_bundle(bundle), Runtime.cpu(), protocol=find_protocol(protocol)
+    )
+    assert report(base_dir)["settings"]["protocol"] == protocol
+    assert report(base_dir)["tasks"] == expected["tasks"]
+
+
+def test_evaluate_model(checkpoint, bundle, base_dir):
+    """The function that scripts of users import: three names, and the bundle of the base directory."""
+    shutil.copytree(bundle, base_dir / "eval_bundle")
+    model, tokenizer, _ = load_model("base", torch.device("cpu"), "eval")
+    for device in ("cpu", torch.device("cpu")):
+        result = base_eval.evaluate_model(model, tokenizer, device, max_per_task=4)
+        expected = evaluate_core(model, tokenizer, load_bundle(bundle), Runtime.cpu(), 4)
+        assert result == {
+            "results": {label: task["accuracy"] for label, task in expected["tasks"].items()},
+            "centered_results": {label: task["centered"] for label, task in expected["tasks"].items()},
+            "core_metric": expected["core"],
+        }
+        assert list(result["results"]) == ["pick", "who", "recall"]
+
+
+def test_without_network_core_is_skipped(checkpoint, base_dir, monkeypatch, capsys):
+    """Without a bundle the command ended in an error, and speedrun.sh with it."""
+    monkeypatch.setattr(core_bundle, "EVAL_BUNDLE_URL", "http://127.0.0.1:9/eval_bundle.zip")
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert base_eval.main(["--device-type=cpu"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("base_eval: CORE is skipped: cannot download http://127.0.0.1:9/eval_bundle.zip: ")
+    assert line.endswith("; run again to retry, or name a folder with --bundle")
+    assert not (base_dir / "report" / "base_eval.json").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -77,10 +124,12 @@ def test_bundle_from_an_address(checkpoint, bundle, base_dir, tmp_path):
         (["--bundle-sha256=abc"], "needs bundle_url"),
         (["--source=big", "--bundle={bundle}"], "'big' is not one of base, mid, sft, rl"),
         (["--model-tag=d9", "--bundle={bundle}"], "train one first"),
-        ([], "no CORE bundle in"),
+        (["--protocol=lm-eval"], "protocol='lm-eval' is not one of nanochat, dclm"),
+        (["--bundle-url=file:///nowhere.zip"], "cannot download file:///nowhere.zip"),
+        (["--hf-path=gpt2", "--step=5"], "leave out source, model_tag and step"),
     ],
 )
 def test_invalid_settings(flags, message, bundle, checkpoint):
     flags = [flag.format(bundle=bundle) for flag in flags]
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         base_eval.main(["--device-type=cpu", *flags])

@@ -81,7 +81,11 @@ FIGURES: dict[str, Sequence[tuple[str, str, Callable[[Any], str]]]] = {
         ("bits per byte, training text", "bpb.train", fixed4),
         ("bits per byte, validation text", "bpb.val", fixed4),
     ),
-    "base_eval": (("CORE", "core", fixed4), ("time", "seconds", duration)),
+    "base_eval": (
+        ("CORE", "core", fixed4),
+        ("protocol", "settings.protocol", str),
+        ("time", "seconds", duration),
+    ),
     "mid_train": TRAINING,
     "chat_eval_mid": CHAT_EVAL,
     "chat_sft": TRAINING,

@@ -1,6 +1,6 @@
 """The hub with one model repository that accepts pushes, by the protocol of huggingface_hub 2.
 
-    GET  /api/whoami-v2, /api/models/{repo}[/revision/{revision}]
+    GET  /api/whoami-v2, /api/models/{repo}[/revision/{revision}], /api/models/{repo}/tree/main/{folder}
     POST /api/repos/create, /api/validate-yaml
     POST /api/models/{repo}/preupload/main             the files to upload as LFS objects: .pt, .pkl, .png
     POST /{repo}.git/info/lfs/objects/batch            upload addresses of the objects that are missing
@@ -27,6 +27,8 @@ class ModelHandler(Handler):
         if self.path.startswith("/api/whoami-v2"):
             if self._is_allowed():
                 self._json({"name": "somebody", "auth": {"accessToken": {"displayName": "test"}}})
+        elif re.match("/api/models/[^/]+/[^/]+/tree/", self.path):
+            self._json([])  # the list of a folder: all files are at the top
         elif self.path.startswith("/api/models/"):
             self._info()
         else:
