@@ -16,7 +16,8 @@
 #   FP8                1: pretrain in 8 bits, on Hopper and newer data-centre GPUs
 #   SEED               of the weights and of the order of the text
 #   RL                 1: reinforcement learning too; on embedded conversations unless it is 0
-#   CORE_BUNDLE        folder or address of the CORE evaluation bundle; without it CORE is not measured
+#   CORE_BUNDLE        folder or address of the CORE bundle, or none; left out it is the published one with GPUs,
+#                      none without
 #   NANOCHAT_BASE_DIR (where all files go), WANDB_RUN, DOLLARS_PER_HOUR (3 for each GPU)
 # For a rehearsal, best in a NANOCHAT_BASE_DIR of its own, since a stage whose settings changed runs again, and so do
 # all stages after it:

@@ -45,12 +45,13 @@ that can import nanochat, rustbpe and torch; leave it out, and .venv is set up"
     fi
     [ -z "${WANDB_RUN:-}" ] || "$python" -c 'import wandb' 2>/dev/null || fail "WANDB_RUN=$WANDB_RUN needs wandb, \
 which is not installed: uv pip install --python ${PYTHON:-.venv} wandb"
-    case ${CORE_BUNDLE:-} in
-        "") bundle="" ;;
+    case ${CORE_BUNDLE:-none} in
+        none) bundle="" ;;
         *://*) bundle=--bundle-url=$CORE_BUNDLE ;;
         *)
             bundle=--bundle=$CORE_BUNDLE
-            [ -f "$CORE_BUNDLE/core.yaml" ] || fail "CORE_BUNDLE=$CORE_BUNDLE is no folder with a core.yaml"
+            [ -f "$CORE_BUNDLE/core.yaml" ] || fail "CORE_BUNDLE=$CORE_BUNDLE is no folder with a core.yaml; \
+name one, the address of a zip, or none"
             ;;
     esac
 
@@ -60,6 +61,7 @@ from nanochat.hardware import has_large_tiles
 gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 memory = min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=0)
 print(len(gpus), memory >> 30, bool(gpus) and all(map(has_large_tiles, gpus)))')
+    [ -n "${CORE_BUNDLE:-}" ] || [ "$gpus" = 0 ] || bundle=--bundle= # base_eval finds or downloads the published one
     ranks=${NPROC_PER_NODE:-$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : gpus >= 2 ? 2 : 1))} # divisors of the batch sizes
     case $ranks in 1 | 2 | 4 | 8) ;; *) fail "NPROC_PER_NODE=$ranks must be 1, 2, 4 or 8" ;; esac
     export NPROC_PER_NODE=$ranks
@@ -144,8 +146,8 @@ stage() {
     fi
     echo "== $name"
     rm -f "$state/$name.done"
-    # more shards do not change what was learned from the first ones
-    case $name in download | chat_data) changes=$redone ;; *) changes=yes ;; esac
+    # more shards do not change what was learned from the first ones, and CORE changes nothing
+    case $name in download | chat_data | base_eval) changes=$redone ;; *) changes=yes ;; esac
     [ "$redone" = "$changes" ] || "$python" -m nanochat.report reset "--since=$name"
     case $name in base_train | mid_train | chat_sft | chat_rl)
         # with other STEPS the learning rates would not follow their schedule
@@ -166,8 +168,8 @@ stage() {
     if [ -n "$again" ] && ! grep -q "^$name:" "$log"; then
         fail "$name was stopped by a signal and has saved; run again to continue"
     fi
-    echo "$settings" >"$state/$name.done"
     redone=$changes
+    grep -q "^$name: .* is skipped: " "$log" || echo "$settings" >"$state/$name.done" # else the next start tries again
 }
 
 # report: write report.md

@@ -22,6 +22,7 @@ case $1 in
     -m)
         while [ "$1" != -m ] || [[ $2 == torch.* ]]; do shift; done
         [ "${2#*.}" != "${CUT:-}" ] || { echo "$LAST_WORDS"; exit 1; }
+        [ "${2#*.}" != "${SKIPPED:-}" ] || echo "${2#*.}: CORE is skipped: cannot download it"
         echo "${2#*.}: done"
         [ -z "${AFTER:-}" ] || echo "$AFTER" ;;
 esac
@@ -260,6 +261,38 @@ def test_looks_for_the_core_bundle_before_it_needs_it(speedrun, tmp_path, capfd)
         status, calls = speedrun(CORE_BUNDLE=bundle)
         assert status == 0
         assert any(f"{flag}={bundle}" in words for words in calls if "scripts.base_eval" in words)
+
+
+def core_of(calls):
+    """Return the arguments of base_eval, and the settings that they parse to."""
+    found = [module_and_arguments(words) for words in calls if "scripts.base_eval" in words]
+    return [(arguments, read_flags(module, arguments)) for module, arguments in found]
+
+
+def test_gpus_measure_core_unless_told_not_to(speedrun):
+    """Without CORE_BUNDLE it was measured nowhere, though the address of the bundle is known."""
+    ((_, config),) = core_of(speedrun(machine="one of 24 GiB")[1])
+    assert (config.bundle, config.bundle_url, config.protocol) == ("", "", "nanochat")
+    assert core_of(speedrun("--fresh", machine="one of 24 GiB", CORE_BUNDLE="none")[1]) == []
+    assert core_of(speedrun("--fresh")[1]) == []
+    ((arguments, _),) = core_of(speedrun(CORE_BUNDLE="https://there/it.zip")[1])
+    assert "--bundle-url=https://there/it.zip" in arguments
+
+
+def test_a_skipped_core_is_tried_again_and_nothing_else(speedrun, tmp_path):
+    """All stages after it would train again."""
+    status, calls = speedrun(machine="one of 24 GiB", SKIPPED="base_eval")
+    assert (status, len(core_of(calls))) == (0, 1)
+    for settings, n_runs in (
+        ({"SKIPPED": "base_eval"}, 1),
+        ({}, 1),
+        ({}, 0),
+        ({"CORE_BUNDLE": "file://x"}, 1),
+    ):
+        status, calls = speedrun(machine="one of 24 GiB", **settings)
+        names = [module_and_arguments(words)[0] for words in calls]
+        assert (status, names) == (0, ["scripts.doctor", *n_runs * ["scripts.base_eval"]])
+        assert "--since" not in (tmp_path / "calls").read_text()
 
 
 REHEARSAL = {"STEPS": "3", "EVAL_ITEMS": "5", "CORE_BUNDLE": "https://there/it.zip", "RL": "1"}
