@@ -8,12 +8,14 @@ opened, so that errors are reported with their line before training, not hours i
 
 from __future__ import annotations
 
+import json
+import lzma
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.chat_format import PART_TYPES
 from tasks.common import Bounds, Conversation, Task
-from tasks.hub import json_lines
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,6 +45,23 @@ class CustomJSON(Task):
     def get_example(self, index: int) -> Conversation:
         """See Task."""
         return self.conversations[index]
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of each line of .jsonl or .jsonl.xz that is not blank.
+
+    Raises ValueError, with the line number, for a line that is not JSON and for a corrupt file.
+    """
+    number = 0
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        except (UnicodeError, lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path} is corrupt after line {number} ({error})") from error
 
 
 def check_messages(messages: Any) -> None:

@@ -1,80 +1,47 @@
-"""The rows of a task: from a data set of the Hugging Face hub, or from a file or folder of your own.
+"""The rows of a task, read by the `datasets` library: from the Hugging Face hub, or from files of your own.
 
-    hub        the parquet files {subset}/{split}-* of a repository, downloaded once to
-               $NANOCHAT_BASE_DIR/task_data and read from there afterwards, without a network
+    hub        a split of a data set, downloaded once into the library's cache ($HF_HOME, by default
+               ~/.cache/huggingface); HF_ENDPOINT is honoured. Without a network that cache is read: at once
+               with HF_HUB_OFFLINE=1, else after half a minute
     a file     .parquet, .jsonl or .jsonl.xz with the whole split
-    a folder   in the layout of the repository: {subset}/{split}-0000.parquet, {subset}/{split}.jsonl
+    a folder   in the layout of a repository: {subset}/{split}-0000.parquet, {subset}/{split}.jsonl
 
-All are then put into one fixed random order, that of `shuffle(seed=42)` in the `datasets` library, so that
-the first thousand rows of a task are the same everywhere.
-
-Rows stay in Arrow's columns and become dicts one at a time, so that half a million open in two seconds.
+All are then put into one fixed random order, that of `shuffle(seed=42)`, so that the first thousand rows of a
+task are the same everywhere.
 """
 
 from __future__ import annotations
 
-import json
-import lzma
-from collections.abc import Collection, Iterator, Sequence
-from fnmatch import fnmatch
-from itertools import islice, starmap
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from nanochat.common import base_dir, locked
-from nanochat.data.download import download, hub_api, hub_url, one_line, retry
+from nanochat.data.download import one_line, retry
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from datasets import Dataset
 
 SHUFFLE_SEED = 42
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.xz")
-ROWS_PER_BATCH = 4096
-
-
-class Rows(Sequence[dict[str, Any]]):
-    """Rows of a table in a given order; each becomes a dict when it is read."""
-
-    def __init__(self, table: pa.Table, order: np.ndarray):
-        self.table, self.order = table, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
-
-    def only(self, is_kept: np.ndarray) -> Rows:
-        """Return some of the rows in the same order; is_kept is bool (rows of the table,)."""
-        return Rows(self.table, self.order[is_kept[self.order]])
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.xz": "json"}  # by the end of a file's name
 
 
 def load_rows(
-    repo: str, subset: str, split: str, columns: Sequence[str], path: Path | str | None = None
-) -> Rows:
-    """Return the shuffled rows of a split: of `path` if given, else of the data set `repo` on the hub.
+    repo: str, subset: str | None, split: str, columns: Sequence[str], path: Path | str | None = None
+) -> Dataset:
+    """Return some columns of a split, shuffled: of `path` if given, else of the data set `repo` on the hub.
 
-    Raises FileNotFoundError if there are no such files, OSError if they cannot be downloaded, ValueError if a
-    file is corrupt, has no rows or lacks a column.
+    subset None stands for a data set without subsets. Raises FileNotFoundError if there are no such files,
+    OSError if they cannot be downloaded, ValueError if a file is corrupt, has no rows or lacks a column.
     """
-    import pyarrow as pa
-
-    source = _download(repo, subset, split) if path is None else Path(path).expanduser()
-    files = [source] if source.is_file() else sorted(source.glob(f"{subset}/{split}[-.]*"))
-    files = [file for file in files if file.name.endswith(SUFFIXES)]
-    if not files:
-        raise FileNotFoundError(
-            f"{source} is neither a file that ends in {', '.join(SUFFIXES)} nor a folder with such files "
-            f"called {subset}/{split}-*"
+    if path is None:
+        source, rows = f"the data set {repo}", _load_from_hub(repo, subset, split)
+    else:
+        source, rows = str(path), _load_files(Path(path).expanduser(), subset or "data", split)
+    if missing := set(columns).difference(rows.column_names):
+        raise ValueError(
+            f"{source} lacks {', '.join(sorted(missing))}; its columns are {', '.join(rows.column_names)}"
         )
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".xz": _read_jsonl}
-    tables = [readers[file.suffix](file, columns) for file in files]
-    table = pa.concat_tables(tables, promote_options="permissive")
-    if table.num_rows == 0:
-        raise ValueError(f"{source} holds no rows")
-    return Rows(table, np.random.default_rng(SHUFFLE_SEED).permutation(table.num_rows))
+    return rows.select_columns(list(columns)).shuffle(seed=SHUFFLE_SEED, keep_in_memory=True)
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
@@ -83,98 +50,35 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each line of .jsonl or .jsonl.xz that is not blank.
-
-    Raises ValueError, with the line number, for a line that is not JSON and for a corrupt file.
-    """
-    number = 0
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        except (UnicodeError, lzma.LZMAError, EOFError) as error:
-            raise ValueError(f"{path} is corrupt after line {number} ({error})") from error
-
-
-def _read_jsonl(path: Path, columns: Sequence[str]) -> pa.Table:
-    import pyarrow as pa
-
-    def pick(number: int, row: Any) -> dict[str, Any]:
-        try:
-            return {name: row[name] for name in columns}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: needs an object with {', '.join(columns)}") from error
-
-    rows = starmap(pick, json_lines(path))
-    tables = [pa.table({name: [] for name in columns})]
-    try:
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
-            tables.append(pa.Table.from_pylist(batch))
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowException, UnicodeError) as error:
-        raise ValueError(f"{path}: a column has invalid or mixed values ({error})") from error
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _load_from_hub(repo: str, subset: str | None, split: str) -> Dataset:
+    from datasets import load_dataset
 
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            missing = set(columns).difference(names)
-            if not missing:
-                return file.read(columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error})") from error
-    raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; its columns are {', '.join(names)}")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Download
-
-
-def _download(repo: str, subset: str, split: str) -> Path:
-    """Return a folder with the files of a split; it appears under its name when it is complete."""
-    folder = base_dir() / "task_data" / "--".join([*repo.split("/"), subset, split])
-    folder.parent.mkdir(exist_ok=True)
-    with locked(folder):  # one rank downloads; the others then find the folder
-        if not folder.exists():
-            partial = folder.with_name(f".{folder.name}.partial")
-            _fetch(repo, subset, split, partial)
-            partial.rename(folder)
-    return folder
-
-
-def _fetch(repo: str, subset: str, split: str, folder: Path) -> None:
-    """Download the files of a split into a folder, resuming an earlier attempt. Raises OSError on failure.
-
-    The files are listed here, because snapshot_download without a network returns an incomplete folder.
-    """
-    wanted = f"{subset}/{split}-*.parquet"
-    api = hub_api()
-    try:
-        entries = retry(
-            lambda: list(api.list_repo_tree(repo, subset, repo_type="dataset")),
-            "its list of files",
-            attempts=3,
-        )
-        names = [entry.path for entry in entries if fnmatch(entry.path, wanted)]
-        if not names:
-            raise FileNotFoundError("there are no such files")
-        for name in names:
-            download(hub_url(repo, name, repo_type="dataset"), folder / name, is_hub=True)
-    except OSError as error:
+        return retry(lambda: load_dataset(repo, subset, split=split), f"the data set {repo}", attempts=3)
+    except (OSError, ValueError) as error:
+        name = " ".join(filter(None, (repo, subset, split)))
         raise OSError(
-            f"cannot download {wanted} of the data set {repo}: {one_line(error)}. It needs the network once; "
-            f"without it, copy {folder.parent} from a machine that has it, or name a file of your own as the "
-            "path"
+            f"cannot load the data set {name}: {one_line(error)}. It needs the network once; without it, "
+            "copy the cache ($HF_HOME) from a machine that has it, or name a file of your own as the path"
         ) from error
+
+
+def _load_files(source: Path, subset: str, split: str) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    found = [source] if source.is_file() else sorted(source.glob(f"{subset}/{split}[-.]*"))
+    files = {end: [str(file) for file in found if file.name.endswith(end)] for end in BUILDERS}
+    kinds = [end for end in BUILDERS if files[end]]
+    if not kinds:
+        raise FileNotFoundError(
+            f"{source} is neither a file that ends in {', '.join(BUILDERS)} nor a folder with such files "
+            f"called {subset}/{split}-*"
+        )
+    if len(kinds) > 1:
+        raise ValueError(f"{source} has {subset}/{split} as {' and '.join(kinds)}; keep one of them")
+    try:
+        return load_dataset(BUILDERS[kinds[0]], data_files=files[kinds[0]], split="train")
+    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise ValueError(f"{source} cannot be read, or holds no rows ({one_line(cause)})") from error

@@ -35,8 +35,10 @@ class SmolTalk(Task):
     def __init__(self, split: str, *, path: Path | str | None = None, **bounds: Unpack[Bounds]):
         super().__init__(**bounds)
         check_choice("split", split, ("train", "test"))
-        rows = load_rows("HuggingFaceTB/smol-smoltalk", "data", split, ("messages",), path)
-        self.rows = rows.only(well_formed(rows.table["messages"]))
+        rows = load_rows("HuggingFaceTB/smol-smoltalk", None, split, ("messages",), path)
+        tables = rows.with_format("arrow")  # whole columns in place of dicts
+        kept = tables.filter(lambda table: well_formed(table["messages"]), batched=True, batch_size=10_000)
+        self.rows = kept.with_format(None)
         if dropped := len(rows) - len(self.rows):
             logger.info("SmolTalk %s: dropped %d of %d conversations, malformed", split, dropped, len(rows))
 

@@ -110,7 +110,7 @@ def test_smoltalk_on_the_hub(monkeypatch):
     monkeypatch.setattr("tasks.smoltalk.load_rows", load_rows)
     with pytest.raises(Called) as call:
         SmolTalk("test")
-    assert call.value.args == ("HuggingFaceTB/smol-smoltalk", "data", "test", ("messages",), None)
+    assert call.value.args == ("HuggingFaceTB/smol-smoltalk", None, "test", ("messages",), None)
     with pytest.raises(ValueError, match="split='val' must be one of train, test"):
         SmolTalk("val")
 

@@ -16,7 +16,8 @@ sent first, 50 by default:
     short        half the bytes, declared to be the whole file
     corrupt      one bit flipped
 
-/api/datasets/{repo}/tree/main/{folder} lists a folder, including `listed_only`: files that do not exist.
+/api/datasets/{repo}/tree/{revision}/{folder} lists a folder, including `listed_only`: files that do not
+exist. /api/datasets/{repo} and /api/datasets/{repo}/revision/{revision} tell the commit, always the same.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+COMMIT = "0" * 40
 LARGE_SUFFIXES = (".parquet", ".pkl", ".png", ".pt")  # of the files that the hub keeps outside git
 
 
@@ -67,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        if "/tree/main/" in self.path:
-            self._list(self.path.split("/tree/main/")[1].split("?")[0])
+        if match := re.match("/api/datasets/[^/]+/[^/]+(/[^/]+)?(?:/[^/?]+)?/?([^?]*)", self.path):
+            self._list(match[2]) if match[1] == "/tree" else self._json({"id": "a/b", "sha": COMMIT})
             return
         host, name = self.headers["Host"].split(":")[0], re.sub("^.*/resolve/[^/]+/|^/", "", self.path)
         in_repo = re.sub("^/datasets/|/resolve/[^/]+(?=/)", "", self.path)
@@ -91,28 +93,32 @@ class Handler(BaseHTTPRequestHandler):
                 "Location": f"http://localhost:{self.server.server_port}/{name}",
                 "X-Linked-Size": str(len(content)),
                 "X-Linked-Etag": etag,
-                "X-Repo-Commit": "0" * 40,
+                "X-Repo-Commit": COMMIT,
                 "Content-Length": "0",
             }
             self._headers(302, headers)
         elif self.command == "HEAD":
-            headers = {"ETag": etag, "X-Repo-Commit": "0" * 40, "Content-Length": str(len(content))}
+            headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Content-Length": str(len(content))}
             self._headers(200, headers)
         else:
             self._transfer(name, content, etag)
 
     def _list(self, folder: str) -> None:
         files = {**self.server.files, **self.server.listed_only}
-        entries = [
+        start = f"{folder}/" if folder else ""
+        below = [name[len(start) :] for name in files if name.startswith(start)]
+        folders = {name.split("/")[0] for name in below if "/" in name}
+        entries: list[dict] = [{"type": "directory", "path": start + name, "oid": COMMIT} for name in folders]
+        entries += [
             {
                 "type": "file",
                 "path": name,
-                "oid": "0" * 40,
+                "oid": COMMIT,
                 "size": len(content),
                 "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100},
             }
             for name, content in files.items()
-            if name.startswith(f"{folder}/")
+            if name.startswith(start) and "/" not in name[len(start) :]
         ]
         if not entries:
             self._headers(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"})
