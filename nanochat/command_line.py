@@ -23,7 +23,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
+from functools import partial
 from types import ModuleType
 from typing import NoReturn, TypeVar
 
@@ -44,24 +45,40 @@ def parse(
     """
     import tyro
 
-    description = description or sys.modules[config_class.__module__].__doc__
+    argv = sys.argv[1:] if argv is None else argv
+    read = partial(
+        tyro.cli,
+        config_class,
+        description=description or sys.modules[config_class.__module__].__doc__,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     stderr = io.StringIO()
     try:
         with redirect_stderr(stderr):
-            return tyro.cli(
-                config_class,
-                args=argv,
-                description=description,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            return read(args=argv)
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
     # tyro prints the message inside a box, above a horizontal rule
     message = re.search("\u2502(.*?)\u2502 \u2500", stderr.getvalue(), re.DOTALL)
-    text = message[1] if message else stderr.getvalue()
-    raise ValueError(" ".join(text.replace("\u2502", " ").split()) + " (see --help)")
+    text = _one_line(message[1] if message else stderr.getvalue())
+    if text.startswith("Unrecognized options"):
+        unknown = set(re.findall(r"--[\w-]+", text))
+        names = (arg.partition("=")[0] for arg in argv)
+        # without their values, which hide the likeness to a known flag from tyro
+        bare = [name if name in unknown else arg for name, arg in zip(names, argv, strict=True)]
+        with redirect_stderr(stderr), suppress(SystemExit):
+            read(args=bare)
+        similar = re.findall(
+            r"(?:you meant|similar to \S+): (?:-\w, )*(--[\w-]+)", _one_line(stderr.getvalue())
+        )
+        text += f"; did you mean {' or '.join(sorted(set(similar)))}?" if similar else ""
+    raise ValueError(f"{text} (see --help)")
+
+
+def _one_line(box: str) -> str:
+    return " ".join(box.replace("\u2502", " ").split())
 
 
 def require_at_least(config: object, **minima: int) -> None:

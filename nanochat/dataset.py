@@ -190,8 +190,8 @@ def parquets_iter_batched(
 class DatasetConfig:
     """The shards to download."""
 
-    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])]
-    """training shards, about 100 MB each: the first n (the validation shard is always downloaded)"""
+    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n", "--num-files"])]
+    """training shards, about 100 MB each: the first n, -1: all (the validation shard is always downloaded)"""
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4
     """number of simultaneous downloads"""
     data: str = FINEWEB.data
@@ -199,10 +199,10 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         text = find_hub_text(self.data)
-        if not 1 <= self.num_shards <= text.n_train_shards:
+        if self.num_shards != -1 and not 1 <= self.num_shards <= text.n_train_shards:
             raise ValueError(
                 f"num_shards={self.num_shards} must be from 1 to {text.n_train_shards}, the training shards "
-                f"of {text.data}"
+                f"of {text.data}, or -1 for all"
             )
         if self.num_workers < 1:
             raise ValueError(f"num_workers={self.num_workers} must be 1 or more")
@@ -216,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = find_hub_text(config.data)
     directory = text.directory
     directory.mkdir(exist_ok=True)
-    names = [SHARD_NAME.format(index) for index in range(config.num_shards)]
+    n_shards = text.n_train_shards if config.num_shards == -1 else config.num_shards
+    names = [SHARD_NAME.format(index) for index in range(n_shards)]
     fractions = dict.fromkeys([*names, text.val_shard], 0.0)
     failures = []
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Annotated
+
+import tyro
 
 from nanochat.common import parse, require_at_least, run, setup_runtime, write_report
 
@@ -18,7 +21,7 @@ class BaseLossConfig:
 
     model_tag: str = ""
     """name of the checkpoint folder; empty: the deepest model"""
-    step: int = -1
+    step: Annotated[int, tyro.conf.arg(aliases=["--model-step"])] = -1
     """step of the checkpoint; -1: the newest"""
     data: str = "auto"
     """source of text: auto, hub (the model's; or hub:fineweb, hub:climbmix), embedded, or a path of parquet,

@@ -27,7 +27,7 @@ class ChatEvalConfig:
 
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"
     """stage of the model: mid, sft or rl"""
-    task_names: Annotated[str, tyro.conf.arg(aliases=["-a"])] = ""
+    task_names: Annotated[str, tyro.conf.arg(aliases=["-a", "--task-name"])] = ""
     """tasks to run, separated by |; empty: all of the data"""
     data: str = "auto"
     """source of the tasks: hub (with words of the model's text; hub:fineweb and hub:climbmix choose it),

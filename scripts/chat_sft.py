@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from nanochat.common import parse, setup_runtime
 from nanochat.common import run as run_script
@@ -29,7 +31,7 @@ class ChatSFTConfig(ChatTrainConfig):
     """compile the blocks with torch.compile; off, since micro-batches differ in width"""
     device_batch_size: int = 4
     """conversations of one forward on one device; lower it when memory runs out"""
-    conversations_per_step: int = 32
+    conversations_per_step: Annotated[int, tyro.conf.arg(aliases=["--target-examples-per-step"])] = 32
     """conversations of one optimizer step, over all devices"""
     init_lr_frac: float = 0.02
     """factor on all learning rates"""

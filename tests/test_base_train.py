@@ -323,7 +323,7 @@ def test_no_tokenizer(tmp_path):
         (["--depth=x"], "--depth: invalid literal"),
         (["--depth=0"], "depth=0 must be at least 1"),
         (["--warmdown-ratio=0"], "warmdown_ratio=0.0 must be in"),
-        (["--save-every=-1"], "save_every=-1 must be 0"),
+        (["--save-every=-2"], "save_every=-2 must be a number of steps"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--total-batch-size=100"], "total_batch_size=100 must be a multiple of .* = 32; try 96"),
         (["--total-batch-size=16"], "must be a multiple of .* = 32; try 32"),

@@ -229,7 +229,6 @@ def test_environment_without_git_or_gpu(monkeypatch):
         ),
         (["reset", "--since=download"], "since='download' must be one of tok_train, "),
         (["draw"], r"draw.*\(see --help\)"),
-        ([], "reset, generate, plot"),
     ],
 )
 def test_bad_arguments(argv, message):

@@ -60,5 +60,7 @@ def test_constants_of_no_optimizer(setting, message):
 
 
 def test_cadence_refuses_negative_numbers():
-    with pytest.raises(ValueError, match="save_every=-1 must be 0"):
-        Cadence(save_every=-1)
+    with pytest.raises(ValueError, match="save_every=-2 must be a number of steps, or 0 or -1"):
+        Cadence(save_every=-2)
+    with pytest.raises(ValueError, match="keep_last=-1 must be 0"):
+        Cadence(keep_last=-1)

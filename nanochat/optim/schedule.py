@@ -64,20 +64,27 @@ class Cadence:
     """Intervals of a run's recurring actions, in steps."""
 
     eval_every: int = 250
-    """steps between validations; 0: only at the start and the end"""
+    """steps between validations; 0 or -1: only at the start and the end"""
     sample_every: int = 2000
-    """steps between printed samples; 0: only at the end"""
+    """steps between printed samples; 0 or -1: only at the end"""
     save_every: int = 500
-    """steps between checkpoints; 0: only at the end"""
+    """steps between checkpoints; 0 or -1: only at the end"""
     keep_last: int = 2
     """number of checkpoints to keep; 0: all"""
     log_every: int = 10
-    """steps between printed lines; metrics.jsonl has every step"""
+    """steps between printed lines, 0 or -1: only the last; metrics.jsonl has every step"""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"{name}={value} must be 0 (off) or more")
+        for name in ("eval_every", "sample_every", "save_every", "log_every"):
+            require_interval(name, getattr(self, name))
+        if self.keep_last < 0:
+            raise ValueError(f"keep_last={self.keep_last} must be 0 (all) or more")
+
+
+def require_interval(name: str, every: int) -> None:
+    """Raise ValueError unless `every` is a number of steps, or 0 or -1, which both mean off."""
+    if every < -1:
+        raise ValueError(f"{name}={every} must be a number of steps, or 0 or -1 for off")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 python -m nanochat.report reset                                # before the first stage
 python -m nanochat.report reset --since=mid_train              # before this stage is repeated
-python -m nanochat.report generate --dollars-per-hour=24       # at any time, also for an unfinished run
+python -m nanochat.report                                      # at any time, also for an unfinished run
+python -m nanochat.report generate --dollars-per-hour=24
 python -m nanochat.report plot d12 sft/d12 B/metrics.jsonl --out=curves.png
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,7 @@ class ReportConfig:
         Annotated[Reset, subcommand("reset", prefix_name=False)]
         | Annotated[Generate, subcommand("generate", prefix_name=False)]
         | Annotated[Plot, subcommand("plot", prefix_name=False)]
-    )
+    ) = field(default_factory=Generate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import tyro
 
 from nanochat.common import Runtime, require_at_least, require_counts
 from nanochat.config import GPTConfig
 from nanochat.dataset import source
-from nanochat.optim.schedule import Cadence, Plan, lr_multiplier
+from nanochat.optim.schedule import Cadence, Plan, lr_multiplier, require_interval
 from nanochat.recipes import SAINT_IBERIS, RecipeSettings, asked_recipe, find_recipe
 
 if TYPE_CHECKING:
@@ -63,9 +65,9 @@ class BaseTrainConfig(RecipeSettings):
     eval_tokens: int = 20 * 524_288
     """tokens of a validation, at most once through the validation shard"""
     cadence: Cadence = field(default_factory=Cadence)
-    core_every: int = 2000
-    """steps between evaluations of CORE on the way, where its bundle is there; 0: none"""
-    core_max_per_task: int = 500
+    core_every: Annotated[int, tyro.conf.arg(aliases=["--core-metric-every"])] = 2000
+    """steps between evaluations of CORE on the way, where its bundle is there; 0 or -1: none"""
+    core_max_per_task: Annotated[int, tyro.conf.arg(aliases=["--core-metric-max-per-task"])] = 500
     """examples of each of its tasks; -1: all"""
     core_bundle: str = ""
     """folder of the CORE bundle; empty: eval_bundle in the base directory, if it is there"""
@@ -80,9 +82,9 @@ class BaseTrainConfig(RecipeSettings):
         super().__post_init__()
         find_recipe(self.recipe)
         require_at_least(self, depth=1, max_seq_len=1, device_batch_size=0, total_batch_size=1, eval_tokens=1)
-        require_at_least(self, core_every=0)
         require_counts(self, "core_max_per_task")
-        if self.core_bundle and not self.core_every:
+        require_interval("core_every", self.core_every)
+        if self.core_bundle and self.core_every < 1:
             raise ValueError(f"core_bundle={self.core_bundle} needs core_every above 0; leave one out")
         for name in ("num_iterations", "target_flops"):
             if not getattr(self, name) > 0 and getattr(self, name) != -1:

@@ -81,7 +81,7 @@ def steps(
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return True if `step` is a multiple of `every`; 0 means never."""
+    """Return True if `step` is a multiple of `every`; 0 and -1 mean never."""
     return every > 0 and step % every == 0
 
 
