@@ -1,7 +1,8 @@
 """Facilities of every stage: the base directory, atomic writes and reports.
 
 The public names of command_line.py (`parse`, `run`) and runtime.py (`Runtime`) are re-exported here. None of
-the three modules imports torch before a Runtime is requested.
+the three modules imports torch before a Runtime is requested. get_base_dir, print0, get_dist_info and
+autodetect_device_type are for scripts written for nanochat.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat.command_line import parse, require_at_least, require_counts, run
-from nanochat.runtime import Runtime, setup_runtime
+from nanochat.runtime import Runtime, autodetect_device_type, get_dist_info, setup_runtime
 
 __all__ = [
     "Runtime",
     "atomic_write",
+    "autodetect_device_type",
     "base_dir",
+    "get_base_dir",
+    "get_dist_info",
     "locked",
     "parse",
+    "print0",
     "process_seconds",
     "require_at_least",
     "require_counts",
@@ -48,6 +53,17 @@ def base_dir() -> Path:
             f"cannot create the base directory {path} ({error}); set NANOCHAT_BASE_DIR"
         ) from error
     return path
+
+
+def get_base_dir() -> str:
+    """Return base_dir() as a string."""
+    return str(base_dir())
+
+
+def print0(*values: object, **options: Any) -> None:
+    """Print on rank 0 only, with the arguments of print."""
+    if get_dist_info()[1] == 0:
+        print(*values, **options)  # noqa: T201 - its purpose
 
 
 @contextmanager

@@ -169,6 +169,10 @@ class GPT(nn.Module):
         """Return the device of the parameters."""
         return self.lm_head.weight.device
 
+    def get_device(self) -> torch.device:
+        """Return `device`, under nanochat's name."""
+        return self.device
+
     def forward(
         self,
         idx: Tensor,
@@ -338,3 +342,7 @@ class GPT(nn.Module):
         c = self.config
         weights = self.num_scaling_parameters() - self.transformer.wte.weight.numel()
         return 6 * weights + 12 * c.n_embd * c.sequence_len * c.layer_kinds.count("attention")
+
+    def estimate_flops(self) -> int:
+        """Return `flops_per_token`, under nanochat's name."""
+        return self.flops_per_token()

@@ -83,6 +83,27 @@ class Runtime:
         return cls(device=torch.device("cpu"), compute_dtype=torch.float32)
 
 
+def get_dist_info() -> tuple[bool, int, int, int]:
+    """Return what torchrun has set: whether there are several ranks, rank, local rank, number of ranks."""
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    )
+    return world_size > 1, rank, local_rank, world_size
+
+
+def autodetect_device_type() -> str:
+    """Return the best device type available here: cuda, else mps, else cpu."""
+    return _available_device_types()[0]
+
+
+def _available_device_types() -> list[str]:
+    import torch
+
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name in is_available if is_available[name]]
+
+
 def setup_runtime(device_type: str = "") -> Runtime:
     """Return the Runtime of this process; device_type "" selects cuda, then mps, then cpu.
 
@@ -93,18 +114,13 @@ def setup_runtime(device_type: str = "") -> Runtime:
     """
     import torch
 
-    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name in is_available if is_available[name]]
+    available = _available_device_types()
     device_type = device_type or available[0]
     if device_type not in available:
         raise ValueError(
             f"device_type={device_type!r} is not available here; choose from: {', '.join(available)}"
         )
-
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-    )
+    _, rank, local_rank, world_size = get_dist_info()
     torch.set_float32_matmul_precision("high")
     device, compute_dtype = torch.device(device_type), torch.float32
     if device_type == "cuda":

@@ -28,13 +28,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import tiktoken
 
 from nanochat import chat_format
 from nanochat.common import atomic_write, base_dir, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -279,6 +283,13 @@ class RustBPETokenizer:
 def get_tokenizer(directory: Path | str | None = None) -> RustBPETokenizer:
     """Load the tokenizer in `directory`, by default the one that scripts.tok_train wrote."""
     return RustBPETokenizer.from_directory(directory or base_dir() / "tokenizer")
+
+
+def get_token_bytes(device: torch.device | str = "cpu") -> Tensor:
+    """Return token_bytes of the tokenizer that scripts.tok_train wrote, (vocab_size,) int32 on a device."""
+    import torch
+
+    return torch.from_numpy(get_tokenizer().token_bytes()).to(device)
 
 
 def _split_long_whitespace(text: str) -> list[str]:

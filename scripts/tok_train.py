@@ -1,7 +1,8 @@
 """Train the tokenizer on the training text.
 
 Read documents, each truncated to doc_cap characters, up to max_chars characters in total. Write the tokenizer
-to $NANOCHAT_BASE_DIR/tokenizer and its statistics to report/tok_train.json.
+and token_bytes.pt, the number of bytes of each token, to $NANOCHAT_BASE_DIR/tokenizer, and its statistics to
+report/tok_train.json.
 
     python -m scripts.tok_train                          # the published recipe: 65,536 tokens
     python -m scripts.tok_train --data=hub:climbmix      # saint_iberis_2
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from nanochat.common import base_dir, parse, require_at_least, run, write_report
+from nanochat.common import atomic_write, base_dir, parse, require_at_least, run, write_report
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -87,6 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the tokenizer is not saved, since it is not lossless: it decodes {HARD_TEXT!r} as {decoded!r}"
         )
     tokenizer.save(base_dir() / "tokenizer")
+    import torch  # not above: learning merges does not need it
+
+    with atomic_write(
+        base_dir() / "tokenizer" / "token_bytes.pt"
+    ) as file:  # for scripts that read nanochat's
+        torch.save(torch.from_numpy(tokenizer.token_bytes()), file)
 
     lengths = tokenizer.token_bytes()
     lengths = lengths[lengths > 0]

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.common import Runtime, atomic_write, base_dir, run, setup_runtime, write_json
+from nanochat.common import (
+    Runtime,
+    atomic_write,
+    autodetect_device_type,
+    base_dir,
+    get_base_dir,
+    get_dist_info,
+    print0,
+    run,
+    setup_runtime,
+    write_json,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +53,18 @@ def test_base_dir_that_cannot_be_created(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(ValueError, match="set NANOCHAT_BASE_DIR"):
         base_dir()
+
+
+def test_names_that_scripts_of_nanochat_import(monkeypatch, capsys):
+    assert get_base_dir() == str(base_dir())
+    assert autodetect_device_type() in ("cuda", "mps", "cpu")
+    assert get_dist_info() == (False, 0, 0, 1)
+    print0("from", "rank 0", end="!")
+    for name, value in {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}.items():
+        monkeypatch.setenv(name, value)
+    assert get_dist_info() == (True, 9, 1, 16)
+    print0("from rank 9")
+    assert capsys.readouterr().out == "from rank 0!"
 
 
 def test_run_prints_user_errors_as_one_line():

@@ -88,7 +88,8 @@ def test_flops_of_the_matrices_are_what_torch_counts(slc_rate):
     assert counted[torch.ops.aten.mm] == 2 * matrices * 8
     attention = 12 * config.n_embd * config.sequence_len * config.layer_kinds.count("attention")
     taps = sum(p.numel() for p in model.parameters() if p.ndim == 3)
-    assert model.flops_per_token() == 6 * (matrices + taps) + attention
+    assert model.get_device() == model.device
+    assert model.flops_per_token() == model.estimate_flops() == 6 * (matrices + taps) + attention
 
 
 @pytest.mark.parametrize("depth", range(1, 33))

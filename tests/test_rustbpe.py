@@ -361,7 +361,7 @@ def test_bad_arguments_of_encode_and_decode() -> None:
     tokenizer = trained(["ab"], 300)
     for token in (257, -1, 2**40):
         with pytest.raises(
-            ValueError, match=f"token id {token} is not in the vocabulary, whose ids are 0 to 256"
+            ValueError, match=f"unknown token id {token}: the ids of this vocabulary are 0 to 256"
         ):
             tokenizer.decode([token])
     with pytest.raises(UnicodeDecodeError, match="can't decode byte 0xff in position 1"):

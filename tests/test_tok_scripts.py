@@ -6,8 +6,9 @@ import threading
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from scripts import tok_eval, tok_train
 
 TRAIN = [
@@ -36,6 +37,9 @@ def test_tok_train(corpus, base_dir, capsys):
     assert tok_train.main([f"--data={corpus}", "--vocab_size=300", "--doc-cap=200"]) == 0
     tokenizer = get_tokenizer()
     assert tokenizer.get_vocab_size() == 300
+    saved = torch.load(base_dir / "tokenizer" / "token_bytes.pt")
+    assert saved.dtype == torch.int32
+    assert saved.tolist() == get_token_bytes().tolist() == tokenizer.token_bytes().tolist()
     results = report(base_dir, "tok_train.json")
     assert results["characters"] == sum(min(len(text), 200) for text in TRAIN)
     assert results["documents"] == len(TRAIN)

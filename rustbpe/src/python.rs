@@ -193,7 +193,7 @@ impl Tokenizer {
         for id in ids {
             let token = usize::try_from(id).ok().and_then(|index| tokens.get(index)).ok_or_else(|| {
                 Error(format!(
-                    "token id {id} is not in the vocabulary, whose ids are 0 to {}",
+                    "unknown token id {id}: the ids of this vocabulary are 0 to {}",
                     tokens.len() - 1
                 ))
             })?;
