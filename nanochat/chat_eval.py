@@ -2,8 +2,8 @@
 
 Categorical tasks take one forward for each batch of prompts, which are sorted by length and padded on the
 right. Only the hidden state of each prompt's last token is multiplied by the head, and only by the rows of
-the letters. The engine decodes generative tasks greedily, many rows at a time. Each rank evaluates every
-world_size-th conversation.
+the letters. The engine decodes generative tasks, many rows at a time, greedily or several samples a problem.
+Each rank evaluates every world_size-th conversation.
 
 ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for guessing, 1 for perfect answers.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import comb
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from nanochat.common import Runtime
 from nanochat.decode import DecoderKind
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, head_logits
-from nanochat.sampling import GREEDY
+from nanochat.sampling import GREEDY, SamplingParams
 from nanochat.task import Conversation, Task
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -56,10 +57,14 @@ def evaluate_task(
     max_problems: int = -1,
     name: str = "",
     decoder: DecoderKind = "best",
+    sampling: SamplingParams = GREEDY,
+    num_samples: int = 1,
 ) -> dict[str, Any]:
     """Answer the first max_problems conversations of a task (-1: all) and return its figures.
 
-    Keys: accuracy, standard_error (binomial), n, chance (of guessing; 0 without letters), seconds.
+    sampling and num_samples are of written replies; a letter is always the likeliest. Keys: accuracy (of all
+    samples), standard_error (over conversations), n, chance (of guessing; 0 without letters), seconds; with
+    several samples also pass@k for powers of two up to their number, and for that number.
     """
     began = time.perf_counter()
     n = len(task) if max_problems == -1 else min(max_problems, len(task))
@@ -68,23 +73,39 @@ def evaluate_task(
     conversations = [task[i] for i in range(runtime.rank, n, runtime.world_size)]
     with tqdm(total=len(conversations), desc=name, disable=not runtime.is_main, leave=False) as progress:
         if task.eval_type == "categorical":
+            num_samples = 1
             replies = _choose_letters(conversations, model, tokenizer, batch_size, progress)
         else:
             engine = Engine(model, tokenizer, decoder)
-            replies = _write_replies(conversations, engine, batch_size, max_new_tokens, progress)
+            settings = {"max_tokens": max_new_tokens, "sampling": sampling, "num_samples": num_samples}
+            replies = _write_replies(conversations, engine, batch_size, progress, **settings)
     with ThreadPoolExecutor(JUDGES) as judges:
-        n_right = sum(judges.map(task.evaluate, conversations, replies))
+        asked = [c for c in conversations for _ in range(num_samples)]
+        grades = list(judges.map(task.evaluate, asked, replies))
+    n_right = [sum(grades[i : i + num_samples]) for i in range(0, len(grades), num_samples)]
+    ks = sorted({num_samples, *(2**i for i in range(num_samples.bit_length()))})
+    passed = [sum(pass_at_k(num_samples, right, k) for right in n_right) for k in ks]
+    squares = sum((right / num_samples) ** 2 for right in n_right)
     guesses = sum(1 / len(c["letters"]) if "letters" in c else 0.0 for c in conversations)
-    sums = torch.tensor([float(n_right), guesses], device=runtime.device)
-    n_right, guesses = runtime.sum_(sums).tolist()
-    accuracy = n_right / n
+    sums = torch.tensor([*passed, guesses, squares], device=runtime.device, dtype=torch.float32)
+    *passed, guesses, squares = runtime.sum_(sums).tolist()
+    accuracy = passed[0] / n
     return {
         "accuracy": accuracy,
-        "standard_error": (accuracy * (1 - accuracy) / n) ** 0.5,
+        "standard_error": (max(0.0, squares / n - accuracy**2) / n) ** 0.5,
         "n": n,
         "chance": guesses / n,
         "seconds": time.perf_counter() - began,
+        **{f"pass@{k}": total / n for k, total in zip(ks[1:], passed[1:], strict=True)},
     }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Estimate, without bias, the probability that one of k samples is right, where c of n were.
+
+    1 minus the share of the choices of k among the n samples that are all wrong (Chen et al. 2021).
+    """
+    return 1 - comb(n - c, k) / comb(n, k)
 
 
 def chatcore(tasks: dict[str, dict[str, Any]], without: Sequence[str] = ()) -> float | None:
@@ -132,15 +153,20 @@ def _write_replies(
     conversations: Sequence[Conversation],
     engine: Engine,
     batch_size: int,
-    max_new_tokens: int,
     progress: tqdm,
+    *,
+    max_tokens: int,
+    sampling: SamplingParams,
+    num_samples: int,
 ) -> list[str]:
-    room = engine.model.config.sequence_len - max_new_tokens
+    progress.reset(num_samples * len(conversations))
+    room = engine.model.config.sequence_len - max_tokens
     prompts = [render_for_completion(engine.tokenizer, c, room) for c in conversations]
     completions = engine.complete(
         prompts,
-        max_tokens=max_new_tokens,
-        sampling=GREEDY,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        num_samples=num_samples,
         batch_size=batch_size,
         on_done=progress.update,
     )

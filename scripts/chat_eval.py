@@ -2,6 +2,7 @@
 
 python -m scripts.chat_eval -i sft
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft -a "ARC-Easy|GSM8K" -b 64
+python -m scripts.chat_eval -i sft -a HumanEval -t 0.8 -n 16    # also pass@k, for k up to 16
 python -m scripts.chat_eval -i sft --bench     # also answer one at a time, and compare the speeds
 
 All tasks together are written to report/chat_eval_<source>.json, with ChatCORE. A part of the tasks (-a) has
@@ -13,12 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime, write_report
 from nanochat.decode import DecoderKind
+
+if TYPE_CHECKING:
+    from nanochat.engine import Engine
+    from nanochat.gpt import GPT
+    from nanochat.tokenizer import RustBPETokenizer
+
+SEED = 42  # of sampled replies: two evaluations of a model agree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,12 @@ class ChatEvalConfig:
     """most conversations of a task; -1: all"""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
     """most tokens of a reply; at most half of the context"""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
+    """of sampling written replies; 0: greedy"""
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    """where temperature is above 0, sample from the k likeliest tokens; 0: from all"""
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """written replies to each conversation; with several, pass@k is shown beside their accuracy"""
     model_tag: Annotated[str, tyro.conf.arg(aliases=["-g"])] = ""
     """name of the checkpoint folder; empty: the deepest model"""
     step: Annotated[int, tyro.conf.arg(aliases=["-s"])] = -1
@@ -50,8 +64,14 @@ class ChatEvalConfig:
     """answer everything again, one conversation at a time, and print the examples per second of both"""
 
     def __post_init__(self) -> None:
-        require_at_least(self, batch_size=1, max_new_tokens=1)
+        require_at_least(self, batch_size=1, max_new_tokens=1, temperature=0, top_k=0, num_samples=1)
         require_counts(self, "max_problems")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_samples={self.num_samples} greedy replies would all be the same: give --temperature"
+            )
+        if self.num_samples > self.batch_size:
+            raise ValueError(f"batch_size={self.batch_size} must hold the num_samples={self.num_samples}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.checkpoint_manager import load_for, read_settings
     from nanochat.dataset import source
     from nanochat.recipes import trained_text
+    from nanochat.sampling import SamplingParams
     from tasks.mixtures import eval_tasks
 
     text = trained_text(read_settings(config.source, config.model_tag, config.step))
@@ -83,19 +104,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_new_tokens=max_new_tokens,
         max_problems=config.max_problems,
         decoder=config.decoder,
+        sampling=SamplingParams(temperature=config.temperature, top_k=config.top_k, seed=SEED),
+        num_samples=config.num_samples,
     )
     results = {}
     for name in names:
         task = known[name]()
         result = results[name] = answer(task, batch_size=config.batch_size, name=name)
         if runtime.is_main:
+            passed = [f"{key} {100 * result[key]:.1f} %, " for key in result if key.startswith("pass@")]
             print(
                 f"{name}: {100 * result['accuracy']:.1f} +- {100 * result['standard_error']:.1f} % of "
-                f"{result['n']} (chance {100 * result['chance']:.0f} %), "
+                f"{result['n']} (chance {100 * result['chance']:.0f} %), {''.join(passed)}"
                 f"{result['n'] / result['seconds']:.1f}/s"
             )
         if config.bench:
-            alone = answer(task, batch_size=1, name=f"{name}, one at a time")
+            alone = answer(task, batch_size=config.num_samples, name=f"{name}, one at a time")
             if runtime.is_main:
                 print(
                     f"{name}: {alone['n'] / alone['seconds']:.1f}/s one at a time, batched "
@@ -104,6 +128,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if runtime.is_main:
         print(report(config, meta["step"], results, len(known)))
     return 0
+
+
+def run_chat_eval(
+    task_name: str,
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    engine: Engine,
+    batch_size: int = 1,
+    num_samples: int = 1,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    max_problems: int | None = None,
+) -> float:
+    """Return the accuracy on a task of the default data, for scripts written for nanochat.
+
+    With several samples a problem counts if one of them is right.
+    """
+    from nanochat.chat_eval import evaluate_task
+    from nanochat.common import Runtime
+    from nanochat.runtime import get_dist_info
+    from nanochat.sampling import SamplingParams
+    from tasks.mixtures import eval_tasks
+
+    known = eval_tasks("auto")
+    if task_name not in known:
+        raise ValueError(f"unknown task {task_name}; there are {', '.join(known)}")
+    _, rank, local_rank, world_size = get_dist_info()
+    ranks = {"rank": rank, "local_rank": local_rank, "world_size": world_size}
+    result = evaluate_task(
+        known[task_name](),
+        model,
+        tokenizer,
+        Runtime(device=model.device, compute_dtype=model.activation_dtype, **ranks),
+        batch_size=max(batch_size, num_samples),
+        max_new_tokens=max_new_tokens,
+        max_problems=-1 if max_problems is None else max_problems,
+        name=task_name,
+        decoder=engine.decoder,
+        sampling=SamplingParams.from_flat(temperature, top_k, None, seed=SEED),
+        num_samples=num_samples,
+    )
+    return result.get(f"pass@{num_samples}", result["accuracy"])
 
 
 def report(config: ChatEvalConfig, step: int, results: dict[str, dict[str, Any]], n_known: int) -> str:

@@ -2,15 +2,18 @@
 
 import random
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 import pytest
 import torch
 
 from nanochat import engine
-from nanochat.chat_eval import chatcore, evaluate_task, letter_id
+from nanochat.chat_eval import chatcore, evaluate_task, letter_id, pass_at_k
 from nanochat.chat_format import render_for_completion
 from nanochat.common import Runtime
 from nanochat.decode.running import decoder_for
+from nanochat.sampling import SamplingParams
 from scripts import chat_eval
 from tasks import mixtures
 from tasks.common import Task
@@ -159,6 +162,82 @@ def test_generative_task(model, tokenizer):
     assert alone.replies == task.replies
 
 
+def test_pass_at_k_by_hand():
+    assert [pass_at_k(4, c, 1) for c in range(5)] == pytest.approx([0, 1 / 4, 2 / 4, 3 / 4, 1])
+    assert pass_at_k(4, 1, 2) == pytest.approx(1 - 3 / 6)  # 3 of the 6 pairs have no right one
+    assert pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10)
+    assert [pass_at_k(3, c, 3) for c in range(4)] == [0, 1, 1, 1]
+
+
+class Graded(Task):
+    """Three problems; of the samples of problem i, the first i + 1 to be judged are right."""
+
+    def __init__(self):
+        super().__init__()
+        self.replies = {i: [] for i in range(3)}
+        self.places = [count() for _ in range(3)]  # several threads judge
+
+    def num_examples(self):
+        return 3
+
+    def get_example(self, index):
+        return {"index": index, "messages": [{"role": "user", "content": WORDS[index]}]}
+
+    def evaluate(self, conversation, completion):
+        index = conversation["index"]
+        self.replies[index].append(completion)
+        return next(self.places[index]) <= index
+
+
+def test_several_samples_of_a_problem(model, tokenizer):
+    settings = {"sampling": SamplingParams(temperature=1.0, seed=1), "num_samples": 5}
+    task, again = Graded(), Graded()
+    result = evaluate(task, model, tokenizer, **settings)
+    assert all(len(replies) == 5 and len(set(replies)) > 1 for replies in task.replies.values())
+    squares = (1 / 25 + 4 / 25 + 9 / 25) / 3
+    assert without_time(result) == {
+        "accuracy": pytest.approx(6 / 15),
+        "standard_error": pytest.approx(((squares - 0.16) / 3) ** 0.5, rel=1e-3),
+        "n": 3,
+        "chance": 0,
+        "pass@2": pytest.approx((4 / 10 + 7 / 10 + 9 / 10) / 3),
+        "pass@4": pytest.approx((4 / 5 + 1 + 1) / 3),
+        "pass@5": 1,
+    }
+    evaluate(again, model, tokenizer, batch_size=5, **settings)
+    assert {i: sorted(replies) for i, replies in again.replies.items()} == {
+        i: sorted(replies) for i, replies in task.replies.items()
+    }
+    assert "pass@2" not in evaluate(Choices(), model, tokenizer, **settings)
+
+
+def test_a_script_of_nanochat_evaluates_a_task(model, tokenizer, monkeypatch):
+    """Its accuracy of several samples is the share of problems with one that is right."""
+    monkeypatch.setattr(mixtures, "eval_tasks", lambda data: {"Graded": Graded, "Choices": Choices})
+    lent = engine.Engine(model, tokenizer)
+    run = partial(chat_eval.run_chat_eval, model=model, tokenizer=tokenizer, engine=lent, max_new_tokens=4)
+    assert run("Choices", batch_size=8) == pytest.approx(evaluate(Choices(), model, tokenizer)["accuracy"])
+    assert run("Graded", num_samples=4, temperature=1.0) == 1
+    assert run("Graded", max_problems=2) == 1
+    with pytest.raises(ValueError, match="unknown task Bee; there are Graded, Choices"):
+        run("Bee")
+
+
+def test_the_command_samples(model, tokenizer, base_dir, monkeypatch, capsys):
+    monkeypatch.setattr(mixtures, "eval_tasks", lambda data: {"Graded": Graded})
+    write_base_checkpoint(base_dir)
+    usual = ["--device-type=cpu", "-i", "base", "-m", "3"]
+    assert chat_eval.main([*usual, "-t", "1", "-n", "2", "-k", "5"]) == 0
+    assert "Graded: 83.3 +- 13.6 % of 3 (chance 0 %), pass@2 100.0 %, " in capsys.readouterr().out
+    for flags, message in (
+        (["-n", "2"], "num_samples=2 greedy replies would all be the same: give --temperature"),
+        (["-n", "2", "-t", "1", "-b", "1"], "batch_size=1 must hold the num_samples=2"),
+        (["-t", "-1"], "temperature=-1.0 must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat_eval.main([*usual, *flags])
+
+
 @pytest.mark.parametrize("flags", [[], ["--decoder=plain"]])
 def test_decoder(model, tokenizer, base_dir, monkeypatch, flags):
     """The flag of the command reaches the replies to a generative task."""
@@ -209,7 +288,7 @@ def test_ranks_share_the_conversations(make, world_size, model, tokenizer):
         runtime = OneOfRanks(rank=rank, world_size=world_size, **cpu)
         assert evaluate(make(model, tokenizer), model, tokenizer, runtime=runtime)["n"] == 5
     assert len(sent) == world_size
-    n_right, guesses = sum(sent).tolist()
+    n_right, guesses, _ = sum(sent).tolist()
     assert (n_right / 5, guesses / 5) == pytest.approx((whole["accuracy"], whole["chance"]))
 
 
