@@ -33,6 +33,8 @@ class RecipeSettings:
     """factor on attention's scores"""
     total_batch_size: int = 524_288
     """tokens of one optimizer step, over all devices"""
+    warmup_ratio: float = 0.0
+    """first share of training, over which the learning rates rise"""
     warmdown_ratio: float = 0.2
     """last share of training, over which the learning rates fall"""
     final_lr_frac: float = 0.0
@@ -42,6 +44,11 @@ class RecipeSettings:
     def __post_init__(self) -> None:
         if not 0 < self.warmdown_ratio <= 1:
             raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
+        if not 0 <= self.warmup_ratio <= 1 - self.warmdown_ratio:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio} must be 0 or more, and with "
+                f"warmdown_ratio={self.warmdown_ratio} at most 1"
+            )
         if not 0 <= self.final_lr_frac <= 1:
             raise ValueError(f"final_lr_frac={self.final_lr_frac} must be in [0, 1]")
 

@@ -1,8 +1,13 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
+from torch.nn.utils import clip_grad_norm_
 
+from nanochat.common import Runtime
 from nanochat.gpt import GPT
 from nanochat.optim.muon_adamw import MuonAdamW, build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
@@ -248,3 +253,39 @@ def test_a_state_without_second_moments_is_refused():
     with pytest.raises(ValueError, match=r"'second_moment'.* --no-warm-start"):
         normuon.load_state_dict(plain.state_dict())
     plain.load_state_dict(normuon.state_dict())
+
+
+def clipped(rank, world_size, folder, grad_clip):
+    """On one of several ranks, compare the clipped gradients of its share with torch's of the whole."""
+    if world_size > 1:
+        dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    shape = {"n_layer": 3, "n_embd": 32, "vocab_size": 64, **SECOND}
+    model, whole = (GPT(small_config(**shape)) for _ in range(2))
+    settings = OptimizerConfig(grad_clip=grad_clip)
+    runtime = replace(Runtime.cpu(), rank=rank, world_size=world_size)
+    optimizer = build_optimizer(model, settings, runtime)
+    grads = [[torch.randn(p.shape) for p in model.parameters()] for _ in range(world_size)]
+    for p, q, *parts in zip(model.parameters(), whole.parameters(), *grads, strict=True):
+        p.grad, q.grad = parts[rank].clone(), sum(parts)
+    squared_norm = runtime.sum_(optimizer.finish_reduction())
+    norm = clip_grad_norm_(whole.parameters(), grad_clip) if grad_clip else torch.tensor(0.0)
+    optimizer.clip(squared_norm.item() ** 0.5)
+    if grad_clip:
+        torch.testing.assert_close(squared_norm.sqrt(), norm)
+    expected = dict(zip(model.parameters(), (q.grad for q in whole.parameters()), strict=True))
+    for stack in optimizer.stacks:
+        of_stack = [expected[p] for p in stack.params]
+        slots = of_stack[0] if stack.n_slots != len(of_stack) else torch.stack(of_stack)
+        own = stack.own_grads.flatten(0, 1)[: len(stack.own_slots)]
+        torch.testing.assert_close(own, slots[stack.own_slots])
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0, 1e6])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_clipping_is_torchs(world_size, grad_clip, tmp_path):
+    """The norm is that of the sum over ranks, of which each has a share; a larger limit changes nothing."""
+    if world_size == 1:
+        clipped(0, 1, tmp_path, grad_clip)
+    else:
+        spawn(clipped, (world_size, tmp_path, grad_clip), nprocs=world_size)

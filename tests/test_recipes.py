@@ -10,6 +10,7 @@ from nanochat.common import Runtime
 from nanochat.config import GPTConfig
 from nanochat.dataset import CLIMBMIX, FINEWEB, HUB_TEXTS
 from nanochat.gpt import GPT
+from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
 from nanochat.recipes import RECIPES, asked_recipe, find_recipe, trained_text
 from nanochat.train.base import BaseTrainConfig, count_steps, make_plan, model_shape, with_recipe, with_text
@@ -138,6 +139,9 @@ def test_an_unknown_recipe(script, flags):
     [
         ("--recipe", "recipe='' is none of saint_iberis"),
         ("--warmdown-ratio=0", "warmdown_ratio=0.0 must be in"),
+        ("--warmup-ratio=-0.1", "warmup_ratio=-0.1 must be 0 or more"),
+        ("--warmup-ratio=0.9", "warmup_ratio=0.9 must be .* with warmdown_ratio=0.2 at most 1"),
+        ("--grad-clip=-1", "grad_clip=-1.0 must be 0 or more"),
         ("--final-lr-frac=1.5", "final_lr_frac=1.5 must be in"),
         ("--final-lr-frac=nan", "final_lr_frac=nan must be in"),
         ("--momentum=1", "momentum=1.0 must be below 1"),
@@ -157,6 +161,22 @@ def test_the_schedule_of_a_run():
     assert found[0] == pytest.approx([1, 1, 0.5, 0])
     assert found[1] == pytest.approx([1, 0.05 + 0.95 * 0.5 / 0.65, 0.05 + 0.95 * 0.1 / 0.65, 0.05])
     assert [plan.momentum(300) for plan in plans] == pytest.approx([0.95, 0.90])
+
+
+def test_a_run_may_rise_clip_and_decay():
+    """Under the names and with the values that nanochat's users type."""
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=2))
+    flags = ["--max_seq_len=16", "--device_batch_size=2", "--total_batch_size=32", "--num_iterations=10"]
+    flags += ["--warmup_ratio=0.18", "--final_lr_frac=0.5", "--grad_clip=1.0", "--weight_decay=0.2"]
+    config = read(*flags)
+    plan = make_plan(config, model, Runtime.cpu())
+    assert [plan.lr_multiplier(i / 10) for i in range(10)] == pytest.approx([0.5, *8 * [1], 0.75])
+    assert (config.optimizer.grad_clip, config.optimizer.weight_decay) == (1.0, 0.2)
+    optimizer = build_optimizer(model, config.optimizer)
+    assert optimizer.grad_clip == 1.0
+    decays = [group["weight_decay"] for group in optimizer.param_groups if group["kind"] == "muon"]
+    assert decays == [0.2] * len(decays)
+    assert decays
 
 
 def test_value_embeddings_do_not_lengthen_a_run():

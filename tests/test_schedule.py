@@ -21,6 +21,15 @@ def test_the_multiplier_ends_at_its_floor():
     assert lr_multiplier(0.9, final=1.0) == 1
 
 
+def test_the_multiplier_rises_by_hand():
+    """As nanochat's: over the first W steps to (step + 1) / W, so the first step changes the weights."""
+    rise = {"warmup": 4 / 20, "step": 1 / 20, "warmdown": 0.5}
+    rates = [lr_multiplier(step / 20, **rise) for step in range(20)]
+    assert rates[:11] == pytest.approx([0.25, 0.5, 0.75, *8 * [1]])
+    assert rates[11:] == pytest.approx([0.9 - 0.1 * i for i in range(9)])
+    assert lr_multiplier(0.0, peak=0.5, **rise) == pytest.approx(0.125)
+
+
 def test_the_published_multiplier_is_unchanged():
     for step in range(1001):
         progress = step / 1000

@@ -14,7 +14,7 @@ stage 2, Rajbhandari et al. 2020):
 
     last backward of a step   each gradient is copied into its stack when it is ready; a full bucket of the
                               stack is reduce-scattered while the backward continues
-    finish_reduction          waits for the reductions, and measures the gradients
+    finish_reduction          waits for the reductions, and measures the gradients; `clip` may scale them
     step                      each rank updates its share; the weights are all-gathered, starting with those
                               that the next forward needs first, while the next stack is updated
 
@@ -40,8 +40,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     A group of muon may have `normuon` (whether to normalise neurons) and `weight_decay`.
     All parameters of a group have one shape, and become views into the stack of the group. Gradients are
-    reduced, and Muon's products computed, in dtype. forward_order lists the parameters in the order of use
-    in a forward; it decides the order of communication.
+    reduced, and Muon's products computed, in dtype; `clip` limits their norm to grad_clip (0: off).
+    forward_order lists the parameters in the order of use in a forward, which decides that of communication.
     """
 
     def __init__(
@@ -50,9 +50,11 @@ class MuonAdamW(torch.optim.Optimizer):
         forward_order: Sequence[Tensor] = (),
         *,
         dtype: torch.dtype = torch.float32,
+        grad_clip: float = 0.0,
         runtime: Runtime | None = None,
     ):
         super().__init__(groups, defaults={})
+        self.grad_clip = grad_clip
         runtime = runtime or Runtime.cpu()
         params = [p for group in self.param_groups for p in group["params"]]
         position = {p: i for i, p in enumerate(forward_order or params)}
@@ -109,6 +111,16 @@ class MuonAdamW(torch.optim.Optimizer):
             self._collect(p)
         self._is_reduced = True
         return torch.stack([stack.finish_reduction() for stack in self.stacks]).sum()
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> None:
+        """Scale the reduced gradients down to a norm of grad_clip (0: do not), if `norm`, theirs, is larger.
+
+        norm is that of the whole gradient, so every rank scales its share alike.
+        """
+        if 0 < self.grad_clip < norm:
+            for stack in self.stacks:
+                stack.own_grads.mul_(self.grad_clip / norm)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -232,5 +244,6 @@ def build_optimizer(model: GPT, settings: OptimizerConfig, runtime: Runtime | No
         [{**group, "initial_lr": group["lr"]} for group in groups],
         list(model.parameters()),
         dtype=model.activation_dtype,
+        grad_clip=settings.grad_clip,
         runtime=runtime,
     )

@@ -44,6 +44,8 @@ class OptimizerConfig:
     """divide the rows of Muon's updates by their running root mean square (NorMuon)"""
     weight_decay: float = 0.0
     """cautious weight decay of the matrices, falling linearly to 0 over the run"""
+    grad_clip: float = 0.0
+    """scale the gradients of a step down to this global norm where theirs is larger; 0: off"""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -98,9 +100,20 @@ class Plan:
     momentum: Callable[[int], float]  # Muon's, function of the step
 
 
-def lr_multiplier(progress: float, *, peak: float = 1.0, warmdown: float = 0.2, final: float = 0.0) -> float:
+def lr_multiplier(
+    progress: float,
+    *,
+    peak: float = 1.0,
+    warmdown: float = 0.2,
+    final: float = 0.0,
+    warmup: float = 0.0,
+    step: float = 0.0,
+) -> float:
     """Return the factor on every learning rate at a progress in [0, 1] through training.
 
-    The factor is `peak`, then falls linearly over the last `warmdown` fraction of the run, to `final` of it.
+    The factor rises linearly to `peak` over the first `warmup` fraction of the run, and falls linearly over
+    the last `warmdown` fraction, to `final` of it. A step, which is the fraction `step` of the run, has the
+    rise of its end: that of its start is 0 for the first.
     """
-    return peak * min(1.0, final + (1 - final) * (1 - progress) / warmdown)
+    rise = (progress + step) / warmup if warmup else 1.0
+    return peak * min(1.0, rise, final + (1 - final) * (1 - progress) / warmdown)

@@ -158,11 +158,14 @@ def make_plan(config: BaseTrainConfig, model: GPT, runtime: Runtime) -> Plan:
             f"{config.device_batch_size} x {config.max_seq_len} x {runtime.world_size} = {micro_batch}; "
             f"try {max(1, total // micro_batch) * micro_batch}"
         )
+    num_steps = count_steps(config, model)
+    warmup = {"warmup": round(config.warmup_ratio * num_steps) / num_steps, "step": 1 / num_steps}
+    fall = {"warmdown": config.warmdown_ratio, "final": config.final_lr_frac}
     return Plan(
-        num_steps=count_steps(config, model),
+        num_steps=num_steps,
         accumulation=total // micro_batch,
         tokens_per_step=total,
-        lr_multiplier=partial(lr_multiplier, warmdown=config.warmdown_ratio, final=config.final_lr_frac),
+        lr_multiplier=partial(lr_multiplier, **warmup, **fall),
         momentum=config.optimizer.momentum_at,
     )
 

@@ -81,6 +81,7 @@ def _train_step(
     multiplier = set_schedule(run.optimizer, plan, step)
     loss, grad_norm, upcoming = _accumulate(run, micro_batches, batches, stop)
     check_finite(step, loss, grad_norm, multiplier)
+    run.optimizer.clip(grad_norm)
     run.optimizer.step()
     run.progress.loader_state = loader_state
     record = {

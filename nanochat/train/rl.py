@@ -141,6 +141,7 @@ def _update(
     sums = run.runtime.sum_(torch.stack([loss, run.optimizer.finish_reduction()]))
     loss, squared_norm = sums.tolist()
     check_finite(run.progress.step, loss, squared_norm**0.5, multiplier)
+    run.optimizer.clip(squared_norm**0.5)
     run.optimizer.step()
     return loss, squared_norm**0.5
 
