@@ -21,7 +21,7 @@ from nanochat.common import parse, require_at_least, require_counts, setup_runti
 from nanochat.common import run as run_script
 from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
-from nanochat.train.chat import follow_recipe
+from nanochat.train.chat import check_start, follow_recipe
 
 if TYPE_CHECKING:
     from nanochat.train.run import Run
@@ -85,6 +85,8 @@ class ChatRLConfig:
     """continue from the newest checkpoint of this stage, if any"""
     overwrite: bool = False
     """delete the checkpoints that this stage has under this model tag and start over"""
+    dry_run: bool = False
+    """train, but write no checkpoint, metrics or report"""
 
     def __post_init__(self) -> None:
         ones = ("num_epochs", "examples_per_step", "max_new_tokens", "device_batch_size", "eval_examples")
@@ -102,8 +104,7 @@ class ChatRLConfig:
             raise ValueError(f"init_lr_frac={self.init_lr_frac} must be above 0 and finite")
         if self.source not in ("mid", "sft"):
             raise ValueError(f"source={self.source!r} must be sft or mid; to continue with rl, --resume")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+        check_start(self)
 
 
 def check_resumed(run: Run[ChatRLConfig]) -> None:

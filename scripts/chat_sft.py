@@ -9,16 +9,24 @@ $NANOCHAT_BASE_DIR/chatsft_checkpoints/<model tag>.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from nanochat.common import parse, setup_runtime
+from nanochat.common import parse, require_counts, setup_runtime
 from nanochat.common import run as run_script
+from nanochat.optim.schedule import require_interval
 from nanochat.train.chat import ChatTrainConfig, follow_recipe
+
+if TYPE_CHECKING:
+    from nanochat.task import Task
+    from nanochat.train.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,16 @@ class ChatSFTConfig(ChatTrainConfig):
     """factor on all learning rates"""
     warmdown_ratio: float = 1.0
     """last share of training, over which the learning rates fall to 0"""
+    eval_metrics_every: int = 0
+    """steps between accuracies of multiple choice on the way, of MMLU and ARC, or with embedded data of
+    DocChoice; 0 or -1: none"""
+    eval_metrics_max_problems: int = 1024
+    """problems of each of these tasks; -1: all"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_interval("eval_metrics_every", self.eval_metrics_every)
+        require_counts(self, "eval_metrics_max_problems")
 
     def rows_per_step(self, seq_len: int) -> int:
         """Return conversations_per_step: a row is a conversation, whatever its length."""
@@ -54,9 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.train.results import report_training
     from nanochat.train.run import Run
     from nanochat.train.samples import print_replies
-    from tasks.mixtures import sft_tasks, with_own
+    from tasks.mixtures import choice_tasks, sft_tasks, with_own
 
     train_task, val_task = with_own(sft_tasks(config.data), config.add)
+    every = config.eval_metrics_every
+    choices = choice_tasks(config.data) if every > 0 else {}
     runtime = setup_runtime(config.device_type)
     run = Run.open_from(config.source, "sft", config, runtime)
     shape = StepShape.choose(run)
@@ -65,11 +85,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan, batches = data.plan(), data.batches()
     sample = partial(print_replies, run.model, run.tokenizer, runtime, val_task, decoder=config.decoder)
     run.begin(plan)
-    is_finished = train(run, batches, plan, evaluate=data.evaluate, sample=sample)
+    extras = [(every, partial(measure_choices, run, choices))]
+    is_finished = train(run, batches, plan, evaluate=data.evaluate, sample=sample, extras=extras)
     run.close()
     if is_finished and runtime.is_main:
         print(report_training(run, plan))
     return 0
+
+
+def measure_choices(run: Run[ChatSFTConfig], tasks: Mapping[str, Task]) -> None:
+    """Evaluate multiple-choice tasks and log their accuracies."""
+    from nanochat.chat_eval import evaluate_task
+
+    config, accuracies = run.config, {}
+    for name, task in tasks.items():
+        figures = evaluate_task(
+            task,
+            run.model,
+            run.tokenizer,
+            run.runtime,
+            batch_size=config.device_batch_size,
+            max_new_tokens=1,
+            max_problems=config.eval_metrics_max_problems,
+            name=name,
+        )
+        accuracies[name] = figures["accuracy"]
+    run.log({"step": run.progress.step, "accuracies": accuracies})
+    shown = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in accuracies.items())
+    logger.info(f"step {run.progress.step:05d} | accuracy {shown}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from nanochat.common import parse, setup_runtime
+from nanochat.common import parse, require_counts, setup_runtime
 from nanochat.common import run as run_script
 from nanochat.optim.schedule import Cadence
 from nanochat.train.chat import ChatTrainConfig, follow_recipe
@@ -28,6 +28,12 @@ class MidTrainConfig(ChatTrainConfig):
     total_batch_size: int = 524_288
     """tokens of one optimizer step, over all devices"""
     cadence: Cadence = field(default_factory=partial(Cadence, eval_every=150))
+    eval_tokens: int = -1
+    """tokens of a validation, in whole rows, at most those of val_conversations; -1: all of those"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(self, "eval_tokens")
 
     def rows_per_step(self, seq_len: int) -> int:
         """Return the rows that hold the tokens of a step; ValueError if they do not divide."""
@@ -38,6 +44,10 @@ class MidTrainConfig(ChatTrainConfig):
                 f"row; try {max(1, n_rows) * seq_len}"
             )
         return n_rows
+
+    def rows_per_validation(self, seq_len: int) -> int | None:
+        """Return the rows that hold eval_tokens, the last one perhaps more than needed."""
+        return None if self.eval_tokens == -1 else -(-self.eval_tokens // seq_len)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

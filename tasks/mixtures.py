@@ -52,6 +52,12 @@ def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
     return embedded_mixtures.eval_tasks() if data == "embedded" else hub_mixtures.eval_tasks(data)
 
 
+def choice_tasks(data: str) -> dict[str, Task]:
+    """Return the tasks of multiple choice that are measured during supervised finetuning."""
+    names = ("MMLU", "ARC-Easy", "ARC-Challenge", "DocChoice")
+    return {name: make() for name, make in eval_tasks(data).items() if name in names}
+
+
 def _chat_tasks(
     data: str,
     from_hub: Callable[[Sequence[Task], str], tuple[Task, Task]],

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -248,6 +249,56 @@ def test_epochs_schedules_and_validation(monkeypatch):
     assert [r["lr_multiplier"] for r in records("mid") if "loss" in r] == pytest.approx([1, 1, 1, 1, 0.5])
     train("sft", "--num-iterations=1", "--val-conversations=2", "--overwrite")
     assert steps == [3, 3, 1, 1, 1, 1]
+
+
+def test_tokens_of_a_validation(monkeypatch):
+    """Whole rows, at most those of the validation conversations."""
+    seen = []
+    monkeypatch.setattr(
+        chat_data, "evaluate_bpb", lambda model, batches, n, token_bytes: seen.append(n) or 1.0
+    )
+    for n_tokens in (1, 48, 49, 10**6):
+        train(
+            "mid", "--num-iterations=1", f"--eval_tokens={n_tokens}", "--device-batch-size=1", "--overwrite"
+        )
+    assert seen[::2] == seen[1::2]
+    assert seen[::2] == [1, 1, 2, 3]
+
+
+def test_accuracies_during_finetuning(monkeypatch, caplog):
+    """At multiples of the interval but not at the ends, of the tasks of multiple choice among all."""
+    names = ("MMLU", "ARC-Easy", "GSM8K")
+    tasks = {name: partial(ColourTask, 30, seed) for seed, name in enumerate(names, 1)}
+    monkeypatch.setattr(recipes, "eval_tasks", lambda data: tasks)
+    flags = ["--num-iterations=5", "--eval-metrics-every=2"]
+    with caplog.at_level("INFO"):
+        train("sft", *flags, "--eval_metrics_max_problems=20")
+    found = [(r["step"], r["accuracies"]) for r in records("sft") if "accuracies" in r]
+    assert [step for step, _ in found] == [2, 4]
+    for _, accuracies in found:
+        assert list(accuracies) == ["MMLU", "ARC-Easy"]
+        assert all(0 < 20 * accuracy == round(20 * accuracy) for accuracy in accuracies.values())
+    assert f"step 00002 | accuracy MMLU {found[0][1]['MMLU']:.4f}, ARC-Easy " in caplog.text
+    measured = losses("sft")
+    train("sft", "--num-iterations=5", "--eval-metrics-every=-1", "--overwrite")
+    assert losses("sft") == measured
+    assert not any("accuracies" in r for r in records("sft"))
+    with pytest.raises(ValueError, match="eval_metrics_max_problems=0 must be at least 1, or -1"):
+        train("sft", "--eval-metrics-max-problems=0")
+
+
+@both_stages
+def test_a_dry_run_writes_nothing(stage, base_dir, capsys):
+    """Nor do checkpoints of the stage stand in its way; its numbers are those of a run."""
+    train(stage, "--num-iterations=2")
+    line = capsys.readouterr().out
+    before = {path: path.read_bytes() for path in base_dir.rglob("*") if path.is_file()}
+    train(stage, "--num-iterations=2", "--save-every=1", "--dry-run")
+    assert {path: path.read_bytes() for path in base_dir.rglob("*") if path.is_file()} == before
+    assert re.sub("in .* min", "", capsys.readouterr().out) == re.sub("in .* min", "", line)
+    for flag in ("--resume", "--overwrite", "--run=mine"):
+        with pytest.raises(ValueError, match="dry_run writes nothing: leave out"):
+            train(stage, "--dry-run", flag)
 
 
 def test_checkpoint_before_evaluation(monkeypatch):

@@ -68,6 +68,8 @@ class ChatTrainConfig:
     """continue from the newest checkpoint of this stage, if any"""
     overwrite: bool = False
     """delete the checkpoints that this stage has under this model tag and start over"""
+    dry_run: bool = False
+    """train, but write no checkpoint, metrics or report"""
 
     def __post_init__(self) -> None:
         require_at_least(self, num_epochs=1, val_conversations=1)
@@ -76,8 +78,7 @@ class ChatTrainConfig:
             raise ValueError(f"init_lr_frac={self.init_lr_frac} must be above 0 and finite")
         if not 0 < self.warmdown_ratio <= 1:
             raise ValueError(f"warmdown_ratio={self.warmdown_ratio} must be in (0, 1]")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+        check_start(self)
 
     @property
     def device_batch_size(self) -> int:
@@ -88,8 +89,20 @@ class ChatTrainConfig:
         """Return the rows of an optimizer step, over all devices, if each has seq_len tokens."""
         raise NotImplementedError
 
+    def rows_per_validation(self, seq_len: int) -> int | None:
+        """Return the most rows of a validation, of seq_len tokens each; None: all of val_conversations."""
+        return None
+
 
 StartConfig = TypeVar("StartConfig", bound="WarmStartConfig")
+
+
+def check_start(config: WarmStartConfig) -> None:
+    """Raise ValueError if the settings of how a run starts, and of what it writes, exclude each other."""
+    if config.resume and config.overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    if config.dry_run and (config.resume or config.overwrite or config.run != "dummy"):
+        raise ValueError("dry_run writes nothing: leave out resume, overwrite and run, or dry_run")
 
 
 def follow_recipe(config: StartConfig, source: str, argv: Sequence[str] | None) -> StartConfig:

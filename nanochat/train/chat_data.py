@@ -77,13 +77,14 @@ class ChatData:
         conversations = partial(Conversations, tokenizer=run.tokenizer, seq_len=shape.seq_len, packed=packed)
         train_set, val_set = conversations(task=train_task), conversations(task=val_task)
         n_val = run.config.val_conversations
+        val_rows = val_set.plan(run.runtime, n_val)[: run.config.rows_per_validation(shape.seq_len)]
         return cls(
             run=run,
             shape=shape,
             train_set=train_set,
             val_set=val_set,
             rows=by_width(train_set.plan(run.runtime), shape.rows),
-            val_rows=by_width(val_set.plan(run.runtime, n_val), n_val),
+            val_rows=by_width(val_rows, n_val),
             token_bytes=torch.from_numpy(run.tokenizer.token_bytes()),
         )
 

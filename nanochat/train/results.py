@@ -1,6 +1,6 @@
 """The report of a finished run: report/<stage>.json for the machine, one line for the terminal.
 
-Losses and speeds come from metrics.jsonl, which holds all steps of a run however often it was resumed.
+Losses and speeds come from the records of all steps. A dry run has the line alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from nanochat.hardware import describe
-from nanochat.metrics import read_metrics
 from nanochat.optim.schedule import Plan
 from nanochat.train.run import REPORTS, Run
 
@@ -23,7 +22,7 @@ def report_training(run: Run, plan: Plan) -> str:
     first, last = progress.first_val_bpb, progress.val_bpb
     assert first is not None  # every run is evaluated at its start,
     assert last is not None  # and at its end
-    steps = [record for record in read_metrics(run.directory / "metrics.jsonl") if "loss" in record]
+    steps = [record for record in run.logged() if "loss" in record]
     middle = sorted(steps, key=lambda record: record["seconds"])[len(steps) // 2] if steps else {}
     parameters = model.num_parameters()
     tokens = plan.num_steps * plan.tokens_per_step
@@ -55,7 +54,7 @@ def report_rl(run: Run, plan: Plan) -> str:
 
     Its rewards are means over the first and last tenth of the steps, its accuracies those before and after.
     """
-    records = read_metrics(run.directory / "metrics.jsonl")
+    records = run.logged()
     rewards = [record["reward"] for record in records if "reward" in record]
     evaluations = [record for record in records if "accuracy" in record]
     first, last = _tenths(rewards) if rewards else (None, None)  # none where the metrics file was lost

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from nanochat.checkpoint_manager import (
     REPORTS,
@@ -40,7 +40,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import Runtime, write_report
 from nanochat.gpt import GPT
-from nanochat.metrics import MetricsLog
+from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.optim.muon_adamw import MuonAdamW, build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan
 from nanochat.tokenizer import RustBPETokenizer
@@ -79,6 +79,8 @@ class WarmStartConfig(RunConfig, Protocol):
     def optimizer(self) -> OptimizerConfig: ...
     @property
     def warm_start(self) -> bool: ...
+    @property
+    def dry_run(self) -> bool: ...
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -134,12 +136,25 @@ class Run(Generic[OwnConfig]):
 
     @staticmethod
     def open_from(source: str, stage: str, config: StartConfig, runtime: Runtime) -> Run[StartConfig]:
-        """Open a run of `stage` that starts from a model of stage `source`, under that model's tag."""
+        """Open a run of `stage` that starts from a model of stage `source`, under that model's tag.
+
+        With config.dry_run it writes nothing, and checkpoints that `stage` has do not matter.
+        """
         tag = resolve_tag(source, config.model_tag)
         model, tokenizer, meta = load_for(runtime, source, "train", tag, config.step)
         optimizer = build_optimizer(model, config.optimizer, runtime)
         if config.warm_start:
             warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
+        if config.dry_run:
+            return DryRun(
+                stage=stage,
+                directory=checkpoint_dir(stage, tag),
+                model=model,
+                tokenizer=tokenizer,
+                optimizer=optimizer,
+                runtime=runtime,
+                config=config,
+            )
         return Run.open(stage, tag, model, tokenizer, optimizer, runtime, config)
 
     def _saved_steps(self) -> list[int]:
@@ -223,6 +238,10 @@ class Run(Generic[OwnConfig]):
         """Write a record, which must have a `step`, to metrics.jsonl and wandb."""
         self.metrics(record)
 
+    def logged(self) -> list[dict[str, Any]]:
+        """Return the records of all steps, however often the run was resumed."""
+        return read_metrics(self.directory / "metrics.jsonl")
+
     def close(self) -> None:
         """Close the metrics."""
         self.metrics.close()
@@ -236,12 +255,15 @@ class Run(Generic[OwnConfig]):
 
 @dataclass(kw_only=True)
 class DryRun(Run[OwnConfig]):
-    """A run that writes nothing and keeps its records, for benchmarks."""
+    """A run that writes nothing and keeps its records, for trials and benchmarks."""
 
     stage: str = "base"
     directory: Path = Path()
-    tokenizer: RustBPETokenizer = field(init=False, repr=False)  # it has none
+    tokenizer: RustBPETokenizer = field(default=cast("Any", None), repr=False)  # none in benchmarks
     records: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self, plan: Plan) -> None:
+        """Do nothing."""
 
     def save(self) -> None:
         """Do nothing."""
@@ -249,6 +271,16 @@ class DryRun(Run[OwnConfig]):
     def log(self, record: dict[str, Any]) -> None:
         """Keep a record."""
         self.records.append(record)
+
+    def logged(self) -> list[dict[str, Any]]:
+        """Return the records."""
+        return self.records
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def report(self, figures: dict[str, Any]) -> None:
+        """Do nothing."""
 
 
 def warm_start(directory: Path, step: int, optimizer: MuonAdamW, runtime: Runtime) -> None:
