@@ -50,13 +50,15 @@ fi
 mid=("$tag" "$(wandb mid)") sft=("$tag" "$(wandb sft)") rl=("$tag" "$(wandb rl)") evals=("$tag")
 if [ "$shards" -gt 0 ]; then
     mid+=("--device-batch-size=$rows") sft+=("--device-batch-size=$((gib >= 22 ? 4 : 2))")
-else # a million tokens: small steps, whatever the model
+else # a million tokens: small steps, whatever the model; warm starts and a rising momentum, as it was tuned
     chat_rows=$((rows == 0 || rows * ranks > 16 ? 16 / ranks : rows))
     mid+=(--max-seq-len=256 --total-batch-size=4096 "--device-batch-size=$chat_rows")
-    mid+=(--eval-every=0 --save-every=40)
+    mid+=(--eval-every=0 --save-every=40 --warm-start --momentum-warmup=300)
     sft+=(--conversations-per-step=128 "--device-batch-size=$((4 * chat_rows))")
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
+    sft+=(--warm-start --momentum-warmup=300)
     rl+=(--num-steps=150 --max-new-tokens=40 --init-lr-frac=0.1 --eval-every=50 --save-every=50)
+    rl+=(--momentum-warmup=300)
     evals+=(--max-new-tokens=40 --batch-size=128)
     RL=${RL:-1}
 fi

@@ -6,13 +6,15 @@
 
 A recipe's values are the defaults of the trainer's command line, and its text is that of --data=hub
 (nanochat/dataset.py); explicit flags override them. Checkpoints name their recipe and their text. The stages
-after pretraining take the constants of the optimizer from the recipe.
+after pretraining take the constants of the optimizer from the recipe too, with a momentum of Muon that is
+constant in saint_iberis, as published, and rises again in saint_iberis_2. Midtraining and finetuning start
+with fresh optimizer state in saint_iberis, and with that of the stage before in saint_iberis_2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanochat.dataset import CLIMBMIX, FINEWEB, HubText, find_hub_text
@@ -66,9 +68,22 @@ class Recipe:
     name: str
     text: HubText
     settings: RecipeSettings
+    chat_momentum_warmup: int  # of the stages after pretraining
+    warm_start: bool  # midtraining and finetuning start with the optimizer state of the stage before
+
+    @property
+    def chat_optimizer(self) -> OptimizerConfig:
+        """The constants of the optimizer in the stages after pretraining."""
+        return replace(self.settings.optimizer, momentum_warmup=self.chat_momentum_warmup)
 
 
-SAINT_IBERIS = Recipe(name="saint_iberis", text=FINEWEB, settings=RecipeSettings(value_embeds=False))
+SAINT_IBERIS = Recipe(
+    name="saint_iberis",
+    text=FINEWEB,
+    settings=RecipeSettings(value_embeds=False),
+    chat_momentum_warmup=0,
+    warm_start=False,
+)
 SAINT_IBERIS_2 = Recipe(
     name="saint_iberis_2",
     text=CLIMBMIX,
@@ -91,6 +106,8 @@ SAINT_IBERIS_2 = Recipe(
             weight_decay=0.1,
         ),
     ),
+    chat_momentum_warmup=300,
+    warm_start=True,
 )
 RECIPES = (SAINT_IBERIS, SAINT_IBERIS_2)
 

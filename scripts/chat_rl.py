@@ -21,6 +21,7 @@ from nanochat.common import parse, require_at_least, require_counts, setup_runti
 from nanochat.common import run as run_script
 from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
+from nanochat.recipes import SAINT_IBERIS
 from nanochat.train.chat import check_start, follow_recipe
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class ChatRLConfig:
     """factor on all learning rates, which fall from there linearly to 0"""
     recipe: str = ""
     """recipe that the optimizer's defaults are from; empty: that of the model to start from"""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = SAINT_IBERIS.chat_optimizer
     eval_examples: int = 400
     """test questions of an evaluation, at most all"""
     cadence: Cadence = field(

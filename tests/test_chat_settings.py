@@ -2,16 +2,18 @@
 
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_optimizer_shards, read_meta
-from nanochat.common import run
+from nanochat.common import parse, run
 from nanochat.dataset import CLIMBMIX, FINEWEB, HUB_TEXTS
 from nanochat.recipes import find_recipe
+from nanochat.train.chat import follow_recipe
 from scripts import chat_eval, chat_sft, mid_train
+from scripts.chat_rl import ChatRLConfig
 from tasks import mixtures as recipes
 from tests.helpers.chats import ColourTask, learn, same, train, weights, write_base_checkpoint
 
@@ -64,7 +66,7 @@ def error_of(main):
         ("sft", ["--resume"], "resume and overwrite exclude each other"),
         ("sft", ["--epochs=2"], "Unrecognized options: --epochs=2"),
         ("mid", ["--recipe=mine"], "recipe='mine' is none of saint_iberis, saint_iberis_2"),
-        ("mid", ["--normuon"], r"'second_moment'.* --no-warm-start"),
+        ("mid", ["--normuon", "--warm-start"], r"'second_moment'.* --no-warm-start"),
     ],
 )
 def test_invalid_settings(stage, flags, message, monkeypatch):
@@ -90,7 +92,27 @@ def settings_of(stage, step):
 
 
 def constants(recipe):
-    return asdict(find_recipe(recipe).settings.optimizer)
+    return asdict(find_recipe(recipe).chat_optimizer)
+
+
+@pytest.mark.parametrize("config_class", [mid_train.MidTrainConfig, chat_sft.ChatSFTConfig, ChatRLConfig])
+@pytest.mark.parametrize(
+    ("recipe", "momenta", "is_warm"),
+    [("saint_iberis", [0.95, 0.95, 0.95], False), ("saint_iberis_2", [0.85, 0.875, 0.9], True)],
+)
+def test_how_a_stage_starts(config_class, recipe, momenta, is_warm, base_dir):
+    """As published; in the second generation with the state of the stage before, and a rising momentum."""
+    write_base_checkpoint(base_dir, recipe=recipe)
+    flags = ["--model-tag=d2", "--data=embedded"]
+    config = follow_recipe(parse(config_class, flags), "base", flags)
+    assert [config.optimizer.momentum_at(step) for step in (0, 150, 300)] == pytest.approx(momenta)
+    assert config.warm_start == (is_warm and config_class is not ChatRLConfig)
+    flags += ["--warm-start", "--momentum-warmup=600", "--momentum-start=0.7"]  # flags override both
+    config = follow_recipe(parse(config_class, flags), "base", flags)
+    assert config.warm_start
+    assert config.optimizer.momentum_at(300) == pytest.approx(0.7 + (momenta[2] - 0.7) / 2)
+    if not is_warm:
+        assert config_class().optimizer == replace(config.optimizer, momentum_warmup=0, momentum_start=0.85)
 
 
 def second_moments(stage, step):

@@ -201,11 +201,11 @@ def test_momentum_is_taken_over(stage, caplog):
     """With it, without it on request, and without it where it was not saved: the last two are equal."""
     for tag in ("kept", "refused"):
         copy_base(tag)
-    train(stage, "--num-iterations=3", "--model-tag=kept")
-    train(stage, "--num-iterations=3", "--model-tag=refused", "--no-warm-start")
+    train(stage, "--num-iterations=3", "--model-tag=kept", "--warm-start")
+    train(stage, "--num-iterations=3", "--model-tag=refused")  # as published
     (checkpoint_dir("base", "d2") / "optim_000003_rank0.pt").unlink()
     with caplog.at_level("INFO"):
-        train(stage, "--num-iterations=3")
+        train(stage, "--num-iterations=3", "--warm-start")
     assert "no optimizer state beside step 3" in caplog.text
     assert losses(stage) == losses(stage, "refused")
     assert losses(stage)[0] == losses(stage, "kept")[0]

@@ -1,10 +1,10 @@
 """The settings that midtraining and supervised finetuning share.
 
-Both start from the newest checkpoint of another stage, with its optimizer's momentum if that was saved, and
-end when every conversation has been seen `num_epochs` times; nanochat/train/chat_data.py lays the
-conversations out. The stages differ in tasks, in whether rows are packed, in the rows of a step and in the
-learning rates. All stages after pretraining take the optimizer's constants from the recipe of their model,
-and words to spell from the hub's text that it was pretrained on.
+Both start from the newest checkpoint of another stage, with its optimizer's state if the recipe says so
+(nanochat/recipes.py), and end when every conversation has been seen `num_epochs` times;
+nanochat/train/chat_data.py lays the conversations out. The stages differ in tasks, in whether rows are
+packed, in the rows of a step and in the learning rates. All stages after pretraining take the optimizer's
+constants from the recipe of their model, and words to spell from the hub's text that it was pretrained on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from nanochat.common import parse, require_at_least, require_counts
 from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, OptimizerConfig
-from nanochat.recipes import find_recipe, trained_recipe, trained_text
+from nanochat.recipes import SAINT_IBERIS, find_recipe, trained_recipe, trained_text
 
 if TYPE_CHECKING:
     from nanochat.train.run import WarmStartConfig
@@ -52,7 +52,7 @@ class ChatTrainConfig:
     """passes over the conversations"""
     num_iterations: int = -1
     """optimizer steps; -1: as many as num_epochs take"""
-    warm_start: bool = True
+    warm_start: bool = SAINT_IBERIS.warm_start
     """start with the optimizer state of the stage before, if it was saved"""
     init_lr_frac: float = 1.0
     """factor on all learning rates"""
@@ -60,7 +60,7 @@ class ChatTrainConfig:
     """last share of training, over which the learning rates fall to 0"""
     recipe: str = ""
     """recipe that the optimizer's defaults are from; empty: that of the model to start from"""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = SAINT_IBERIS.chat_optimizer
     cadence: Cadence = field(default_factory=Cadence)
     val_conversations: int = 5000
     """validation conversations, at most all"""
@@ -106,7 +106,7 @@ def check_start(config: WarmStartConfig) -> None:
 
 
 def follow_recipe(config: StartConfig, source: str, argv: Sequence[str] | None) -> StartConfig:
-    """Parse argv again, with defaults for the optimizer by the recipe of the model that the run starts from.
+    """Parse argv again, with the optimizer's defaults by the recipe of the model that the run starts from.
 
     source is the stage of that model; config.recipe, if not empty, is the recipe to follow instead. Models of
     before recipes, and published ones, follow saint_iberis. In data, hub and auto become the name of the
@@ -117,6 +117,8 @@ def follow_recipe(config: StartConfig, source: str, argv: Sequence[str] | None) 
 
     saved = read_settings(source, config.model_tag, config.step)
     recipe = find_recipe(config.recipe) if config.recipe else trained_recipe(saved)
-    default = replace(type(config)(), recipe=recipe.name, optimizer=recipe.settings.optimizer)
+    default = replace(type(config)(), recipe=recipe.name, optimizer=recipe.chat_optimizer)
+    if isinstance(default, ChatTrainConfig):  # reinforcement learning never starts warm by itself
+        default = replace(default, warm_start=recipe.warm_start)
     config = parse(type(config), argv, None, default)
     return replace(config, data=dataset.source(config.data, trained_text(saved)))
