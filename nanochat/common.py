@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat.command_line import parse, require_at_least, require_counts, run
-from nanochat.runtime import Runtime, autodetect_device_type, get_dist_info, setup_runtime
+from nanochat.runtime import DType, Runtime, autodetect_device_type, get_dist_info, setup_runtime
 
 __all__ = [
+    "DType",
     "Runtime",
     "atomic_write",
     "autodetect_device_type",

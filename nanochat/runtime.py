@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +106,21 @@ def _available_device_types() -> list[str]:
     return [name for name in is_available if is_available[name]]
 
 
-def setup_runtime(device_type: str = "") -> Runtime:
+def setup_runtime(device_type: str = "", dtype: DType = "auto", *, trains: bool = False) -> Runtime:
     """Return the Runtime of this process; device_type "" selects cuda, then mps, then cpu.
 
-    The compute dtype is bfloat16 on CUDA GPUs of compute capability 8.0 or higher, float32 elsewhere. Under
-    torchrun the ranks join a process group: NCCL on CUDA, gloo on the CPU. A rank that waits for another for
-    more than $NANOCHAT_TIMEOUT_S seconds (default 600) ends with an error, and torchrun ends the others.
-    Raise ValueError if the device is not available or the timeout is invalid.
+    The compute dtype "auto" is bfloat16 on CUDA GPUs of compute capability 8.0 or higher, float32 elsewhere.
+    Under torchrun the ranks join a process group: NCCL on CUDA, gloo on the CPU. A rank that waits for
+    another for more than $NANOCHAT_TIMEOUT_S seconds (default 600) ends with an error, and torchrun ends the
+    others. Raise ValueError if the device is not available, the timeout is invalid or `trains` and float16.
     """
     import torch
 
+    if trains and dtype == "float16":
+        raise ValueError(
+            "dtype=float16 is for inference: small gradients would become 0, since the loss is not scaled; "
+            "train with bfloat16 or float32"
+        )
     available = _available_device_types()
     device_type = device_type or available[0]
     if device_type not in available:
@@ -128,6 +135,8 @@ def setup_runtime(device_type: str = "") -> Runtime:
         torch.cuda.set_device(device)
         if torch.cuda.get_device_capability(device) >= (8, 0):
             compute_dtype = torch.bfloat16
+    if dtype != "auto":
+        compute_dtype = getattr(torch, dtype)
     if world_size > 1:
         _join_group(device)
     return Runtime(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanochat.common import (
+    DType,
     Runtime,
     parse,
     require_at_least,
@@ -56,6 +57,8 @@ class BaseEvalConfig:
     """examples of each task, a fixed random subset; -1: all"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
+    dtype: DType = "auto"
+    """of activations; auto: bfloat16 on CUDA cards that have it, else float32"""
     device_batch_size: int = 32
     """size of a forward pass in full sequences: it has at most as many tokens as these"""
 
@@ -69,9 +72,10 @@ class BaseEvalConfig:
             raise ValueError(
                 f"bundle_sha256={self.bundle_sha256!r} is the digest of a download: it needs bundle_url"
             )
-        if self.hf_path and (self.source, self.model_tag, self.step) != ("base", "", -1):
+        if self.hf_path and (self.source, self.model_tag, self.step, self.dtype) != ("base", "", -1, "auto"):
             raise ValueError(
-                f"hf_path={self.hf_path!r} is a model of its own: leave out source, model_tag and step"
+                f"hf_path={self.hf_path!r} is a model of its own, run in float32: leave out source, "
+                "model_tag, step and dtype"
             )
         find_protocol(self.protocol)
         require_counts(self, "max_per_task")
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.core_bundle import N_CORE_TASKS, find_bundle, load_bundle
     from nanochat.core_eval import evaluate_core
 
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype)
     try:
         folder = find_bundle(runtime, config.bundle, config.bundle_url, config.bundle_sha256)
     except OSError as error:

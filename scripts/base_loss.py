@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from nanochat.common import parse, require_at_least, run, setup_runtime, write_report
+from nanochat.common import DType, parse, require_at_least, run, setup_runtime, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class BaseLossConfig:
     jsonl or txt files"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
+    dtype: DType = "auto"
+    """of activations; auto: bfloat16 on CUDA cards that have it, else float32"""
     device_batch_size: int = 4
     """sequences per forward pass and device"""
     split_tokens: int = 20 * 524_288
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.recipes import trained_text
     from nanochat.train.samples import print_samples
 
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype)
     model, tokenizer, meta = load_for(runtime, "base", "eval", config.model_tag, config.step)
     config = replace(config, data=source(config.data, trained_text(meta.get("user_config") or {})))
     token_bytes = torch.from_numpy(tokenizer.token_bytes())

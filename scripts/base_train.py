@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.train.run import Run
     from nanochat.train.samples import print_samples
 
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype, trains=True)
     tokenizer = get_tokenizer()
     config = settle_value_embeds(config, tokenizer)
     model = build_model(config, tokenizer.get_vocab_size(), runtime)

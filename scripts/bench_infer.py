@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from nanochat.common import parse, run, setup_runtime
+from nanochat.common import DType, parse, run, setup_runtime
 from nanochat.decode import DecoderKind
 from nanochat.recipes import SAINT_IBERIS, find_recipe
 
@@ -57,6 +57,8 @@ class BenchInferConfig:
     """Sample from the likeliest k tokens only; 0: from all."""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available."""
+    dtype: DType = "auto"
+    """of activations; auto: bfloat16 on CUDA cards that have it, else float32"""
 
     def __post_init__(self) -> None:
         find_recipe(self.recipe)
@@ -154,7 +156,7 @@ def measure(decoder: Decoder, config: BenchInferConfig, batch_size: int, context
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     config = parse(BenchInferConfig, argv)
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype)
     import torch
 
     from nanochat.config import GPTConfig
@@ -169,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **find_recipe(config.recipe).settings.model_fields,
     )
     model = random_model(shape, runtime.device)
+    model.compute_dtype = runtime.compute_dtype
     bandwidth = copy_bandwidth(runtime.device)
     for batch_size in config.batch_sizes:
         for context in config.contexts:

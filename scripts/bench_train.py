@@ -159,7 +159,7 @@ def measure(config: BenchTrainConfig, runtime: Runtime) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     config = parse(BenchTrainConfig, argv, None, with_recipe(BenchTrainConfig, argv))
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype, trains=True)
     import torch
 
     from nanochat.hardware import describe

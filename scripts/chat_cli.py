@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import tyro
 
 from nanochat.chat_format import limit_reply, render_for_completion
-from nanochat.common import parse, run, setup_runtime
+from nanochat.common import DType, parse, run, setup_runtime
 from nanochat.decode import DecoderKind
 from nanochat.decode.parts import Part, PartDelta, ReplyParser
 
@@ -60,6 +60,8 @@ class ChatConfig:
     """the same seed gives the same answers; None: a fresh one for each answer"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
+    dtype: DType = "auto"
+    """of activations; auto: bfloat16 on CUDA cards that have it, else float32"""
     decoder: DecoderKind = "best"
     """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
 
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.sampling import SamplingParams
 
     sampling = SamplingParams(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
     chat = Chat(Engine(model, tokenizer, config.decoder), config.max_tokens, sampling)
     replace_unknown_characters(sys.stdout)

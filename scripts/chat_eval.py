@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from nanochat.common import parse, require_at_least, require_counts, run, setup_runtime, write_report
+from nanochat.common import DType, parse, require_at_least, require_counts, run, setup_runtime, write_report
 from nanochat.decode import DecoderKind
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class ChatEvalConfig:
     """step of the checkpoint; -1: the newest"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
+    dtype: DType = "auto"
+    """of activations; auto: bfloat16 on CUDA cards that have it, else float32"""
     decoder: DecoderKind = "best"
     """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
     bench: bool = False
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = config.task_names.split("|") if config.task_names else list(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"unknown tasks {', '.join(unknown)}; there are {'|'.join(known)}")
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype)
     model, tokenizer, meta = load_for(runtime, config.source, "eval", config.model_tag, config.step)
     warn = print if runtime.is_main else None
     max_new_tokens = limit_reply(config.max_new_tokens, model.config.sequence_len, warn)

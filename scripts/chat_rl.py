@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from nanochat.common import parse, require_at_least, require_counts, setup_runtime
+from nanochat.common import DType, parse, require_at_least, require_counts, setup_runtime
 from nanochat.common import run as run_script
 from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
@@ -41,6 +41,8 @@ class ChatRLConfig:
     measured on arithmetic) or auto"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
+    dtype: DType = "auto"
+    """of activations: float32 or bfloat16; auto: bfloat16 on CUDA cards that have it, else float32"""
     model_tag: str = ""
     """name of the checkpoint folder to start from and to write to; empty: the deepest dN there is"""
     step: int = -1
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tasks.mixtures import rl_tasks
 
     train_task, test_task = rl_tasks(config.data)
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype, trains=True)
     run = Run.open_from(config.source, "rl", config, runtime)
     check_resumed(run)
     model, tokenizer = run.model, run.tokenizer

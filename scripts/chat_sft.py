@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train_task, val_task = with_own(sft_tasks(config.data), config.add)
     every = config.eval_metrics_every
     choices = choice_tasks(config.data) if every > 0 else {}
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype, trains=True)
     run = Run.open_from(config.source, "sft", config, runtime)
     shape = StepShape.choose(run)
     accelerate(run.model, compile=runtime.compiles(config.compile), fused=config.fused)

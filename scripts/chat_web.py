@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from nanochat.common import parse, run, setup_runtime
+from nanochat.common import DType, parse, run, setup_runtime
 from nanochat.decode import DecoderKind
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class ServerConfig:
     """write prompts and replies to the log"""
     device_type: str = ""
     """cuda, mps or cpu; empty: the best available"""
+    dtype: DType = "auto"
+    """of activations; auto: bfloat16 on CUDA cards that have it, else float32"""
     decoder: DecoderKind = "best"
     """best: CUDA graphs and kernels where model and GPU allow them; plain: PyTorch alone"""
 
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_chats=config.log_chats,
     )
     sock = listen(config.host, config.port)  # first: loading the model takes a while
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype)
     workers = []
     for gpu, device in enumerate(devices(runtime.device, config.num_gpus)):
         model, tokenizer, meta = load_model(config.source, device, "eval", config.model_tag, config.step)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tasks.mixtures import mid_tasks, with_own
 
     train_task, val_task = with_own(mid_tasks(config.data), config.add)
-    runtime = setup_runtime(config.device_type)
+    runtime = setup_runtime(config.device_type, config.dtype, trains=True)
     run = Run.open_from("base", "mid", config, runtime)
     shape = StepShape.choose(run)
     accelerate(run.model, compile=runtime.compiles(config.compile), fused=config.fused)

@@ -47,6 +47,16 @@ def base(base_dir, monkeypatch):
     monkeypatch.setattr(recipes, "eval_tasks", lambda data: {"Colour": lambda: ColourTask(30, seed=1)})
 
 
+def spied(function, on_result):
+    """Return a function that does the same and passes its result on."""
+
+    def call(*args, **settings):
+        on_result(result := function(*args, **settings))
+        return result
+
+    return call
+
+
 # ---------------------------------------------------------------------------------------------------------
 # From stage to stage
 
@@ -285,6 +295,23 @@ def test_accuracies_during_finetuning(monkeypatch, caplog):
     assert not any("accuracies" in r for r in records("sft"))
     with pytest.raises(ValueError, match="eval_metrics_max_problems=0 must be at least 1, or -1"):
         train("sft", "--eval-metrics-max-problems=0")
+
+
+@both_stages
+def test_dtype(stage):
+    """Activations in 16 bits train nearly alike; float16 is refused in training, and evaluates."""
+    copy_base("short")
+    train(stage, "--num-iterations=2")
+    train(stage, "--num-iterations=2", "--model-tag=short", "--dtype=bfloat16")
+    assert losses(stage, "short") != losses(stage)
+    assert losses(stage, "short") == pytest.approx(losses(stage), rel=0.02)
+    with pytest.raises(ValueError, match="dtype=float16 is for inference"):
+        train(stage, "--dtype=float16", "--overwrite")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "hidden", spied(GPT.hidden, lambda hidden: seen.append(hidden.dtype)))
+        assert chat_eval.main(["--device-type=cpu", "-i", stage, "-g", "d2", "--dtype=float16"]) == 0
+    assert set(seen) == {torch.float16}
 
 
 @both_stages

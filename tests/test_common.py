@@ -3,9 +3,11 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.common import (
     Runtime,
@@ -184,6 +186,12 @@ def test_unknown_device():
     with pytest.raises(ValueError, match=r"device_type='tpu' is not available here; choose from: .*cpu"):
         setup_runtime("tpu")
     assert setup_runtime("cpu") == Runtime.cpu()
+    assert setup_runtime("cpu", "float16") == replace(Runtime.cpu(), compute_dtype=torch.float16)
+    assert setup_runtime("cpu", "bfloat16", trains=True).compute_dtype == torch.bfloat16
+    with pytest.raises(
+        ValueError, match=r"dtype=float16 is for inference: .* train with bfloat16 or float32"
+    ):
+        setup_runtime("cpu", "float16", trains=True)
 
 
 SCRIPTS = sorted(f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
-from nanochat.common import Runtime, require_at_least, require_counts
+from nanochat.common import DType, Runtime, require_at_least, require_counts
 from nanochat.config import GPTConfig
 from nanochat.dataset import source
 from nanochat.optim.schedule import Cadence, Plan, lr_multiplier, require_interval
@@ -37,6 +37,8 @@ class BaseTrainConfig(RecipeSettings):
     jsonl or txt files"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
+    dtype: DType = "auto"
+    """of activations: float32 or bfloat16; auto: bfloat16 on CUDA cards that have it, else float32"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
     fused: bool | None = None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from nanochat.common import parse, require_at_least, require_counts
+from nanochat.common import DType, parse, require_at_least, require_counts
 from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, OptimizerConfig
 from nanochat.recipes import SAINT_IBERIS, find_recipe, trained_recipe, trained_text
@@ -36,6 +36,8 @@ class ChatTrainConfig:
     """conversations of your own to learn beside those of `data`: a .jsonl file, a folder or a glob"""
     device_type: str = ""
     """cuda, mps or cpu; empty finds the best there is"""
+    dtype: DType = "auto"
+    """of activations: float32 or bfloat16; auto: bfloat16 on CUDA cards that have it, else float32"""
     compile: bool | None = None
     """compile the blocks with torch.compile; None: on CUDA only"""
     fused: bool | None = None

@@ -82,6 +82,7 @@ def choose_rows(asked: int, model: GPT, rows_per_step: int, runtime: Runtime, *,
         free, total = torch.cuda.mem_get_info(runtime.device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(runtime.device)
         free = min(free + torch.cuda.memory_reserved(runtime.device), allowed)
+        free *= torch.bfloat16.itemsize / model.activation_dtype.itemsize  # activations are most of it
         kernels = {"fused": uses_kernels(fused, model), "fused_mlp": has_large_tiles(runtime.device)}
         rows, model.checkpoints_activations = fit(model.config, round(free), **kernels)
     return math.gcd(min(runtime.gather(rows)), max(1, rows_per_step // runtime.world_size))
