@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
+from nanochat import dataset
 from nanochat.data import download as module
 from nanochat.data.download import download
 from nanochat.data.partial_file import PartialFile, open_partial
@@ -392,6 +394,15 @@ def test_two_data_sets_do_not_mix(hub, climbmix, base_dir):
         assert [path.name for path in shard_paths(data, "train")] == [SHARD, "shard_00001.parquet"]
         assert [path.name for path in shard_paths(data, "val")] == [val_shard]
     assert shard_paths("hub", "train") == shard_paths("hub:fineweb", "train")
+
+
+@pytest.mark.parametrize("flags", [["-n", "-1"], ["--num_files=-1"]])
+def test_minus_one_downloads_all(hub, base_dir, monkeypatch, flags):
+    monkeypatch.setattr(dataset, "HUB_TEXTS", (replace(FINEWEB, n_train_shards=3),))
+    names = [f"shard_0000{i}.parquet" for i in range(4)]
+    hub.files[names[3]] = hub.files[VAL_SHARD]  # the last one is for validation
+    assert main(flags) == 0
+    assert visible(base_dir / "base_data") == names
 
 
 def test_a_broken_download_resumes_in_its_data_set(hub, climbmix, base_dir):
