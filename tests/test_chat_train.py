@@ -65,6 +65,7 @@ def test_from_base_to_report_card(base_dir, capsys):
     """Later stages wrote under a tag of their own, and dropped unknown settings of the architecture."""
     chats.write_base_checkpoint(base_dir, "d4")
     flags = ["--model-tag=d2", "--save-every=2", "--keep-last=0"]
+    flags += ["--warm-start", "--momentum-warmup=300"]  # the fastest to learn in thirty steps
     assert train("mid", *flags, "--num-epochs=6") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("mid_train: d2, ")
     mid = complete_steps(checkpoint_dir("mid", "d2"))

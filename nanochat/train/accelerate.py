@@ -48,7 +48,7 @@ def uses_kernels(asked: bool | None, model: GPT) -> bool:
 def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = False) -> None:
     """Prepare a model for fast training: by the kernels (None: where they run), in 8 bits, compiled.
 
-    With fused None, a CPU, which has no kernels, computes the head's loss in chunks.
+    With fused None, a CPU, which has no kernels, computes the head's loss in chunks, unless in 16 bits.
     Raise ValueError if kernels are asked for that do not run here (fp8 is one of them), or that compute
     something else than the plain layers.
     """
@@ -63,7 +63,7 @@ def accelerate(model: GPT, *, compile: bool, fused: bool | None, fp8: bool = Fal
         ops = fused_ops(large_tiles=has_large_tiles(model.device), in_8_bits=fp8)
         check_ops(model, ops, BOUND_8_BITS if fp8 else BOUNDS[model.activation_dtype])
         model.use(ops)
-    elif asked is None and model.device.type == "cpu":
+    elif asked is None and model.device.type == "cpu" and model.activation_dtype == torch.float32:
         model.use(Ops(loss=partial(head_loss, cap=SOFTCAP)))
     if compile:
         if fused:  # not compiled it would be many passes over memory
