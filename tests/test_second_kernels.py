@@ -1,5 +1,8 @@
 """The kernels of the second generation in training, against float64 by the plain equations."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,9 +11,10 @@ from nanochat.attention import CausalSelfAttention, attention_inputs, rotary_tab
 from nanochat.kernels.train import join as join_kernel
 from nanochat.kernels.train import residual_conv as conv_kernel
 from nanochat.layers import NORM_EPS, residual_conv
+from nanochat.train.fused import fused_ops
 from nanochat.train.fused_layers import fused_attention_inputs
 from tests.helpers.kernels import error, on_gpu, poison
-from tests.helpers.models import small_config
+from tests.helpers.models import SECOND, random_model, small_config
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}  # relative error of values, gradients
 SIZES = [(2, 1), (3, 7), on_gpu(1, 2), on_gpu(2, 37), on_gpu(3, 300), on_gpu(32, 2048)]
@@ -122,3 +126,34 @@ def test_attention_inputs(device, dtype, B, T, H, H_kv, D, parts):
         return fused_attention_inputs(*args, product=torch.nn.functional.linear)
 
     same(gradients(lambda *v: run(fused, *v), dys, h, embeds, *weights), expected, dtype)
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize(("compiled", "checkpointing"), [(False, True), (True, False)])
+def test_blocks_compiled_or_computed_twice(device, monkeypatch, compiled, checkpointing):
+    """Gradients of two micro-batches, added, after an evaluation; no buffer of one is left to the other.
+
+    With checkpoints the kernels of attention's inputs failed: their backward read what was saved twice.
+    """
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: tests/test_gpu.py has models in bfloat16")
+    model = random_model(small_config(n_layer=2, n_embd=32, n_kv_head=1, slc_rate=3, **SECOND))
+    batches = torch.randint(0, 50, (2, 2, 5))
+
+    def gradients_of_all():
+        model.zero_grad()
+        with torch.no_grad():
+            model(batches[0])
+        for idx in batches:
+            model(idx, idx.roll(-1, 1)).backward()
+        return {name: p.grad.double() for name, p in model.named_parameters()}
+
+    expected = gradients_of_all()
+    model.use(replace(fused_ops(large_tiles=False), slc2_mix=ops.PLAIN.slc2_mix, loss=ops.PLAIN.loss))
+    model.checkpoints_activations = checkpointing
+    if compiled:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        model.compile_blocks()
+    found = gradients_of_all()
+    for name, gradient in found.items():
+        assert error(gradient, expected[name]) < 1e-4, name

@@ -278,7 +278,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        _, _, conv, embeds, *_ = ctx.saved_tensors
-        dpacked, dconv, dembeds = rope_backward(dq, dk, dv, *ctx.saved_tensors)
+        _, _, conv, embeds, *_ = saved = ctx.saved_tensors  # with checkpoints they can be read only once
+        dpacked, dconv, dembeds = rope_backward(dq, dk, dv, *saved)
         dconv, dembeds = None if conv is None else dconv, None if embeds is None else dembeds
         return dpacked, dconv, dembeds, None, None, None, None, None
