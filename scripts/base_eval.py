@@ -22,7 +22,6 @@ from nanochat.common import (
     setup_runtime,
     write_report,
 )
-from nanochat.core_protocol import NANOCHAT, find_protocol
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +44,7 @@ class BaseEvalConfig:
     """step of the checkpoint; -1: the newest"""
     hf_path: str = ""
     """a causal model of Transformers instead: a folder, whose own code is run, or a repository of the hub"""
-    protocol: str = NANOCHAT.name
+    protocol: str = "nanochat"
     """nanochat (that of the published figures) or dclm: nanochat/core_protocol.py has their rules"""
     bundle: str = ""
     """folder of the CORE bundle; empty: eval_bundle in the base directory, downloaded if it is not there"""
@@ -77,6 +76,8 @@ class BaseEvalConfig:
                 f"hf_path={self.hf_path!r} is a model of its own, run in float32: leave out source, "
                 "model_tag, step and dtype"
             )
+        from nanochat.core_protocol import find_protocol  # not above: it imports NumPy
+
         find_protocol(self.protocol)
         require_counts(self, "max_per_task")
         require_at_least(self, device_batch_size=1)
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nanochat.core_bundle import N_CORE_TASKS, find_bundle, load_bundle
     from nanochat.core_eval import evaluate_core
+    from nanochat.core_protocol import find_protocol
 
     runtime = setup_runtime(config.device_type, config.dtype)
     try:

@@ -126,7 +126,8 @@ def test_without_network_core_is_skipped(checkpoint, base_dir, monkeypatch, caps
         (["--model-tag=d9", "--bundle={bundle}"], "train one first"),
         (["--protocol=lm-eval"], "protocol='lm-eval' is not one of nanochat, dclm"),
         (["--bundle-url=file:///nowhere.zip"], "cannot download file:///nowhere.zip"),
-        (["--hf-path=gpt2", "--step=5"], "leave out source, model_tag and step"),
+        (["--hf-path=gpt2", "--step=5"], "leave out source, model_tag, step and dtype"),
+        (["--hf-path=gpt2", "--dtype=bfloat16"], "run in float32"),
     ],
 )
 def test_invalid_settings(flags, message, bundle, checkpoint):

@@ -316,7 +316,7 @@ def test_a_rehearsal_is_short(machine, row, speedrun, tmp_path):
         short = SHORT.get(module, {})
         assert {name: getattr(config, name) for name in short} == short
         for tokens in ("eval_tokens", "split_tokens"):
-            assert getattr(config, tokens, 5 * row) == 5 * row
+            assert getattr(config, tokens, -1) in (5 * row, -1)  # -1: of midtraining, of few conversations
     assert {module for module, _ in configs} >= set(SHORT)
 
 
