@@ -149,21 +149,17 @@ def run_chat_eval(
     With several samples a problem counts if one of them is right.
     """
     from nanochat.chat_eval import evaluate_task
-    from nanochat.common import Runtime
-    from nanochat.runtime import get_dist_info
     from nanochat.sampling import SamplingParams
     from tasks.mixtures import eval_tasks
 
     known = eval_tasks("auto")
     if task_name not in known:
         raise ValueError(f"unknown task {task_name}; there are {', '.join(known)}")
-    _, rank, local_rank, world_size = get_dist_info()
-    ranks = {"rank": rank, "local_rank": local_rank, "world_size": world_size}
     result = evaluate_task(
         known[task_name](),
         model,
         tokenizer,
-        Runtime(device=model.device, compute_dtype=model.activation_dtype, **ranks),
+        setup_runtime(model.device.type),
         batch_size=max(batch_size, num_samples),
         max_new_tokens=max_new_tokens,
         max_problems=-1 if max_problems is None else max_problems,
