@@ -104,8 +104,9 @@ class Run(Generic[OwnConfig]):
     progress: Progress = field(default_factory=Progress)
     metrics: MetricsLog = field(init=False, repr=False)  # open from `begin` to `close`
 
-    @staticmethod
+    @classmethod
     def open(
+        cls,
         stage: str,
         model_tag: str,
         model: GPT,
@@ -120,7 +121,8 @@ class Run(Generic[OwnConfig]):
         Raises ValueError when there are checkpoints and neither is set, or when they do not fit the model or
         were made with another tokenizer.
         """
-        run = Run(
+        kind = cast("type[Run[Config]]", cls)  # OwnConfig is that of a run, and there is none yet
+        run = kind(
             stage=stage,
             directory=checkpoint_dir(stage, model_tag),
             model=model,
@@ -145,17 +147,8 @@ class Run(Generic[OwnConfig]):
         optimizer = build_optimizer(model, config.optimizer, runtime)
         if config.warm_start:
             warm_start(checkpoint_dir(source, tag), meta["step"], optimizer, runtime)
-        if config.dry_run:
-            return DryRun(
-                stage=stage,
-                directory=checkpoint_dir(stage, tag),
-                model=model,
-                tokenizer=tokenizer,
-                optimizer=optimizer,
-                runtime=runtime,
-                config=config,
-            )
-        return Run.open(stage, tag, model, tokenizer, optimizer, runtime, config)
+        kind = DryRun if config.dry_run else Run
+        return kind.open(stage, tag, model, tokenizer, optimizer, runtime, config)
 
     def _saved_steps(self) -> list[int]:
         steps = complete_steps(self.directory)
@@ -261,6 +254,10 @@ class DryRun(Run[OwnConfig]):
     directory: Path = Path()
     tokenizer: RustBPETokenizer = field(default=cast("Any", None), repr=False)  # none in benchmarks
     records: list[dict[str, Any]] = field(default_factory=list)
+
+    def _saved_steps(self) -> list[int]:
+        """Return none: existing checkpoints do not matter."""
+        return []
 
     def begin(self, plan: Plan) -> None:
         """Do nothing."""
