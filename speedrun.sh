@@ -57,9 +57,9 @@ else # a million tokens: small steps, whatever the model; warm starts and a risi
     sft+=(--conversations-per-step=128 "--device-batch-size=$((4 * chat_rows))")
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     sft+=(--warm-start --momentum-warmup=300)
-    rl+=(--num-steps=150 --max-new-tokens=40 --init-lr-frac=0.1 --eval-every=50 --save-every=50)
+    rl+=(--num-steps=150 --max-new-tokens=128 --init-lr-frac=0.1 --eval-every=50 --save-every=50)
     rl+=(--momentum-warmup=300)
-    evals+=(--max-new-tokens=40 --batch-size=128)
+    evals+=(--max-new-tokens=128 --batch-size=128)
     RL=${RL:-1}
 fi
 doctor "--data=$data" "--depth=$depth" "--vocab-size=$vocab" "--max-seq-len=$seq_len" \
@@ -69,7 +69,7 @@ doctor "--data=$data" "--depth=$depth" "--vocab-size=$vocab" "--max-seq-len=$seq
 if [ "$shards" -gt 0 ]; then # a shard is about 50 M tokens; training takes 20 tokens per parameter
     stage download nanochat.dataset 1 -n "${SHARDS:-$((depth * depth * 6 / 10 + 8))}" -w 4 "--data=$data" \
         || fail "no data from the hub; run again to continue, or start with DATA=embedded or DATA=<your texts>"
-    stage chat_data tasks.mixtures 1 "--data=$data"
+    stage chat_data tasks.mixtures 1
 fi
 stage tok_train scripts.tok_train 1 "--data=$data" "--vocab-size=$vocab"
 stage tok_eval scripts.tok_eval 1 "--data=$data"

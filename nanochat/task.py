@@ -20,6 +20,10 @@ class Task(Protocol):
 
     def __getitem__(self, index: int, /) -> Conversation: ...
 
+    def part(self, index: int, /) -> Task:
+        """Return the task that grades answers to conversation `index`: one of parts()."""
+        ...
+
     def parts(self) -> Sequence[Task]:
         """Return the tasks that this one combines, or itself."""
         ...

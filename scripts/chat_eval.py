@@ -38,8 +38,7 @@ class ChatEvalConfig:
     task_names: Annotated[str, tyro.conf.arg(aliases=["-a", "--task-name"])] = ""
     """tasks to run, separated by |; empty: all of the data"""
     data: str = "auto"
-    """source of the tasks: hub (with words of the model's text; hub:fineweb and hub:climbmix choose it),
-    embedded or auto"""
+    """source of the tasks: hub, embedded or auto"""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
     """conversations at a time on one device"""
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1

@@ -10,7 +10,6 @@ Source: Clark et al. 2018, "Think you have Solved Question Answering? Try ARC, t
 from __future__ import annotations
 
 from pathlib import Path
-from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
 from tasks.common import Bounds, Conversation, Task, render_mc
@@ -36,12 +35,12 @@ class ARC(Task):
         return len(self.rows)
 
     def get_example(self, index: int) -> Conversation:
-        """See Task. Choices that an exam numbers 1, 2, ... get the letters A, B, ... like all others."""
+        """See Task. Choices that an exam numbers 1, 2, ... keep their digits."""
         row = self.rows[index]
         question, choices, key = row["question"], row["choices"], row["answerKey"]
         match choices:
             case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels) and key in labels:
-                letters = list(ascii_uppercase[: len(labels)])
+                question = render_mc(question, labels, texts)
             case _:
                 raise ValueError(
                     f"the row of {question!r} has choices={choices!r}, answerKey={key!r}: choices must be "
@@ -49,8 +48,8 @@ class ARC(Task):
                 )
         return {
             "messages": [
-                {"role": "user", "content": render_mc(question, letters, texts)},
-                {"role": "assistant", "content": letters[labels.index(key)]},
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": key},
             ],
-            "letters": letters,
+            "letters": labels,
         }

@@ -68,9 +68,20 @@ class Task:
         return len(range(self.start, stop, self.step))
 
     def __getitem__(self, index: int) -> Conversation:
+        return self.get_example(self._number(index))
+
+    def part(self, index: int) -> Task:
+        """Return the task that grades answers to conversation `index`: of those that this one combines, or itself."""
+        return self._get_part(self._number(index))
+
+    def _number(self, index: int) -> int:
+        """Return the number in the whole data set of conversation `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for a task of {len(self)} conversations")
-        return self.get_example(self.start + index * self.step)
+        return self.start + index * self.step
+
+    def _get_part(self, number: int) -> Task:
+        return self
 
     def parts(self) -> list[Task]:
         """Return the tasks that this one combines, or itself."""
@@ -90,7 +101,7 @@ class Task:
 class TaskSequence(Task):
     """The conversations of several tasks, one task after the other; a task may occur more than once.
 
-    Each conversation has its task under "task", which grades answers to it.
+    Answers are graded by the task of their conversation: see part.
     """
 
     def __init__(self, tasks: Sequence[Task]):
@@ -104,21 +115,21 @@ class TaskSequence(Task):
 
     def get_example(self, index: int) -> Conversation:
         """Return conversation `index`, counted through all tasks."""
+        task, place = self._find(index)
+        return task[place]
+
+    def _get_part(self, index: int) -> Task:
+        task, place = self._find(index)
+        return task.part(place)
+
+    def _find(self, index: int) -> tuple[Task, int]:
+        """Return the task of conversation `index`, counted through all tasks, and the index in that task."""
         number = int(np.searchsorted(self.ends, index, side="right"))
-        conversation = self.tasks[number][index - (self.ends[number - 1] if number else 0)]
-        return {"task": self.tasks[number], **conversation}
+        return self.tasks[number], index - (self.ends[number - 1] if number else 0)
 
     def parts(self) -> list[Task]:
         """Return the parts of all tasks."""
         return [part for task in self.tasks for part in task.parts()]
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Let the conversation's task evaluate."""
-        return conversation["task"].evaluate(conversation, completion)
-
-    def reward(self, conversation: Conversation, completion: str) -> float:
-        """Let the conversation's task return its reward."""
-        return conversation["task"].reward(conversation, completion)
 
 
 class TaskMixture(TaskSequence):
@@ -132,6 +143,9 @@ class TaskMixture(TaskSequence):
         """Return conversation `index` of the shuffled order."""
         return super().get_example(int(self.order[index]))
 
+    def _get_part(self, index: int) -> Task:
+        return super()._get_part(int(self.order[index]))
+
 
 def item_random(split: str, index: int) -> random.Random:
     """Return the random generator of item `index` of a synthetic task; no two splits share one."""
@@ -141,10 +155,15 @@ def item_random(split: str, index: int) -> random.Random:
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """Format a multiple-choice question, with a choice on each line.
+    """Format a multiple-choice question, with a choice on each line, as the published run asked it.
 
-    A letter is at the start of its line, where it is the same token as at the start of a reply, and before
-    its choice, so that every token of the choice can attend to it.
+    A letter comes after its choice, so that it can attend to it, and without white space before it, so that it
+    is the same token as at the start of a reply.
     """
-    lines = (f"{letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
-    return "\n".join([question, *lines])
+    lines = (f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
+    return "\n".join([
+        f"Multiple Choice question: {question}",
+        *lines,
+        "",
+        "Respond only with the letter of the correct answer.",
+    ])

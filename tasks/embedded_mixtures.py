@@ -7,8 +7,9 @@ from functools import cache
 
 from tasks.arithmetic import FORMS, NEW_FORMS, Arithmetic
 from tasks.common import Task, TaskMixture
-from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
+from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.stdlib import DocChoice, DocQuestion
+from tasks.words import text_words
 
 MAX_LETTERS = 6  # of the words that are spelled and whose letters are counted
 
@@ -32,10 +33,10 @@ def _mixtures(size: int, identity: Sequence[Task], alphabetical: float) -> tuple
 def _parts(words: list[str], split: str, size: int, alphabetical: float) -> list[Task]:
     """Return tasks of about `size` conversations, in proportions from which a d4 learns all (dev/LOG.md)."""
     return [
-        SimpleSpelling(words, round(0.32 * size), split),
-        SpellingBee(words, round(0.07 * size), split),
+        SimpleSpelling(words, round(0.27 * size), split),
+        SpellingBee(words, round(0.06 * size), split),
         Arithmetic(round(0.06 * size), split),
-        DocChoice(round(0.53 * size), split, alphabetical=alphabetical),
+        DocChoice(round(0.59 * size), split, alphabetical=alphabetical),
         DocQuestion(split, stop=round(0.02 * size)),
     ]
 
@@ -64,4 +65,4 @@ def eval_tasks() -> dict[str, Callable[[], Task]]:
 
 
 def _short_words() -> list[str]:
-    return word_list("embedded", max_length=MAX_LETTERS)
+    return text_words("embedded", max_length=MAX_LETTERS)

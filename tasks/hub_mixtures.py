@@ -1,7 +1,4 @@
-"""The tasks of each stage with data from the hub: the data sets of the published run.
-
-`text` is the hub's text whose words are spelled, "hub:fineweb" or "hub:climbmix" (nanochat/dataset.py).
-"""
+"""The tasks of each stage with data from the hub: the data sets of the published run."""
 
 from __future__ import annotations
 
@@ -13,12 +10,13 @@ from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
-from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.words import english_words
 
 
-def mid_tasks(identity: Sequence[Task], text: str) -> tuple[Task, Task]:
+def mid_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
     """Return the training and validation task of midtraining; identity conversations are repeated twice."""
-    words = word_list(text)
+    words = english_words()
     train = [
         SmolTalk("train"),
         MMLU("all", "auxiliary_train"),
@@ -31,9 +29,9 @@ def mid_tasks(identity: Sequence[Task], text: str) -> tuple[Task, Task]:
     return TaskMixture(train), TaskMixture(val)
 
 
-def sft_tasks(identity: Sequence[Task], text: str) -> tuple[Task, Task]:
+def sft_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
     """Return the training and validation task of supervised finetuning."""
-    words = word_list(text)
+    words = english_words()
     train = [
         ARC("ARC-Easy", "train"),
         ARC("ARC-Challenge", "train"),
@@ -51,7 +49,7 @@ def rl_tasks() -> tuple[Task, Task]:
     return GSM8K("main", "train"), GSM8K("main", "test")
 
 
-def eval_tasks(text: str) -> dict[str, Callable[[], Task]]:
+def eval_tasks() -> dict[str, Callable[[], Task]]:
     """Return a constructor for each task of the chat evaluation."""
     return {
         "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
@@ -59,5 +57,5 @@ def eval_tasks(text: str) -> dict[str, Callable[[], Task]]:
         "MMLU": lambda: MMLU("all", "test"),
         "GSM8K": lambda: GSM8K("main", "test"),
         "HumanEval": HumanEval,
-        "SpellingBee": lambda: SpellingBee(word_list(text), 256, "test"),
+        "SpellingBee": lambda: SpellingBee(english_words(), 256, "test"),
     }

@@ -1,13 +1,11 @@
 """The tasks of each stage: training, validation and evaluation, by source of data.
 
-    hub         the data sets of the published run (hub_mixtures.py), with words to spell from FineWeb-EDU;
-                hub:climbmix: the same with words from ClimbMix, hub:fineweb: the same as hub
+    hub         the data sets of the published run (hub_mixtures.py); hub:fineweb and hub:climbmix: the same
     embedded    tasks that need no network (embedded_mixtures.py)
     a path      your own conversations: a file, a folder or a glob of .jsonl; one in twenty is held out
     auto        hub if the hub's text has been downloaded, else embedded
 
     python -m tasks.mixtures    # download the hub's data sets before the stages that need them
-    python -m tasks.mixtures --data=hub:climbmix
 
 With hub and embedded, models also learn a name and a character from the conversations in
 $NANOCHAT_BASE_DIR/identity_conversations.jsonl, if that file exists; dev/gen_identity.py generates it.
@@ -21,7 +19,7 @@ from dataclasses import dataclass
 
 from nanochat.common import base_dir, parse, run
 from nanochat.data.own_text import own_files
-from nanochat.dataset import FINEWEB, find_hub_text, hub_text, source
+from nanochat.dataset import hub_text, source
 from tasks import embedded_mixtures, hub_mixtures
 from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
@@ -49,7 +47,7 @@ def rl_tasks(data: str) -> tuple[Task, Task]:
 def eval_tasks(data: str) -> dict[str, Callable[[], Task]]:
     """Return a constructor for each task of the chat evaluation; only constructed tasks load their data."""
     data = _graded_source(data)
-    return embedded_mixtures.eval_tasks() if data == "embedded" else hub_mixtures.eval_tasks(data)
+    return embedded_mixtures.eval_tasks() if data == "embedded" else hub_mixtures.eval_tasks()
 
 
 def choice_tasks(data: str) -> dict[str, Task]:
@@ -60,12 +58,12 @@ def choice_tasks(data: str) -> dict[str, Task]:
 
 def _chat_tasks(
     data: str,
-    from_hub: Callable[[Sequence[Task], str], tuple[Task, Task]],
+    from_hub: Callable[[Sequence[Task]], tuple[Task, Task]],
     embedded: Callable[[Sequence[Task]], tuple[Task, Task]],
 ) -> tuple[Task, Task]:
     data = source(data)
     if hub_text(data):
-        return from_hub(_identity(), data)
+        return from_hub(_identity())
     if data == "embedded":
         return embedded(_identity())
     return _own(data, f"data={data!r} is none of auto, hub and embedded, and")
@@ -109,20 +107,14 @@ def _identity() -> list[Task]:
 class DownloadConfig:
     """Download all data sets of the hub that the stages use."""
 
-    data: str = FINEWEB.data
-    """text with the words to spell, downloaded before: hub:fineweb or hub:climbmix"""
-
-    def __post_init__(self) -> None:
-        find_hub_text(self.data)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load all data sets of the hub once; later loads read the downloaded files."""
-    data = parse(DownloadConfig, argv).data
-    n_conversations = sum(map(len, mid_tasks(data)))
-    sft_tasks(data)
-    rl_tasks(data)
-    for make in eval_tasks(data).values():
+    parse(DownloadConfig, argv)
+    n_conversations = sum(map(len, mid_tasks("hub")))
+    sft_tasks("hub")
+    rl_tasks("hub")
+    for make in eval_tasks("hub").values():
         make()
     logger.info(f"chat_data: downloaded; {n_conversations:,} conversations for midtraining and validation")
     return 0

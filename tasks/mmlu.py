@@ -32,7 +32,7 @@ class MMLU(Task):
             raise ValueError(f'subset={subset!r} must be given as subset="all", split="auxiliary_train"')
         check_choice("subset", subset, ("all",))
         check_choice("split", split, ("auxiliary_train", "dev", "validation", "test"))
-        self.rows = load_rows("cais/mmlu", subset, split, ("question", "choices", "answer"), path)
+        self.rows = load_rows("cais/mmlu", subset, split, ("question", "subject", "choices", "answer"), path)
 
     def num_examples(self) -> int:
         """See Task."""
@@ -53,5 +53,6 @@ class MMLU(Task):
                 {"role": "user", "content": render_mc(question, LETTERS, choices)},
                 {"role": "assistant", "content": LETTERS[answer]},
             ],
+            "subject": row["subject"],
             "letters": list(LETTERS),
         }

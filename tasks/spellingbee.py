@@ -1,47 +1,40 @@
 """Spelling: SimpleSpelling asks for the letters of a word, SpellingBee for the number of times one occurs.
 
-A model sees tokens, not letters, so it must learn how its tokens are spelled. It counts badly, so SpellingBee
-teaches it to call the calculator with word and letter. The words themselves are split: one in eight, by a
-hash, is a test word, about which no training item of either task asks.
+A model sees tokens, not letters, so it must learn how its tokens are spelled. SpellingBee shows it how to
+count: spell the word, go through its letters, and check the result by the calculator.
 
-The words come from the training text (word_list), so nothing is downloaded. The call in an answer has a space
-before the quoted word, so that the word has the same tokens as in the question.
+    Spell the word: tree                 tree:t,r,e,e
+
+    How often is 'e' in tree?            The letter 'e' in 'tree':
+                                         tree:t,r,e,e
+                                         1:t
+                                         2:r
+                                         3:e hit! count=1
+                                         4:e hit! count=2
+                                         By hand 2, by Python: <'tree'.count('e')> <2>
+                                         #### 2
+
+The words themselves are split: one in eight, by a hash, is a test word, about which no training item of either
+task asks. The questions, and the form of both answers, are those of the published run, whose weights know no
+others; the wordings are our own (letter_questions.py).
 """
 
 from __future__ import annotations
 
-import re
+import random
 import zlib
-from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING
 
-from nanochat.dataset import parquets_iter_batched
 from tasks.common import Bounds, Conversation, Task, item_random
 from tasks.gsm8k import is_correct_number
+from tasks.letter_questions import QUESTIONS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-SPELL = ('Spell the word "{word}".', 'How do you spell "{word}"?', 'What are the letters of "{word}"?')
-COUNT = (
-    'How many times does "{letter}" occur in "{word}"?',
-    'How often is the letter "{letter}" in "{word}"?',
-    'Count the "{letter}" in "{word}".',
-)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MIN_LENGTH = 3  # letters of a word
-N_BATCHES = 40  # batches of the training text that word_list reads
-
-
-def word_list(data: str, max_length: int = 20) -> list[str]:
-    """Return the lower-case words that the start of the training text has twice or more, by frequency."""
-    counts: Counter[str] = Counter()
-    for texts in islice(parquets_iter_batched("train", data=data), N_BATCHES):
-        for text in texts:
-            counts.update(re.findall(r"\b[a-z]+\b", text))
-    return [word for word, n in counts.most_common() if n > 1 and MIN_LENGTH <= len(word) <= max_length]
+QUOTES = ("", "'", '"')
 
 
 class _WordTask(Task):
@@ -60,15 +53,17 @@ class _WordTask(Task):
 
 
 class SimpleSpelling(_WordTask):
-    """Spell a word: its letters, separated by spaces."""
+    """Spell a word."""
 
     def get_example(self, index: int) -> Conversation:
         """See Task."""
-        rng = item_random(self.split, index)
-        word = rng.choice(self.words)
-        question = rng.choice(SPELL).format(word=word)
-        answer = {"role": "assistant", "content": " ".join(word)}
-        return {"messages": [{"role": "user", "content": question}, answer]}
+        word = item_random(self.split, index).choice(self.words)
+        return {
+            "messages": [
+                {"role": "user", "content": f"Spell the word: {word}"},
+                {"role": "assistant", "content": _spelled(word)},
+            ]
+        }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Return True if the completion is the spelled word and nothing else."""
@@ -76,22 +71,53 @@ class SimpleSpelling(_WordTask):
 
 
 class SpellingBee(_WordTask):
-    """Count a letter in a word with the calculator; in three of four items the letter is from the word."""
+    """Count a letter in a word, by hand and by the calculator; in nine of ten items it is one of the word's."""
 
     def get_example(self, index: int) -> Conversation:
         """See Task."""
         rng = item_random(self.split, index)
         word = rng.choice(self.words)
-        letter = rng.choice(word if rng.random() < 0.75 else LETTERS)
-        question = rng.choice(COUNT).format(word=word, letter=letter)
-        count = str(word.count(letter))
-        parts = [
-            {"type": "python", "text": f' "{word}".count("{letter}")'},
-            {"type": "python_output", "text": count},
-            {"type": "text", "text": f"#### {count}"},
-        ]
-        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
+        letter = rng.choice(word if rng.random() < 0.9 else LETTERS)
+        return {
+            "messages": [
+                {"role": "user", "content": _question(rng, letter, word)},
+                {"role": "assistant", "content": _answer(letter, word)},
+            ]
+        }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """See is_correct_number."""
         return is_correct_number(conversation, completion)
+
+
+def _spelled(word: str) -> str:
+    return f"{word}:{','.join(word)}"
+
+
+def _question(rng: random.Random, letter: str, word: str) -> str:
+    """Return one of QUESTIONS; three of ten are in lower case, half end in a question mark."""
+    question = rng.choice(QUESTIONS)
+    if rng.random() < 0.3:
+        question = question.lower()
+    quotes = {"letter": rng.choice(QUOTES), "word": rng.choice(QUOTES)}
+    question = question.format(
+        letter=quotes["letter"] + letter + quotes["letter"], word=quotes["word"] + word + quotes["word"]
+    )
+    return question + ("?" if rng.random() < 0.5 else "")
+
+
+def _answer(letter: str, word: str) -> list[dict[str, str]]:
+    lines, count = [f"The letter '{letter}' in '{word}':", _spelled(word)], 0
+    for number, character in enumerate(word, start=1):
+        hit = ""
+        if character == letter:
+            count += 1
+            hit = f" hit! count={count}"
+        lines.append(f"{number}:{character}{hit}")
+    lines.append(f"By hand {count}, by Python:")
+    return [
+        {"type": "text", "text": "\n".join(lines)},
+        {"type": "python", "text": f"'{word}'.count('{letter}')"},
+        {"type": "python_output", "text": str(count)},
+        {"type": "text", "text": f"\n#### {count}"},
+    ]

@@ -114,4 +114,4 @@ class DocChoice(Task):
             {"role": "user", "content": render_mc(question, LETTERS, choices)},
             {"role": "assistant", "content": LETTERS[choices.index(kind)]},
         ]
-        return {"messages": messages, "letters": LETTERS}
+        return {"messages": messages, "letters": list(LETTERS)}

@@ -4,7 +4,7 @@ Both start from the newest checkpoint of another stage, with its optimizer's sta
 (nanochat/recipes.py), and end when every conversation has been seen `num_epochs` times;
 nanochat/train/chat_data.py lays the conversations out. The stages differ in tasks, in whether rows are
 packed, in the rows of a step and in the learning rates. All stages after pretraining take the optimizer's
-constants from the recipe of their model, and words to spell from the hub's text that it was pretrained on.
+constants from the recipe of their model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class ChatTrainConfig:
     run: str = "dummy"
     """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
     data: str = "auto"
-    """conversations: auto, hub (with words of the model's text; hub:fineweb and hub:climbmix choose it),
-    embedded, or your own: a .jsonl file, a folder or a glob"""
+    """conversations: auto, hub, embedded, or your own: a .jsonl file, a folder or a glob"""
     add: str = ""
     """conversations of your own to learn beside those of `data`: a .jsonl file, a folder or a glob"""
     device_type: str = ""

@@ -61,7 +61,8 @@ class Rollouts:
         Samples of one question are adjacent.
         """
         numbers = range(first + runtime.rank, first + self.examples_per_step, runtime.world_size)
-        conversations = [self.task[shuffled(number, len(self.task), self.seed)] for number in numbers]
+        indices = [shuffled(number, len(self.task), self.seed) for number in numbers]
+        conversations = [self.task[index] for index in indices]
         tokenizer = self.engine.tokenizer
         room = self.engine.model.config.sequence_len - self.max_new_tokens
         prompts = [render_for_completion(tokenizer, c, room) for c in conversations]
@@ -77,11 +78,11 @@ class Rollouts:
             batch_size=self.batch_size,
         )
         samples = []
-        for i, (conversation, prompt) in enumerate(zip(conversations, prompts, strict=True)):
+        for i, (index, conversation, prompt) in enumerate(zip(indices, conversations, prompts, strict=True)):
+            part = self.task.part(index)
             group = completions[i * self.num_samples : (i + 1) * self.num_samples]
-            rewards = [self.task.reward(conversation, tokenizer.decode(c.tokens)) for c in group]
-            task = type(conversation.get("task", self.task)).__name__
-            samples += map(partial(_sample, task, prompt), group, rewards, advantages(rewards))
+            rewards = [part.reward(conversation, tokenizer.decode(c.tokens)) for c in group]
+            samples += map(partial(_sample, type(part).__name__, prompt), group, rewards, advantages(rewards))
         return samples
 
 

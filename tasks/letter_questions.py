@@ -1,0 +1,62 @@
+"""Wordings in seven languages of the question how often a letter is in a word, each without its question mark."""
+
+QUESTIONS = (
+    # English
+    "How often does {letter} occur in {word}",
+    "How often is {letter} in {word}",
+    "How many times is {letter} in {word}",
+    "How many {letter} does {word} have",
+    "How many {letter} can you find in {word}",
+    "How many of the letters of {word} are {letter}",
+    "How many letters of {word} are {letter}",
+    "How many {letter} are needed to write {word}",
+    "In {word}, how often do you see {letter}",
+    "In the word {word}, how many letters are {letter}",
+    "What is the number of {letter} in {word}",
+    "What is the count of {letter} in the word {word}",
+    "Tell me how often {letter} is in {word}",
+    "Tell me the number of {letter} in {word}",
+    "Please count {letter} in {word}",
+    "Count the letter {letter} in the word {word}",
+    "Count how often {word} has {letter}",
+    "Could you count the {letter} in {word}",
+    "Do you know how many {letter} {word} has",
+    "I want to know how often {letter} is in {word}",
+    "Look at {word} and count every {letter}",
+    "Does {word} have {letter}, and how often",
+    "The letter {letter} in {word}: how many times",
+    "Number of {letter} in {word}",
+    # German
+    "Wie oft kommt {letter} in {word} vor",
+    "Wie viele {letter} hat das Wort {word}",
+    "Wie oft steht {letter} in {word}",
+    "Zähle den Buchstaben {letter} in {word}",
+    "Wie oft schreibt man {letter} in {word}",
+    # French
+    "Combien de {letter} y a-t-il dans {word}",
+    "Combien de fois trouve-t-on {letter} dans {word}",
+    "Compte la lettre {letter} dans le mot {word}",
+    "Quel est le nombre de {letter} dans {word}",
+    "Combien de fois écrit-on {letter} dans {word}",
+    # Spanish
+    "¿Cuántas veces está {letter} en {word}",
+    "¿Cuántas {letter} tiene la palabra {word}",
+    "Cuenta la letra {letter} en {word}",
+    "¿Cuántas {letter} hay en {word}",
+    "¿Cuál es el número de {letter} en {word}",
+    # Japanese
+    "{word}に{letter}は何回出てきますか",
+    "{word}の中に{letter}はいくつありますか",
+    "{word}という単語の{letter}を数えてください",
+    "{word}には{letter}が何文字ありますか",
+    # Chinese
+    "{word}里有几个{letter}",
+    "单词{word}中字母{letter}出现多少次",
+    "请数一数{word}中的{letter}",
+    "{letter}在{word}中出现几次",
+    # Korean
+    "{word}에 {letter}가 몇 번 나오나요",
+    "{word}에는 {letter}가 몇 개 있나요",
+    "단어 {word}에서 {letter}의 개수를 세어 주세요",
+    "{word}에 글자 {letter}가 얼마나 있나요",
+)
