@@ -25,7 +25,7 @@ def english_words() -> list[str]:
     """Return 370,000 English words in lower case, one a line of dwyl/english-words' words_alpha.txt.
 
     The environment variable WORDS_URL names another such file. It is downloaded once, to its own name in the
-    base directory. Raises OSError without a network, ValueError for a line that is not one of a to z alone.
+    base directory. Raises OSError without a network, ValueError for other letters than a to z and no words.
     """
     url = os.environ.get("WORDS_URL") or WORDS_URL
     path = base_dir() / (PurePosixPath(urlparse(url).path).name or "words.txt")
@@ -42,6 +42,8 @@ def english_words() -> list[str]:
 
 def _read(path: Path) -> list[str]:
     words = path.read_text(encoding="utf-8").split()
+    if not words:
+        raise ValueError(f"{path} has no words; remove it, and it is downloaded again")
     if wrong := next((word for word in words if not re.fullmatch("[a-z]+", word)), None):
         raise ValueError(f"{path} must be words of the letters a to z, but has {wrong!r:.60}")
     return words

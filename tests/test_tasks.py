@@ -38,6 +38,8 @@ def learned(tokenizer, conversation):
 # ---------------------------------------------------------------------------------------------------------
 # ARC and MMLU
 
+ONLY = "Respond only with the letter of the correct answer."
+
 
 def arc_row(texts, labels, key):
     return {
@@ -49,34 +51,27 @@ def arc_row(texts, labels, key):
 
 
 @pytest.mark.parametrize(
-    ("texts", "labels", "key", "listed", "letters", "answer"),
+    ("texts", "labels", "key", "listed"),
     [
-        (("iron", "cork", "lead", "gold"), "ABCD", "B", "A) iron\nB) cork\nC) lead\nD) gold", "ABCD", "B"),
-        (("iron", "lead", "gold", "cork"), "1234", "4", "A) iron\nB) lead\nC) gold\nD) cork", "ABCD", "D"),
-        (("cork", "lead", "gold"), "123", "1", "A) cork\nB) lead\nC) gold", "ABC", "A"),
-        (
-            ("tin", "lead", "gold", "iron", "cork"),
-            "ABCDE",
-            "E",
-            "A) tin\nB) lead\nC) gold\nD) iron\nE) cork",
-            "ABCDE",
-            "E",
-        ),
+        (("iron", "cork", "lead", "gold"), "ABCD", "B", "- iron=A\n- cork=B\n- lead=C\n- gold=D"),
+        (("iron", "lead", "gold", "cork"), "1234", "4", "- iron=1\n- lead=2\n- gold=3\n- cork=4"),
+        (("cork", "lead", "gold"), "123", "1", "- cork=1\n- lead=2\n- gold=3"),
+        (("tin", "lead", "gold", "cork", "iron"), "ABCDE", "D", "- tin=A\n- lead=B\n- gold=C\n- cork=D\n- iron=E"),
     ],
 )
-def test_arc_has_letters_for_all_labels(tokenizer, rows, texts, labels, key, listed, letters, answer):
+def test_arc_keeps_its_labels(tokenizer, rows, texts, labels, key, listed):
     task = ARC("ARC-Easy", "train", path=rows(arc_row(texts, labels, key)))
     conversation = task[0]
     assert conversation == {
         "messages": [
-            {"role": "user", "content": f"Which floats?\n{listed}"},
-            {"role": "assistant", "content": answer},
+            {"role": "user", "content": f"Multiple Choice question: Which floats?\n{listed}\n\n{ONLY}"},
+            {"role": "assistant", "content": key},
         ],
-        "letters": list(letters),
+        "letters": list(labels),
     }
     assert task.eval_type == "categorical"
-    assert [letter for letter in letters if task.evaluate(conversation, letter)] == [answer]
-    assert learned(tokenizer, conversation) == f"{answer}<|assistant_end|>"
+    assert [letter for letter in labels if task.evaluate(conversation, letter)] == [key]
+    assert learned(tokenizer, conversation) == f"{key}<|assistant_end|>"
 
 
 def test_arc_checks_its_settings_and_rows(rows):
@@ -97,9 +92,13 @@ def test_mmlu_by_hand(tokenizer, rows):
     conversation = task[0]
     assert conversation == {
         "messages": [
-            {"role": "user", "content": "2+2?\nA) 3\nB) 5\nC) 4\nD) 6"},
+            {
+                "role": "user",
+                "content": f"Multiple Choice question: 2+2?\n- 3=A\n- 5=B\n- 4=C\n- 6=D\n\n{ONLY}",
+            },
             {"role": "assistant", "content": "C"},
         ],
+        "subject": "sums",
         "letters": ["A", "B", "C", "D"],
     }
     assert task.eval_type == "categorical"
@@ -114,12 +113,12 @@ def test_mmlu_by_hand(tokenizer, rows):
 )
 def test_mmlu_row_without_an_answer_is_an_error(rows, choices, answer):
     """Regression: -1 was silently D; other values were a TypeError, an IndexError or an error of zip."""
-    path = rows({"question": "Which?", "choices": list(choices), "answer": answer})
+    path = rows({"question": "Which?", "subject": "", "choices": list(choices), "answer": answer})
     with pytest.raises(
         ValueError, match=f"row of 'Which\\?' has choices=.*, answer={answer!r}: choices must"
     ):
         MMLU("all", "test", path=path)[0]
-    path = rows({"question": "Which?", "choices": choices, "answer": 0})
+    path = rows({"question": "Which?", "subject": "", "choices": choices, "answer": 0})
     with pytest.raises(ValueError, match=f"choices='{choices}', answer=0: choices must be a list of four"):
         MMLU("all", "test", path=path)[0]
 

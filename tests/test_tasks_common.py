@@ -85,11 +85,11 @@ def test_each_task_of_a_mixture_grades_its_own_conversations():
             return self.evaluate(conversation, completion) / 2
 
     mixture = TaskMixture([TaskSequence([Graded("a", 5), Half("b", 5)]), Graded("c", 5)])
-    for conversation in mixture:
-        name = conversation["id"][0]
-        assert mixture.evaluate(conversation, f"{name}!")
-        assert not mixture.evaluate(conversation, "d")
-        assert mixture.reward(conversation, f"{name}!") == (0.5 if name == "b" else 1)
+    for index, conversation in enumerate(mixture):
+        name, part = conversation["id"][0], mixture.part(index)
+        assert part.evaluate(conversation, f"{name}!")
+        assert not part.evaluate(conversation, "d")
+        assert part.reward(conversation, f"{name}!") == (0.5 if name == "b" else 1)
     assert [type(part).__name__ for part in mixture.parts()] == ["Graded", "Half", "Graded"]
 
 
@@ -104,9 +104,9 @@ def test_items_of_train_and_test_share_no_generator():
 
 def test_render_mc():
     assert render_mc("Which is a bird?", "ABC", ["a cat", "an owl", "a cod"]) == (
-        "Which is a bird?\nA) a cat\nB) an owl\nC) a cod"
+        "Multiple Choice question: Which is a bird?\n- a cat=A\n- an owl=B\n- a cod=C\n\n"
+        "Respond only with the letter of the correct answer."
     )
-    assert render_mc("Which?", "AB", ["one", "two"]) == "Which?\nA) one\nB) two"
     with pytest.raises(ValueError, match="zip"):
         render_mc("?", "ABCD", ["one", "two"])
 

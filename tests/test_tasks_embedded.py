@@ -9,7 +9,7 @@ import pytest
 from nanochat.calculator import calculate
 from tasks import embedded_mixtures, mixtures
 from tasks.arithmetic import Arithmetic
-from tasks.spellingbee import SimpleSpelling, SpellingBee, word_list
+from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.stdlib import KINDS, DocChoice, DocQuestion, entries
 from tests.helpers.vocabulary import train_tokenizer
 
@@ -25,7 +25,9 @@ def reply(conversation):
 
 
 def words_of(task):
-    return {re.findall(r'"(\w+)"', user(task[i]))[-1] for i in range(len(task))}
+    """Return the words that are spelled."""
+    text = [reply(conversation) for conversation in task]
+    return {re.search(r"^(\w+):", t if isinstance(t, str) else t[0]["text"], re.M)[1] for t in text}
 
 
 @pytest.mark.parametrize("task_class", [SimpleSpelling, SpellingBee])
@@ -38,56 +40,33 @@ def test_no_word_is_in_both_splits(task_class):
 
 def test_spelling():
     task = SimpleSpelling(["tree"], 5, "train")
-    assert reply(task[0]) == "t r e e"
-    assert '"tree"' in user(task[0])
-    assert task.evaluate(task[0], " t r e e\n")
-    for wrong in ("t r e", "t r e e e", "tree", ""):
+    assert user(task[0]) == "Spell the word: tree"
+    assert reply(task[0]) == "tree:t,r,e,e"
+    assert task.evaluate(task[0], " tree:t,r,e,e\n")
+    for wrong in ("tree:t,r,e", "tree:t,r,e,e,e", "t,r,e,e", "tree", ""):
         assert not task.evaluate(task[0], wrong)
     with pytest.raises(ValueError, match="give more words"):
         SimpleSpelling(["tree"], 5, "test")
 
 
-def test_letters_are_counted_by_the_calculator():
+def test_letters_are_counted_by_hand_and_by_the_calculator():
     task = SpellingBee(WORDS, 50, "train")
     counts = set()
     for i in range(50):
-        call, output, text = reply(task[i])
-        letter, word = re.search(r'"(\w)".*"(\w+)"', user(task[i])).groups()
-        assert call["text"] == f' "{word}".count("{letter}")'
+        by_hand, call, output, text = reply(task[i])
+        word, letter = re.fullmatch(r"'(\w+)'.count\('(\w)'\)", call["text"]).groups()
         assert output["text"] == calculate(call["text"]) == str(word.count(letter))
-        assert text["text"] == f"#### {output['text']}"
+        assert by_hand["text"].count("hit!") == word.count(letter)
+        assert by_hand["text"].endswith(f"\nBy hand {output['text']}, by Python:")
+        assert text["text"] == f"\n#### {output['text']}"
         counts.add(output["text"])
     assert counts == {"0", "1"}
-    banana = [reply(SpellingBee(["banana"], 50, "train")[i]) for i in range(50)]
-    assert {output["text"] for call, output, _ in banana if '"a"' in call["text"]} == {"3"}
-    assert {output["text"] for _, output, _ in banana} == {"0", "1", "2", "3"}
-    correct = reply(task[0])[1]["text"]
-    assert task.evaluate(task[0], f"#### {correct}")
+    banana = [reply(SpellingBee(["banana"], 90, "train")[i]) for i in range(90)]
+    assert {output["text"] for _, _, output, _ in banana} == {"0", "1", "2", "3"}
+    correct = reply(task[0])[2]["text"]
+    assert task.evaluate(task[0], f"By hand 5\n#### {correct}")
     assert not task.evaluate(task[0], f"#### {int(correct) + 1}")
-    assert not task.evaluate(task[0], "I do not know")
-
-
-def test_a_word_has_the_same_tokens_in_the_question_and_in_the_call():
-    tokenizer = train_tokenizer()
-    question, call = (tokenizer.encode(text) for text in ('Count the "r" in "river".', ' "river".count("r")'))
-    word = tokenizer.encode("river")
-    inside = [question[i : i + len(word)] == word for i in range(len(question))]
-    assert any(inside)
-    quote = tokenizer.encode(' "')
-    assert call[: len(quote) + len(word)] == quote + word
-
-
-def test_word_list_comes_from_the_training_text(monkeypatch):
-    monkeypatch.setattr(
-        "tasks.spellingbee.parquets_iter_batched",
-        lambda split, data: iter([["the cat and the dog", "a cat; The dog"], ["the cat and x2y Zed zed"]]),
-    )
-    assert word_list("any") == ["the", "cat", "and", "dog"]
-    assert word_list("any", max_length=2) == []
-    monkeypatch.setattr("tasks.spellingbee.N_BATCHES", 1)
-    assert word_list("any") == ["the", "cat", "dog"]
-    monkeypatch.setattr("tasks.spellingbee.MIN_LENGTH", 4)
-    assert word_list("any") == []
+    assert not task.evaluate(task[0], f"By hand {correct}")
 
 
 def test_arithmetic():
@@ -141,8 +120,8 @@ def test_multiple_choice_is_balanced_and_its_letter_is_correct():
         kinds[f"What is this? {entry.text}"].add(entry.kind)
     letters, orders = [], set()
     for i in range(400):
-        question, *lines = user(task[i]).split("\n")
-        choices = {line[0]: line[3:] for line in lines}
+        question, *lines = user(task[i]).removeprefix("Multiple Choice question: ").split("\n")[:5]
+        choices = {line[-1]: line[2:-2] for line in lines}
         assert set(choices.values()) == set(KINDS)
         assert choices[reply(task[i])] in kinds[question]
         letters.append(reply(task[i]))
@@ -156,7 +135,7 @@ def test_multiple_choice_is_balanced_and_its_letter_is_correct():
 def test_alphabetical_choices():
     task = DocChoice(50, "train", alphabetical=1.0)
     assert all(
-        user(task[i]).split("\n")[1:] == ["A) class", "B) exception", "C) function", "D) module"]
+        user(task[i]).split("\n")[1:5] == ["- class=A", "- exception=B", "- function=C", "- module=D"]
         for i in range(50)
     )
     with pytest.raises(ValueError, match="must be a fraction"):
@@ -224,7 +203,7 @@ def test_your_own_conversations_with_others(tmp_path):
 
 
 def test_an_identity_is_learned_with_the_embedded_data(monkeypatch, base_dir):
-    monkeypatch.setattr(embedded_mixtures, "word_list", lambda data, max_length: WORDS)
+    monkeypatch.setattr(embedded_mixtures, "text_words", lambda data, max_length: WORDS)
     without, val = mixtures.sft_tasks("embedded")
     write_chats(base_dir / "identity_conversations.jsonl", ["Who are you?", "What is your name?"])
     train, same_val = mixtures.sft_tasks("embedded")
@@ -234,7 +213,7 @@ def test_an_identity_is_learned_with_the_embedded_data(monkeypatch, base_dir):
 
 
 def test_tasks_of_the_embedded_data(monkeypatch):
-    monkeypatch.setattr(embedded_mixtures, "word_list", lambda data, max_length: WORDS)
+    monkeypatch.setattr(embedded_mixtures, "text_words", lambda data, max_length: WORDS)
     tokenizer = train_tokenizer()
     for make in (mixtures.mid_tasks, mixtures.sft_tasks):
         train, val = make("embedded")
