@@ -61,9 +61,9 @@ class ChatRLConfig:
     max_new_tokens: int = 256
     """tokens of an answer, at most; half of the context at most"""
     temperature: float = 1.0
-    """of sampling"""
+    """of sampling; the gradient is that of temperature 1, and biased at any other"""
     top_k: int = 50
-    """sample from the k likeliest tokens; 0: from all"""
+    """sample from the k likeliest tokens, for which the gradient is biased; 0: from all"""
     rollout_batch_size: int = 128
     """answers decoded at a time on one device, on a GPU fastest up to 128; lower it when memory runs out in
     sampling or evaluation"""

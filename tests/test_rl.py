@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 import signal
@@ -10,8 +11,9 @@ import torch
 from nanochat.common import Runtime
 from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
+from nanochat.sampling import filter_logits
 from nanochat.train.rl import accumulate, policy_loss, train
-from nanochat.train.rollouts import Sample
+from nanochat.train.rollouts import Sample, advantages
 from nanochat.train.run import DryRun
 from tasks.common import TaskMixture
 from tests.helpers.models import random_model, small_config
@@ -99,6 +101,34 @@ def test_samples_without_advantage_cost_no_forward(samples):
     model.register_forward_pre_hook(lambda module, inputs: widths.append(tuple(inputs[0].shape)))
     accumulate(model, samples, 20, 2)
     assert widths == [(2, 8), (2, 4)]  # the longest first; the one of length 3 is not there
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.0, 2), (0.5, 0)])
+def test_without_top_k_the_expected_gradient_is_that_of_the_expected_reward(temperature, top_k):
+    """Over all pairs of answers, of two tokens out of five; top_k or a temperature sample from another p."""
+    answers = list(itertools.product(range(5), repeat=2))
+    rewards = [float((a + 2 * b) % 3 == 0) for a, b in answers]
+
+    def probabilities(model, temperature, top_k):
+        logits = model(torch.tensor([[3, a] for a in range(5)]))  # (5,2,5)
+        p = filter_logits(logits.flatten(0, 1) / temperature, top_k).softmax(-1).view_as(logits)
+        return [p[0, 0, a] * p[a, 1, b] for a, b in answers]
+
+    model = random_model(small_config(vocab_size=5)).double()
+    expected_reward = sum(p * r for p, r in zip(probabilities(model, 1.0, 0), rewards, strict=True))
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(expected_reward, list(model.parameters()))])
+
+    with torch.no_grad():
+        drawn = [p.item() for p in probabilities(model, temperature, top_k)]
+    weights = [0.0] * len(answers)  # expected advantages, times how often a pair has the answer
+    for pair in itertools.product(range(len(answers)), repeat=2):
+        for i, advantage in zip(pair, advantages([rewards[i] for i in pair]), strict=True):
+            weights[i] += drawn[pair[0]] * drawn[pair[1]] * advantage
+    samples = [a_sample([3, *a], [0, 1, 1], w) for a, w in zip(answers, weights, strict=True)]
+    policy_loss(model, samples, 1).backward()
+    found = -torch.cat([p.grad.flatten() for p in model.parameters()])
+    error = (found - exact).norm() / exact.norm()
+    assert error < 1e-9 if (temperature, top_k) == (1.0, 0) else error > 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------

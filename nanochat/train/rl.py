@@ -9,8 +9,11 @@ rewarded more than the question's others:
 n counts the sampled tokens of the whole step over all ranks, so neither micro-batches nor padding change a
 gradient. Each answer is used once, to update the very model that gave it: there is no ratio to clip, no
 reference model and no KL term. Nor is the advantage divided by its deviation, which would favour questions
-that are nearly always or nearly never answered (Liu et al. 2025). p is the model's own, without temperature
-and top-k.
+that are nearly always or nearly never answered (Liu et al. 2025).
+
+p is the softmax over all tokens at temperature 1. Samples drawn with temperature 1 and top_k 0 are from p
+itself, and the gradient of the sum is in expectation that of the expected reward, times a constant (Williams
+1992). With another temperature or with top_k they are from another distribution, and it is biased.
 
 Questions whose samples all have the same reward add nothing and cost no forward; a step of such questions
 alone changes nothing, not even by momentum.
