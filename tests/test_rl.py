@@ -150,6 +150,7 @@ def run_steps(
     num_steps,
     *,
     peak=0.05,
+    scaled=False,
     cadence=Cadence(eval_every=2),  # noqa: B008 - frozen
     evaluate=lambda: {"accuracy": 0.5, "standard_error": 0.1},
     sample=lambda: None,
@@ -176,7 +177,8 @@ def run_steps(
         lr_multiplier=partial(lr_multiplier, peak=peak, warmdown=1.0),
         momentum=OptimizerConfig().momentum_at,
     )
-    return train(run, rollouts, plan, batch_size=3, evaluate=evaluate, sample=sample), run
+    settings = {"batch_size": 3, "scale_lr_by_contrast": scaled}
+    return train(run, rollouts, plan, **settings, evaluate=evaluate, sample=sample), run
 
 
 def test_reward_rises(tokenizer):
@@ -238,7 +240,30 @@ def test_checkpoint_first_evaluation_after(tokenizer):
     assert events == ["evaluate", ("save", 2), "evaluate", ("save", 3), "evaluate", "sample"]
 
 
-def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
+def test_a_step_is_as_large_as_its_contrast(tokenizer):
+    """One question of which anything could be learned moved the weights as far as a step full of them."""
+
+    class Lenient(WordTask):
+        def evaluate(self, conversation, completion):
+            return conversation["messages"][0]["content"] > "3" or super().evaluate(conversation, completion)
+
+    moves, records = [], []
+    for scaled in (False, True):
+        rollouts = rollouts_of(tokenizer, task=Lenient(), examples_per_step=8)
+        model = rollouts.engine.model
+        before = [p.clone() for p in model.parameters()]
+        _, run = run_steps(rollouts, 1, peak=0.5, scaled=scaled)
+        moves.append([p - old for p, old in zip(model.parameters(), before, strict=True)])
+        records.append(next(r for r in run.records if "reward" in r))
+    contrast = records[0]["contrast"]
+    assert 0 < contrast < 0.6
+    assert [r["lr_multiplier"] for r in records] == [0.5, 0.5 * contrast]
+    for full, scaled in zip(*moves, strict=True):
+        torch.testing.assert_close(scaled, contrast * full, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_teaches_nothing_changes_nothing(scaled, tokenizer):
     """Not even by the momentum of the step before."""
 
     class Fickle(WordTask):
@@ -258,11 +283,12 @@ def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
             rollouts.task.is_pleased = True
             after_first.extend(p.clone() for p in model.parameters())
 
-    _, run = run_steps(rollouts, 3, peak=1.0, log=log)
+    _, run = run_steps(rollouts, 3, peak=1.0, scaled=scaled, log=log)
     assert records[0]["grad_norm"] > 0
     assert all(map(torch.equal, after_first, model.parameters()))
     nothing = [(r["reward"], r["contrast"], r["loss"], r["grad_norm"]) for r in records[1:]]
     assert nothing == [(1.0, 0, 0, 0)] * 2
+    assert {stack.n_steps for stack in run.optimizer.stacks} == {1}
     assert run.progress.step == 3
 
 
