@@ -61,9 +61,9 @@ class ChatRLConfig:
     max_new_tokens: int = 256
     """tokens of an answer, at most; half of the context at most"""
     temperature: float = 1.0
-    """of sampling"""
+    """of sampling; the gradient is that of temperature 1, and biased at any other"""
     top_k: int = 50
-    """sample from the k likeliest tokens; 0: from all"""
+    """sample from the k likeliest tokens, for which the gradient is biased; 0: from all"""
     rollout_batch_size: int = 128
     """answers decoded at a time on one device, on a GPU fastest up to 128; lower it when memory runs out in
     sampling or evaluation"""
@@ -76,6 +76,8 @@ class ChatRLConfig:
     """start with the optimizer state of the stage before, if it was saved"""
     init_lr_frac: float = 0.05
     """factor on all learning rates, which fall from there linearly to 0"""
+    scale_lr_by_contrast: bool = False
+    """multiply the rates of a step by the share of its answers rewarded unlike others to their question"""
     recipe: str = ""
     """recipe that the optimizer's defaults are from; empty: that of the model to start from"""
     optimizer: OptimizerConfig = SAINT_IBERIS.chat_optimizer
@@ -189,8 +191,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoder=config.decoder,
     )
     run.begin(plan)
-    batch_size = config.device_batch_size
-    is_finished = train(run, rollouts, plan, batch_size=batch_size, evaluate=evaluate, sample=sample)
+    is_finished = train(
+        run,
+        rollouts,
+        plan,
+        batch_size=config.device_batch_size,
+        scale_lr_by_contrast=config.scale_lr_by_contrast,
+        evaluate=evaluate,
+        sample=sample,
+    )
     run.close()
     if is_finished and runtime.is_main:
         print(report_rl(run, plan))

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device-type=cpu", "--examples-per-step=4", "--num-samples=8", "--max-new-tokens=4"]
 SMALL += ["--init-lr-frac=1", "--eval-every=0", "--sample-every=0", "--save-every=0"]
+EXACT = ["--top-k=0", "--scale-lr-by-contrast"]
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +70,11 @@ def test_rl_follows_the_recipe_of_its_model():
     assert (found["optimizer"]["matrix_lr"], found["optimizer"]["embedding_lr"]) == (0.03, 0.4)
 
 
-def test_resume_is_bitwise():
+@pytest.mark.parametrize("more", [[], EXACT])
+def test_resume_is_bitwise(more):
     """Two steps, stop, two more: questions, samples, weights and metrics equal those of four in one go."""
     (checkpoint_dir("sft", "whole")).symlink_to(checkpoint_dir("sft", "d2"))
-    flags = [*SMALL, "--num-steps=4", "--save-every=2", "--eval-every=2"]
+    flags = [*SMALL, *more, "--num-steps=4", "--save-every=2", "--eval-every=2"]
     chat_rl.main([*flags, "--model-tag=whole"])
     chat_rl.main(flags)
     for path in checkpoint_dir("rl", "d2").glob("*_000004*"):
@@ -119,7 +121,8 @@ def test_batch_sizes_that_do_not_divide_the_samples():
         assert chat_rl.main([*SMALL, *flags]) == 0
 
 
-def test_two_ranks():
+@pytest.mark.parametrize("more", [[], EXACT])
+def test_two_ranks(more):
     """Each learns from its own questions and both keep the same weights; one may have no useful samples."""
     code = """
 import sys
@@ -135,7 +138,8 @@ recipes.rl_tasks = lambda data: (WordTask(10), WordTask(stop=6))
 train_step = rl._train_step
 def checked(run, *rest):
     record = train_step(run, *rest)
-    found = run.runtime.gather([p.double().sum().item() for p in run.model.parameters()])
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    found = run.runtime.gather([*rates, *(p.double().sum().item() for p in run.model.parameters())])
     assert found[0] == found[1]
     return record
 rl._train_step = checked
@@ -144,7 +148,7 @@ common.run(lambda: chat_rl.main(sys.argv[1:]))
     script = Path(os.environ["NANOCHAT_BASE_DIR"]) / "two_ranks.py"
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(script), *SMALL, "--examples-per-step=3", "--num-steps=12"]
+    command += [str(script), *SMALL, *more, "--examples-per-step=3", "--num-steps=12"]
     env = {**os.environ, "RANK": "", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, check=True, env=env, timeout=300)
     rewards = [r["reward"] for r in untimed_records("rl") if "reward" in r]

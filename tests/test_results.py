@@ -61,7 +61,7 @@ def test_training_by_hand(tmp_path, base_dir):
 
 def test_reinforcement_learning_by_hand(tmp_path, base_dir):
     """Twenty steps: a tenth of them is two."""
-    steps = [{"step": i, "reward": i / 20, "rewards": {"A": i / 20}} for i in range(20)]
+    steps = [{"step": i, "reward": i / 20, "rewards": {"A": i / 20}, "contrast": i / 10} for i in range(20)]
     steps[19]["rewards"] = {"B": 0.5}
     before, after = ({"step": i, "accuracy": a, "standard_error": 0.1} for i, a in ((0, 0.25), (20, 0.75)))
     run = a_run(tmp_path / "d2", "rl", [before, *steps, after], Progress(step=20, train_seconds=60.0))
@@ -71,6 +71,7 @@ def test_reinforcement_learning_by_hand(tmp_path, base_dir):
     )
     report = json.loads((base_dir / "report" / "chat_rl.json").read_text())
     assert (report["first_reward"], report["last_reward"]) == pytest.approx((0.025, 0.925))
+    assert report["contrast"] == pytest.approx(0.95)
     assert report["rewards"]["A"] == pytest.approx({"first": 0.025, "last": 0.875})
     assert report["rewards"]["B"] == {"first": 0.5, "last": 0.5}
     assert (report["first_accuracy"], report["accuracy"], report["seconds"]) == (0.25, 0.75, 60.0)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 import signal
@@ -10,8 +11,9 @@ import torch
 from nanochat.common import Runtime
 from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import Cadence, OptimizerConfig, Plan, lr_multiplier
+from nanochat.sampling import filter_logits
 from nanochat.train.rl import accumulate, policy_loss, train
-from nanochat.train.rollouts import Sample
+from nanochat.train.rollouts import Sample, advantages
 from nanochat.train.run import DryRun
 from tasks.common import TaskMixture
 from tests.helpers.models import random_model, small_config
@@ -101,6 +103,34 @@ def test_samples_without_advantage_cost_no_forward(samples):
     assert widths == [(2, 8), (2, 4)]  # the longest first; the one of length 3 is not there
 
 
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.0, 2), (0.5, 0)])
+def test_without_top_k_the_expected_gradient_is_that_of_the_expected_reward(temperature, top_k):
+    """Over all pairs of answers, of two tokens out of five; top_k or a temperature sample from another p."""
+    answers = list(itertools.product(range(5), repeat=2))
+    rewards = [float((a + 2 * b) % 3 == 0) for a, b in answers]
+
+    def probabilities(model, temperature, top_k):
+        logits = model(torch.tensor([[3, a] for a in range(5)]))  # (5,2,5)
+        p = filter_logits(logits.flatten(0, 1) / temperature, top_k).softmax(-1).view_as(logits)
+        return [p[0, 0, a] * p[a, 1, b] for a, b in answers]
+
+    model = random_model(small_config(vocab_size=5)).double()
+    expected_reward = sum(p * r for p, r in zip(probabilities(model, 1.0, 0), rewards, strict=True))
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(expected_reward, list(model.parameters()))])
+
+    with torch.no_grad():
+        drawn = [p.item() for p in probabilities(model, temperature, top_k)]
+    weights = [0.0] * len(answers)  # expected advantages, times how often a pair has the answer
+    for pair in itertools.product(range(len(answers)), repeat=2):
+        for i, advantage in zip(pair, advantages([rewards[i] for i in pair]), strict=True):
+            weights[i] += drawn[pair[0]] * drawn[pair[1]] * advantage
+    samples = [a_sample([3, *a], [0, 1, 1], w) for a, w in zip(answers, weights, strict=True)]
+    policy_loss(model, samples, 1).backward()
+    found = -torch.cat([p.grad.flatten() for p in model.parameters()])
+    error = (found - exact).norm() / exact.norm()
+    assert error < 1e-9 if (temperature, top_k) == (1.0, 0) else error > 0.1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -120,6 +150,7 @@ def run_steps(
     num_steps,
     *,
     peak=0.05,
+    scaled=False,
     cadence=Cadence(eval_every=2),  # noqa: B008 - frozen
     evaluate=lambda: {"accuracy": 0.5, "standard_error": 0.1},
     sample=lambda: None,
@@ -146,7 +177,8 @@ def run_steps(
         lr_multiplier=partial(lr_multiplier, peak=peak, warmdown=1.0),
         momentum=OptimizerConfig().momentum_at,
     )
-    return train(run, rollouts, plan, batch_size=3, evaluate=evaluate, sample=sample), run
+    settings = {"batch_size": 3, "scale_lr_by_contrast": scaled}
+    return train(run, rollouts, plan, **settings, evaluate=evaluate, sample=sample), run
 
 
 def test_reward_rises(tokenizer):
@@ -208,7 +240,30 @@ def test_checkpoint_first_evaluation_after(tokenizer):
     assert events == ["evaluate", ("save", 2), "evaluate", ("save", 3), "evaluate", "sample"]
 
 
-def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
+def test_a_step_is_as_large_as_its_contrast(tokenizer):
+    """One question of which anything could be learned moved the weights as far as a step full of them."""
+
+    class Lenient(WordTask):
+        def evaluate(self, conversation, completion):
+            return conversation["messages"][0]["content"] > "3" or super().evaluate(conversation, completion)
+
+    moves, records = [], []
+    for scaled in (False, True):
+        rollouts = rollouts_of(tokenizer, task=Lenient(), examples_per_step=8)
+        model = rollouts.engine.model
+        before = [p.clone() for p in model.parameters()]
+        _, run = run_steps(rollouts, 1, peak=0.5, scaled=scaled)
+        moves.append([p - old for p, old in zip(model.parameters(), before, strict=True)])
+        records.append(next(r for r in run.records if "reward" in r))
+    contrast = records[0]["contrast"]
+    assert 0 < contrast < 0.6
+    assert [r["lr_multiplier"] for r in records] == [0.5, 0.5 * contrast]
+    for full, scaled in zip(*moves, strict=True):
+        torch.testing.assert_close(scaled, contrast * full, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_teaches_nothing_changes_nothing(scaled, tokenizer):
     """Not even by the momentum of the step before."""
 
     class Fickle(WordTask):
@@ -228,11 +283,12 @@ def test_a_step_that_teaches_nothing_changes_nothing(tokenizer):
             rollouts.task.is_pleased = True
             after_first.extend(p.clone() for p in model.parameters())
 
-    _, run = run_steps(rollouts, 3, peak=1.0, log=log)
+    _, run = run_steps(rollouts, 3, peak=1.0, scaled=scaled, log=log)
     assert records[0]["grad_norm"] > 0
     assert all(map(torch.equal, after_first, model.parameters()))
     nothing = [(r["reward"], r["contrast"], r["loss"], r["grad_norm"]) for r in records[1:]]
     assert nothing == [(1.0, 0, 0, 0)] * 2
+    assert {stack.n_steps for stack in run.optimizer.stacks} == {1}
     assert run.progress.step == 3
 
 

@@ -94,6 +94,15 @@ def test_gives_batches_that_divide(machine, data, more, speedrun):
         assert not is_chat_of_embedded or config.total_batch_size == 4096  # else two steps are all there are
 
 
+@pytest.mark.parametrize(("data", "exact"), [("hub", False), ("embedded", True), ("PATH", True)])
+def test_rl_is_the_published_one_on_the_data_of_the_hub(data, exact, speedrun):
+    status, calls = speedrun(machine="one of 24 GiB", DATA=data, RL="1")
+    assert status == 0
+    (rl,) = (words for words in calls if "scripts.chat_rl" in words)
+    config = read_flags(*module_and_arguments(rl))
+    assert (config.top_k, config.scale_lr_by_contrast) == ((0, True) if exact else (50, False))
+
+
 def test_8_bits_are_for_pretraining_on_cards_that_have_them(speedrun, capfd):
     """On other cards it would fail after download and tokenizer."""
     assert speedrun(FP8="1", machine="one of 24 GiB") == speedrun(FP8="1") == (1, [])
@@ -186,9 +195,8 @@ def test_all_stages_read_the_same_text(settings, data, speedrun, tmp_path):
         module, arguments = module_and_arguments(words)
         assert getattr(read_flags(module, arguments), "data", data) == data, module
     lines = (tmp_path / "calls").read_text().splitlines()
-    for module in ("nanochat.dataset", "tasks.mixtures"):
-        (line,) = (line for line in lines if module in line)
-        assert line.endswith(f"--data={data}")
+    (line,) = (line for line in lines if "nanochat.dataset" in line)
+    assert line.endswith(f"--data={data}")
 
 
 def test_names_of_texts_are_those_of_the_recipes(speedrun, capfd):

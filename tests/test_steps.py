@@ -112,6 +112,8 @@ def test_rates_and_momentum_of_a_step(parts):
         assert group["lr"] == 0.75 * group["initial_lr"]
         if group["kind"] == "muon":
             assert group["momentum"] == pytest.approx(0.85 + 0.1 * 2 / 300)
+    assert set_schedule(optimizer, plan, 2, 0.5) == 0.375
+    assert all(group["lr"] == 0.375 * group["initial_lr"] for group in optimizer.param_groups)
 
 
 def test_momentum_and_weight_decay_of_the_second_generation():

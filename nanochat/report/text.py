@@ -95,6 +95,7 @@ FIGURES: dict[str, Sequence[tuple[str, str, Callable[[Any], str]]]] = {
         ("time", "seconds", duration),
         ("reward, first tenth of the steps", "first_reward", fixed4),
         ("reward, last tenth of the steps", "last_reward", fixed4),
+        ("share of answers with an advantage", "contrast", fixed4),
         ("greedy accuracy, before", "first_accuracy", fixed4),
         ("greedy accuracy, after", "accuracy", fixed4),
     ),

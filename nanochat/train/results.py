@@ -52,10 +52,12 @@ def report_training(run: Run, plan: Plan) -> str:
 def report_rl(run: Run, plan: Plan) -> str:
     """Write the report of reinforcement learning and return its one-line result.
 
-    Its rewards are means over the first and last tenth of the steps, its accuracies those before and after.
+    Its rewards are means over the first and last tenth of the steps, its contrast is the mean over all, its
+    accuracies are those before and after.
     """
     records = run.logged()
     rewards = [record["reward"] for record in records if "reward" in record]
+    contrasts = [record["contrast"] for record in records if "contrast" in record]
     evaluations = [record for record in records if "accuracy" in record]
     first, last = _tenths(rewards) if rewards else (None, None)  # none where the metrics file was lost
     before = evaluations[0]["accuracy"] if evaluations[0]["step"] == 0 else None
@@ -70,6 +72,7 @@ def report_rl(run: Run, plan: Plan) -> str:
         "seconds": run.progress.train_seconds,
         "first_reward": first,
         "last_reward": last,
+        "contrast": sum(contrasts) / len(contrasts) if contrasts else None,
         "rewards": {
             task: dict(zip(("first", "last"), tenths, strict=True)) for task, tenths in by_task.items()
         },

@@ -9,11 +9,16 @@ rewarded more than the question's others:
 n counts the sampled tokens of the whole step over all ranks, so neither micro-batches nor padding change a
 gradient. Each answer is used once, to update the very model that gave it: there is no ratio to clip, no
 reference model and no KL term. Nor is the advantage divided by its deviation, which would favour questions
-that are nearly always or nearly never answered (Liu et al. 2025). p is the model's own, without temperature
-and top-k.
+that are nearly always or nearly never answered (Liu et al. 2025).
+
+p is the softmax over all tokens at temperature 1. Samples drawn with temperature 1 and top_k 0 are from p
+itself, and the gradient of the sum is in expectation that of the expected reward, times a constant (Williams
+1992). With another temperature or with top_k they are from another distribution, and it is biased.
 
 Questions whose samples all have the same reward add nothing and cost no forward; a step of such questions
-alone changes nothing, not even by momentum.
+alone changes nothing, not even by momentum. But Muon and AdamW normalise their updates, so that a step in
+which one question tells anything would move the weights as far as one in which all do. scale_lr_by_contrast
+multiplies its learning rates by its contrast, the share of samples of all ranks that have an advantage.
 """
 
 from __future__ import annotations
@@ -72,6 +77,7 @@ def train(
     plan: Plan,
     *,
     batch_size: int,
+    scale_lr_by_contrast: bool,
     evaluate: Callable[[], dict[str, Any]],
     sample: Callable[[], object],
 ) -> bool:
@@ -85,31 +91,35 @@ def train(
     measure = partial(_measure, run, evaluate)
     with stop_on_sigterm() as stop:
         for _ in steps(run, plan, stop, evaluate=measure, sample=sample):
-            finish_step(run, plan, _train_step(run, rollouts, plan, batch_size), _describe)
+            record = _train_step(run, rollouts, plan, batch_size, scale_lr_by_contrast)
+            finish_step(run, plan, record, _describe)
             stops = torch.tensor(float(stop.here), device=run.runtime.device)
             stop.anywhere = run.runtime.sum_(stops).item() > 0
     return run.progress.step == plan.num_steps
 
 
-def _train_step(run: Run, rollouts: Rollouts, plan: Plan, batch_size: int) -> Record:
+def _train_step(
+    run: Run, rollouts: Rollouts, plan: Plan, batch_size: int, scale_lr_by_contrast: bool
+) -> Record:
     """Sample answers, learn from them, and return the step's record."""
     began = time.perf_counter()
     progress, first = run.progress, run.progress.loader_state["next_question"]
-    multiplier = set_schedule(run.optimizer, plan, progress.step)
     samples = rollouts.sample(progress.step, first, run.runtime)
     sums, rewards = _sum_up(samples, rollouts.task_names, run)
+    n = sums["samples"]
+    contrast = sums["useful"] / n
+    multiplier = set_schedule(run.optimizer, plan, progress.step, contrast if scale_lr_by_contrast else 1.0)
     loss = grad_norm = 0.0
     if sums["useful"]:
         loss, grad_norm = _update(run, samples, sums["tokens"], batch_size, multiplier)
     seconds = time.perf_counter() - began
     progress.loader_state = {"next_question": first + rollouts.examples_per_step, "positions": {}}
-    n = sums["samples"]
     return {
         "step": progress.step,
         "reward": sums["reward"] / n,
         "rewards": rewards,
         "smooth_reward": progress.ema.update(sums["reward"] / n),
-        "contrast": sums["useful"] / n,
+        "contrast": contrast,
         "length": sums["tokens"] / n,
         "ended": sums["ended"] / n,
         "loss": loss,
@@ -157,7 +167,8 @@ def _describe(run: Run, plan: Plan, record: Record) -> str:
     done = run.progress.step
     eta = (plan.num_steps - done) * run.progress.train_seconds / done
     return (
-        f"reward {record['smooth_reward']:.4f} | length {record['length']:.0f}"
-        f" | ended {100 * record['ended']:.0f} % | lr x {record['lr_multiplier']:.4f}"
-        f" | {record['seconds']:.1f} s | {record['tokens_per_second']:,.0f} tok/s | eta {eta / 60:.1f} min"
+        f"reward {record['smooth_reward']:.4f} | contrast {record['contrast']:.2f}"
+        f" | length {record['length']:.0f} | ended {100 * record['ended']:.0f} %"
+        f" | lr x {record['lr_multiplier']:.4f} | {record['seconds']:.1f} s"
+        f" | {record['tokens_per_second']:,.0f} tok/s | eta {eta / 60:.1f} min"
     )

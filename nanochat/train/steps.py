@@ -85,10 +85,13 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def set_schedule(optimizer: MuonAdamW, plan: Plan, step: int) -> float:
-    """Set rates, momentum and weight decay of a step; return the factor on the learning rates."""
+def set_schedule(optimizer: MuonAdamW, plan: Plan, step: int, share: float = 1.0) -> float:
+    """Set rates, momentum and weight decay of a step; return the factor on the learning rates.
+
+    The factor is `share` of the schedule's.
+    """
     progress = step / plan.num_steps
-    multiplier = plan.lr_multiplier(progress)
+    multiplier = share * plan.lr_multiplier(progress)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
         if group["kind"] == "muon":
