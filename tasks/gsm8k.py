@@ -11,7 +11,7 @@ openai/gsm8k on the hub.
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _CALCULATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
-_ANSWER = re.compile(r"[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![\d.,]|-\d|[ \t]*/[ \t]*\d)")
+_ANSWER = re.compile(
+    r"""[\s*$]* ( [-+]? (?:\$\s*)?
+        (?: (?: [0-9]{1,3} (?P<gap>[,\ \u00a0\u202f]) [0-9]{3} (?:(?P=gap)[0-9]{3})*  # 1,080 or 1 080
+              | [0-9]+ ) (?:\.[0-9]*)?
+          | \.[0-9]+ ) )
+    (?! [.,]?\d  |  e[-+]?\d  |  x[0-9a-f]  |  (?:k|bn)\b  # more of a number, or a calculation
+      | [ \t]* (?: (?: [-+*/^=:\u00d7\u00f7\u2212\u2013] | \\?(?:x|times|cdot|div)
+                     | plus | minus | divided\ by ) [ \t]* )* \$? \.?\d )""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 class GSM8K(Task):
@@ -65,12 +74,10 @@ def is_correct_number(conversation: Conversation, completion: str) -> bool:
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """Return the number after the first ####, or None: 1080 for "#### **$1,080.**" and "#### 1080.0".
+    """Return the number after the first ####, or None: 1080 for "#### **$1,080.**" and "#### 1 080".
 
-    Fractions and ranges, "3/4" and "3-4", are not numbers.
+    Neither a fraction, a range, a time nor a calculation is a number: "3/4", "3-4", "3:40", "7 x 6 = 42". Nor
+    is what only starts like one: "1,23", "1e5", "5k".
     """
     match = _ANSWER.match(text.partition("####")[2])
-    try:
-        return Decimal(re.sub(r"[$,\s]", "", match[1]).rstrip(".")) if match else None
-    except InvalidOperation:
-        return None
+    return Decimal(re.sub(r"[^-+.0-9]", "", match[1])) if match else None

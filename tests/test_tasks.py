@@ -234,6 +234,14 @@ def test_gsm8k_has_no_empty_parts(tokenizer, rows, answer, types):
         ("#### 5\n/x", "5"),
         ("#### 10-", "10"),
         ("####\n18 of 20 / 4", "18"),
+        ("#### 1 080", "1080"),
+        ("#### 1\u00a0080\u202f000 yen", "1080"),
+        ("#### 1,234,567.5 in all", "1234567.5"),
+        ("#### 18, not 20", "18"),
+        ("#### **72** (8 * 9)", "72"),
+        ("#### 5 xylophones", "5"),
+        ("#### 5 kg", "5"),
+        ("#### 3: three", "3"),
     ],
 )
 def test_answers_are_numbers(text, number):
@@ -242,6 +250,18 @@ def test_answers_are_numbers(text, number):
 
 
 FRACTIONS = ["#### 3/4", "#### 1/2 and #### 4", "#### 13 / 4", "#### 1.5/2", "#### 1,000/4"]
+
+NO_NUMBERS = "1,23; 1,0800; 10,80; 1 08; 1,080 000; 2 1/2; 1e5; 2E-3; 0x1F; 0xff; 5k".split("; ")
+SUMS = "7 x 6 = 42; 7x6; $7 * $6; 8+1; 8 + -1; 2**3; 2^3; 42 = 7 * 6; **42** = 7 * 6; 3:40; 8 - .5".split(
+    "; "
+)
+WORDS = "7 times 6; 7 \\times 6; 7 \u00d7 6; 8 divided by 2; 8 - 2; 8\u20132".split("; ")
+
+
+@pytest.mark.parametrize("text", [*NO_NUMBERS, *SUMS, *WORDS])
+def test_the_start_of_something_longer_is_no_answer(text):
+    """Regression: "7 x 6 = 42" was taken for 7, "1 080" for 1 and "1,23" for 123."""
+    assert extract_answer(f"#### {text}") is None
 
 
 @pytest.mark.parametrize(
