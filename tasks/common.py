@@ -82,6 +82,10 @@ class Task:
             return completion == conversation["messages"][-1]["content"]
         raise NotImplementedError(f"{type(self).__name__} cannot be evaluated: it is for training only")
 
+    def evaluate_strict(self, conversation: Conversation, completion: str) -> bool:
+        """Return True if the judge of the published figures takes a completion: here, as evaluate does."""
+        return self.evaluate(conversation, completion)
+
     def reward(self, conversation: Conversation, completion: str) -> float:
         """Return the reward for reinforcement learning: 1 for a correct answer, else 0."""
         return float(self.evaluate(conversation, completion))
@@ -115,6 +119,10 @@ class TaskSequence(Task):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Let the conversation's task evaluate."""
         return conversation["task"].evaluate(conversation, completion)
+
+    def evaluate_strict(self, conversation: Conversation, completion: str) -> bool:
+        """Let the conversation's task evaluate strictly."""
+        return conversation["task"].evaluate_strict(conversation, completion)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """Let the conversation's task return its reward."""

@@ -2,7 +2,7 @@
 
 A solution annotates its calculations, "so 48/2 = <<48/2=24>>24 clips", and ends in "#### 72". Each annotation
 becomes a call of the calculator and its result, so that the model need not calculate. Only the number after
-#### is graded.
+#### is graded: by its value, or strictly by its text, as in published figures.
 
 Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems" (arXiv:2110.14168);
 openai/gsm8k on the hub.
@@ -33,6 +33,7 @@ _ANSWER = re.compile(
                      | plus | minus | divided\ by ) [ \t]* )* \$? \.?\d )""",
     re.IGNORECASE | re.VERBOSE,
 )
+_STRICT_ANSWER = re.compile(r"#### ([-0-9.,]+)")
 
 
 class GSM8K(Task):
@@ -65,12 +66,29 @@ class GSM8K(Task):
         """See is_correct_number."""
         return is_correct_number(conversation, completion)
 
+    def evaluate_strict(self, conversation: Conversation, completion: str) -> bool:
+        """See is_published_number."""
+        return is_published_number(conversation, completion)
+
 
 def is_correct_number(conversation: Conversation, completion: str) -> bool:
     """Return True if the number after #### in the completion equals that in the solution's last part."""
-    solution = conversation["messages"][-1]["content"][-1]["text"]
     answer = extract_answer(completion)
-    return answer is not None and answer == extract_answer(solution)
+    return answer is not None and answer == extract_answer(_conclusion(conversation))
+
+
+def is_published_number(conversation: Conversation, completion: str) -> bool:
+    """Judge as the published figures do: numbers are equal if their texts are, without commas.
+
+    A number is the first run of -0123456789., that follows "#### ": $72 is none, and 72.00 is not 72.
+    """
+    answers = [_STRICT_ANSWER.search(text) for text in (completion, _conclusion(conversation))]
+    found = [match[1].replace(",", "") for match in answers if match]
+    return len(found) == 2 and found[0] == found[1]
+
+
+def _conclusion(conversation: Conversation) -> str:
+    return conversation["messages"][-1]["content"][-1]["text"]
 
 
 def extract_answer(text: str) -> Decimal | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.dataset import parquets_iter_batched
 from tasks.common import Bounds, Conversation, Task, item_random
-from tasks.gsm8k import is_correct_number
+from tasks.gsm8k import is_correct_number, is_published_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,3 +95,7 @@ class SpellingBee(_WordTask):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """See is_correct_number."""
         return is_correct_number(conversation, completion)
+
+    def evaluate_strict(self, conversation: Conversation, completion: str) -> bool:
+        """See is_published_number."""
+        return is_published_number(conversation, completion)

@@ -9,6 +9,7 @@ from tasks.arc import ARC
 from tasks.gsm8k import GSM8K, extract_answer
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
+from tasks.spellingbee import SpellingBee
 from tests.helpers.vocabulary import train_tokenizer
 
 
@@ -251,11 +252,9 @@ def test_answers_are_numbers(text, number):
 
 FRACTIONS = ["#### 3/4", "#### 1/2 and #### 4", "#### 13 / 4", "#### 1.5/2", "#### 1,000/4"]
 
-NO_NUMBERS = "1,23; 1,0800; 10,80; 1 08; 1,080 000; 2 1/2; 1e5; 2E-3; 0x1F; 0xff; 5k".split("; ")
-SUMS = "7 x 6 = 42; 7x6; $7 * $6; 8+1; 8 + -1; 2**3; 2^3; 42 = 7 * 6; **42** = 7 * 6; 3:40; 8 - .5".split(
-    "; "
-)
-WORDS = "7 times 6; 7 \\times 6; 7 \u00d7 6; 8 divided by 2; 8 - 2; 8\u20132".split("; ")
+NO_NUMBERS = ["1,23", "1,0800", "10,80", "1 08", "1,080 000", "2 1/2", "1e5", "2E-3", "0x1F", "0xff", "5k"]
+SUMS = ["7 x 6 = 42", "7x6", "$7 * $6", "8+1", "8 + -1", "2**3", "2^3", "**42** = 7 * 6", "3:40", "8 - .5"]
+WORDS = ["7 times 6", r"7 \times 6", "7 \u00d7 6", "8 divided by 2", "8 - 2", "8\u20132"]
 
 
 @pytest.mark.parametrize("text", [*NO_NUMBERS, *SUMS, *WORDS])
@@ -281,3 +280,37 @@ def test_gsm8k_compares_values(rows):
     assert [task.reward(task[0], text) for text in ("#### 1080", "#### 1")] == [1.0, 0.0]
     unanswered = gsm8k(rows, "Nobody knows.")
     assert not unanswered.evaluate(unanswered[0], "Nobody knows.")
+
+
+@pytest.mark.parametrize(
+    ("reply", "fair", "strict"),
+    [
+        ("#### 1080", True, True),
+        ("#### 1,080", True, True),
+        ("So it is #### 1,0,80", False, True),  # commas anywhere
+        ("##### 1080", False, True),
+        ("#### 1080 x 1", False, True),
+        ("#### $1,080", True, False),
+        ("#### **1080**", True, False),
+        ("####1080", True, False),
+        ("####\n1080", True, False),
+        ("#### 1080.00", True, False),
+        ("#### 1080.", True, False),
+        ("#### 1 080", True, False),
+        ("#### ? no, #### 1080", False, True),  # the first that is followed by a number
+        ("#### 108", False, False),
+        ("#### -1080", False, False),
+        ("1080", False, False),
+    ],
+)
+def test_fair_and_strict_judge_of_numbers(rows, reply, fair, strict):
+    task = gsm8k(rows, "It is <<500*2+80=1080>>1,080.\n#### 1,080")
+    bee = SpellingBee(["tree", "apple", "river"], 1, "train")
+    for judge in (task, bee):
+        assert judge.evaluate(task[0], reply) is fair
+        assert judge.evaluate_strict(task[0], reply) is strict
+
+
+def test_without_a_reference_nothing_is_right(rows):
+    unanswered = gsm8k(rows, "Nobody knows.")
+    assert not unanswered.evaluate_strict(unanswered[0], "Nobody knows.")
