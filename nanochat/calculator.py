@@ -40,20 +40,23 @@ def calculate(expression: str) -> str | None:
         return None
     without_commas = _TEXT_OR_COMMA.sub(lambda match: match[1] or "", expression)  # 1,234 but not "1,234"
     try:
-        text = _format(_evaluate(ast.parse(without_commas.strip(), _NAME, mode="eval").body))
+        source = without_commas.strip()
+        text = _format(_evaluate(ast.parse(source, _NAME, mode="eval").body, source))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
     return text if len(text) <= MAX_DIGITS else None
 
 
-def _evaluate(node: ast.expr) -> Fraction:
+def _evaluate(node: ast.expr, source: str) -> Fraction:
     match node:
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            value = Fraction(repr(number))  # the decimal as written, not the nearest binary float
+        case ast.Constant(value=int() as number) if not isinstance(number, bool):
+            value = Fraction(number)
+        case ast.Constant(value=float() as number):
+            value = _decimal(number, ast.get_source_segment(source, node) or "")
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            value = _BINARY[type(op)](_evaluate(left), _evaluate(right))
+            value = _BINARY[type(op)](_evaluate(left, source), _evaluate(right, source))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
-            value = _UNARY[type(op)](_evaluate(operand))
+            value = _UNARY[type(op)](_evaluate(operand, source))
         case ast.Call(
             func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
             args=[ast.Constant(value=str() as part)],
@@ -65,6 +68,14 @@ def _evaluate(node: ast.expr) -> Fraction:
     if abs(value) > LARGEST:
         raise ValueError("too large")
     return value
+
+
+def _decimal(number: float, written: str) -> Fraction:
+    """Return the decimal as written, not the nearest binary float; with an exponent, 17 digits of it.
+
+    An exponent may have any size, so its power of ten is not computed before the float bounds it.
+    """
+    return Fraction(repr(number) if "e" in written.lower() else written.replace("_", ""))
 
 
 def _format(value: Fraction) -> str:

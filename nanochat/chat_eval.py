@@ -5,7 +5,9 @@ right. Only the hidden state of each prompt's last token is multiplied by the he
 the letters. The engine decodes generative tasks, many rows at a time, greedily or several samples a problem.
 Each rank evaluates every world_size-th conversation.
 
-ChatCORE is the mean over tasks of (accuracy - chance) / (1 - chance): 0 for guessing, 1 for perfect answers.
+Two judges look at each reply: the fair one of accuracy and pass@k, and the strict one of published figures.
+
+ChatCORE is the mean over tasks of (strict - chance) / (1 - chance): 0 for guessing, 1 for perfect answers.
 """
 
 from __future__ import annotations
@@ -63,8 +65,9 @@ def evaluate_task(
     """Answer the first max_problems conversations of a task (-1: all) and return its figures.
 
     sampling and num_samples are of written replies; a letter is always the likeliest. Keys: accuracy (of all
-    samples), standard_error (over conversations), n, chance (of guessing; 0 without letters), seconds; with
-    several samples also pass@k for powers of two up to their number, and for that number.
+    samples), strict (the same by the strict judge), standard_error (of accuracy, over conversations), n,
+    chance (of guessing; 0 without letters), seconds; with several samples also pass@k, by the fair judge, for
+    powers of two up to their number, and for that number.
     """
     began = time.perf_counter()
     n = len(task) if max_problems == -1 else min(max_problems, len(task))
@@ -81,17 +84,23 @@ def evaluate_task(
             replies = _write_replies(conversations, engine, batch_size, progress, **settings)
     with ThreadPoolExecutor(JUDGES) as judges:
         asked = [c for c in conversations for _ in range(num_samples)]
-        grades = list(judges.map(task.evaluate, asked, replies))
-    n_right = [sum(grades[i : i + num_samples]) for i in range(0, len(grades), num_samples)]
+        grades = judges.map(
+            lambda *reply: (task.evaluate(*reply), task.evaluate_strict(*reply)), asked, replies
+        )
+        fair, strict = zip(*grades, strict=True) if asked else ((), ())
+    n_right = [sum(fair[i : i + num_samples]) for i in range(0, len(fair), num_samples)]
     ks = sorted({num_samples, *(2**i for i in range(num_samples.bit_length()))})
     passed = [sum(pass_at_k(num_samples, right, k) for right in n_right) for k in ks]
     squares = sum((right / num_samples) ** 2 for right in n_right)
     guesses = sum(1 / len(c["letters"]) if "letters" in c else 0.0 for c in conversations)
-    sums = torch.tensor([*passed, guesses, squares], device=runtime.device, dtype=torch.float32)
-    *passed, guesses, squares = runtime.sum_(sums).tolist()
+    sums = torch.tensor(
+        [*passed, sum(strict) / num_samples, guesses, squares], device=runtime.device, dtype=torch.float32
+    )
+    *passed, strict, guesses, squares = runtime.sum_(sums).tolist()
     accuracy = passed[0] / n
     return {
         "accuracy": accuracy,
+        "strict": strict / n,
         "standard_error": (max(0.0, squares / n - accuracy**2) / n) ** 0.5,
         "n": n,
         "chance": guesses / n,
@@ -109,9 +118,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def chatcore(tasks: dict[str, dict[str, Any]], without: Sequence[str] = ()) -> float | None:
-    """Return the mean centred accuracy of tasks except those named in `without`; None if none is left."""
+    """Return the mean centred strict figure of tasks except those in `without`; None if none is left."""
     kept = [t for name, t in tasks.items() if name not in without]
-    centred = [(t["accuracy"] - t["chance"]) / (1 - t["chance"]) for t in kept]
+    centred = [(t["strict"] - t["chance"]) / (1 - t["chance"]) for t in kept]
     return sum(centred) / len(centred) if centred else None
 
 

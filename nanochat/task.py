@@ -32,6 +32,10 @@ class Task(Protocol):
         """Return True if a completion (categorical: a letter) is correct."""
         ...
 
+    def evaluate_strict(self, conversation: Conversation, completion: str, /) -> bool:
+        """Return True if the judge of the published figures takes a completion."""
+        ...
+
     def reward(self, conversation: Conversation, completion: str, /) -> float:
         """Return the reward of a completion for reinforcement learning."""
         ...

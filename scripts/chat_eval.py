@@ -5,6 +5,9 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft -a "ARC-
 python -m scripts.chat_eval -i sft -a HumanEval -t 0.8 -n 16    # also pass@k, for k up to 16
 python -m scripts.chat_eval -i sft --bench     # also answer one at a time, and compare the speeds
 
+Each accuracy is that of the fair judge, which also takes right answers in other forms; strict is that of the
+judge of published figures, of which ChatCORE is made.
+
 All tasks together are written to report/chat_eval_<source>.json, with ChatCORE. A part of the tasks (-a) has
 no ChatCORE and is written to report/chat_eval_<source>_part.json.
 """
@@ -115,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if runtime.is_main:
             passed = [f"{key} {100 * result[key]:.1f} %, " for key in result if key.startswith("pass@")]
             print(
-                f"{name}: {100 * result['accuracy']:.1f} +- {100 * result['standard_error']:.1f} % of "
-                f"{result['n']} (chance {100 * result['chance']:.0f} %), {''.join(passed)}"
+                f"{name}: {100 * result['accuracy']:.1f} +- {100 * result['standard_error']:.1f} %, "
+                f"strict {100 * result['strict']:.1f} % of {result['n']} "
+                f"(chance {100 * result['chance']:.0f} %), {''.join(passed)}"
                 f"{result['n'] / result['seconds']:.1f}/s"
             )
         if config.bench:
@@ -143,9 +147,9 @@ def run_chat_eval(
     top_k: int = 50,
     max_problems: int | None = None,
 ) -> float:
-    """Return the accuracy on a task of the default data, for scripts written for nanochat.
+    """Return the strict accuracy on a task of the default data, for scripts written for nanochat.
 
-    With several samples a problem counts if one of them is right.
+    With several samples a problem counts if one of them is right, by the fair judge.
     """
     from nanochat.chat_eval import evaluate_task
     from nanochat.sampling import SamplingParams
@@ -167,12 +171,13 @@ def run_chat_eval(
         sampling=SamplingParams.from_flat(temperature, top_k, None, seed=SEED),
         num_samples=num_samples,
     )
-    return result.get(f"pass@{num_samples}", result["accuracy"])
+    return result.get(f"pass@{num_samples}", result["strict"])
 
 
 def report(config: ChatEvalConfig, step: int, results: dict[str, dict[str, Any]], n_known: int) -> str:
     """Write the results of some of n_known tasks; return a line that sums them up."""
     from nanochat.chat_eval import chatcore
+    from nanochat.report.text import CHATCORES
 
     seconds = sum(result["seconds"] for result in results.values())
     measured = {
@@ -187,10 +192,25 @@ def report(config: ChatEvalConfig, step: int, results: dict[str, dict[str, Any]]
     if len(results) < n_known:
         path = write_report(f"{stage}_part", measured)
         return f"{line}{len(results)} of {n_known} tasks, which make no ChatCORE, in {path}"
-    core, without = chatcore(results), chatcore(results, without=["SpellingBee"])
-    write_report(stage, {**measured, "chatcore": core, "chatcore_without_spellingbee": without})
-    rest = "" if without is None else f", {without:.4f} without SpellingBee"
-    return f"{line}ChatCORE {core:.4f}{rest}"
+    figures = {
+        "chatcore": chatcore(results),
+        "chatcore_without_spellingbee": chatcore(results, without=["SpellingBee"]),
+    }
+    write_report(stage, {**measured, **figures})
+    shown = [
+        f"{label} {figures[key]:.4f}{published(key, results)}"
+        for label, key in CHATCORES
+        if figures[key] is not None
+    ]
+    return f"{line}{', '.join(shown)}, of the strict figures"
+
+
+def published(key: str, results: dict[str, dict[str, Any]]) -> str:
+    """Return the published figures beside one of our own, in brackets; "" for other tasks than theirs."""
+    from nanochat.report.text import PUBLISHED, is_comparable
+
+    figures = PUBLISHED[key] if is_comparable(results) else {}
+    return f" ({', '.join(f'{who} {figure:.4f}' for who, figure in figures.items())})" if figures else ""
 
 
 if __name__ == "__main__":

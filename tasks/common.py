@@ -93,6 +93,10 @@ class Task:
             return completion == conversation["messages"][-1]["content"]
         raise NotImplementedError(f"{type(self).__name__} cannot be evaluated: it is for training only")
 
+    def evaluate_strict(self, conversation: Conversation, completion: str) -> bool:
+        """Return True if the judge of the published figures takes a completion: here, as evaluate does."""
+        return self.evaluate(conversation, completion)
+
     def reward(self, conversation: Conversation, completion: str) -> float:
         """Return the reward for reinforcement learning: 1 for a correct answer, else 0."""
         return float(self.evaluate(conversation, completion))
@@ -161,9 +165,11 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
     is the same token as at the start of a reply.
     """
     lines = (f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
-    return "\n".join([
-        f"Multiple Choice question: {question}",
-        *lines,
-        "",
-        "Respond only with the letter of the correct answer.",
-    ])
+    return "\n".join(
+        [
+            f"Multiple Choice question: {question}",
+            *lines,
+            "",
+            "Respond only with the letter of the correct answer.",
+        ]
+    )

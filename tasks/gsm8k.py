@@ -2,7 +2,7 @@
 
 A solution annotates its calculations, "so 48/2 = <<48/2=24>>24 clips", and ends in "#### 72". Each annotation
 becomes a call of the calculator and its result, so that the model need not calculate. Only the number after
-#### is graded.
+#### is graded: by its value, or strictly by its text, as in published figures.
 
 Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems" (arXiv:2110.14168);
 openai/gsm8k on the hub.
@@ -11,7 +11,7 @@ openai/gsm8k on the hub.
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _CALCULATION = re.compile(r"<<([^<>=]+)=([^<>]+)>>")
-_ANSWER = re.compile(r"[\s*$]*([-+]?(?:\$\s*)?[\d.,]+)(?![\d.,]|-\d|[ \t]*/[ \t]*\d)")
+_ANSWER = re.compile(
+    r"""[\s*$]* ( [-+]? (?:\$\s*)?
+        (?: (?: [0-9]{1,3} (?P<gap>[,\ \u00a0\u202f]) [0-9]{3} (?:(?P=gap)[0-9]{3})*  # 1,080 or 1 080
+              | [0-9]+ ) (?:\.[0-9]*)?
+          | \.[0-9]+ ) )
+    (?! [.,]?\d  |  e[-+]?\d  |  x[0-9a-f]  |  (?:k|bn)\b  # more of a number, or a calculation
+      | [ \t]* (?: (?: [-+*/^=:\u00d7\u00f7\u2212\u2013] | \\?(?:x|times|cdot|div)
+                     | plus | minus | divided\ by ) [ \t]* )* \$? \.?\d )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_STRICT_ANSWER = re.compile(r"#### ([-0-9.,]+)")
 
 
 class GSM8K(Task):
@@ -56,21 +66,36 @@ class GSM8K(Task):
         """See is_correct_number."""
         return is_correct_number(conversation, completion)
 
+    def evaluate_strict(self, conversation: Conversation, completion: str) -> bool:
+        """See is_published_number."""
+        return is_published_number(conversation, completion)
+
 
 def is_correct_number(conversation: Conversation, completion: str) -> bool:
     """Return True if the number after #### in the completion equals that in the solution's last part."""
-    solution = conversation["messages"][-1]["content"][-1]["text"]
     answer = extract_answer(completion)
-    return answer is not None and answer == extract_answer(solution)
+    return answer is not None and answer == extract_answer(_conclusion(conversation))
+
+
+def is_published_number(conversation: Conversation, completion: str) -> bool:
+    """Judge as the published figures do: numbers are equal if their texts are, without commas.
+
+    A number is the first run of -0123456789., that follows "#### ": $72 is none, and 72.00 is not 72.
+    """
+    answers = [_STRICT_ANSWER.search(text) for text in (completion, _conclusion(conversation))]
+    found = [match[1].replace(",", "") for match in answers if match]
+    return len(found) == 2 and found[0] == found[1]
+
+
+def _conclusion(conversation: Conversation) -> str:
+    return conversation["messages"][-1]["content"][-1]["text"]
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """Return the number after the first ####, or None: 1080 for "#### **$1,080.**" and "#### 1080.0".
+    """Return the number after the first ####, or None: 1080 for "#### **$1,080.**" and "#### 1 080".
 
-    Fractions and ranges, "3/4" and "3-4", are not numbers.
+    Neither a fraction, a range, a time nor a calculation is a number: "3/4", "3-4", "3:40", "7 x 6 = 42". Nor
+    is what only starts like one: "1,23", "1e5", "5k".
     """
     match = _ANSWER.match(text.partition("####")[2])
-    try:
-        return Decimal(re.sub(r"[$,\s]", "", match[1]).rstrip(".")) if match else None
-    except InvalidOperation:
-        return None
+    return Decimal(re.sub(r"[^-+.0-9]", "", match[1])) if match else None

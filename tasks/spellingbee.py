@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tasks.common import Bounds, Conversation, Task, item_random
-from tasks.gsm8k import is_correct_number
+from tasks.gsm8k import is_correct_number, is_published_number
 from tasks.letter_questions import QUESTIONS
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class SpellingBee(_WordTask):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """See is_correct_number."""
         return is_correct_number(conversation, completion)
+
+    def evaluate_strict(self, conversation: Conversation, completion: str) -> bool:
+        """See is_published_number."""
+        return is_published_number(conversation, completion)
 
 
 def _spelled(word: str) -> str:

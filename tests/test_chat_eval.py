@@ -141,6 +141,7 @@ def test_figures_of_a_categorical_task(model, tokenizer):
     accuracy = n_right / 23
     assert without_time(result) == {
         "accuracy": pytest.approx(accuracy),
+        "strict": pytest.approx(accuracy),
         "standard_error": pytest.approx((accuracy * (1 - accuracy) / 23) ** 0.5),
         "n": 23,
         "chance": pytest.approx(sum(1 / len(c["letters"]) for c in task) / 23),
@@ -153,6 +154,7 @@ def test_generative_task(model, tokenizer):
     assert len(set(task.replies.values())) > 4
     assert without_time(result) == {
         "accuracy": pytest.approx(6 / 9),
+        "strict": pytest.approx(6 / 9),
         "standard_error": pytest.approx((6 / 9 * 3 / 9 / 9) ** 0.5),
         "n": 9,
         "chance": 0,
@@ -170,7 +172,10 @@ def test_pass_at_k_by_hand():
 
 
 class Graded(Task):
-    """Three problems; of the samples of problem i, the first i + 1 to be judged are right."""
+    """Three problems; of the samples of problem i, the first i + 1 to be judged are right.
+
+    The strict judge takes all samples of the last problem.
+    """
 
     def __init__(self):
         super().__init__()
@@ -188,6 +193,9 @@ class Graded(Task):
         self.replies[index].append(completion)
         return next(self.places[index]) <= index
 
+    def evaluate_strict(self, conversation, completion):
+        return conversation["index"] == 2
+
 
 def test_several_samples_of_a_problem(model, tokenizer):
     settings = {"sampling": SamplingParams(temperature=1.0, seed=1), "num_samples": 5}
@@ -197,6 +205,7 @@ def test_several_samples_of_a_problem(model, tokenizer):
     squares = (1 / 25 + 4 / 25 + 9 / 25) / 3
     assert without_time(result) == {
         "accuracy": pytest.approx(6 / 15),
+        "strict": pytest.approx(5 / 15),
         "standard_error": pytest.approx(((squares - 0.16) / 3) ** 0.5, rel=1e-3),
         "n": 3,
         "chance": 0,
@@ -228,7 +237,9 @@ def test_the_command_samples(model, tokenizer, base_dir, monkeypatch, capsys):
     write_base_checkpoint(base_dir)
     usual = ["--device-type=cpu", "-i", "base", "-m", "3"]
     assert chat_eval.main([*usual, "-t", "1", "-n", "2", "-k", "5"]) == 0
-    assert "Graded: 83.3 +- 13.6 % of 3 (chance 0 %), pass@2 100.0 %, " in capsys.readouterr().out
+    assert (
+        "Graded: 83.3 +- 13.6 %, strict 33.3 % of 3 (chance 0 %), pass@2 100.0 %, " in capsys.readouterr().out
+    )
     for flags, message in (
         (["-n", "2"], "num_samples=2 greedy replies would all be the same: give --temperature"),
         (["-n", "2", "-t", "1", "-b", "1"], "batch_size=1 must hold the num_samples=2"),
@@ -288,8 +299,9 @@ def test_ranks_share_the_conversations(make, world_size, model, tokenizer):
         runtime = OneOfRanks(rank=rank, world_size=world_size, **cpu)
         assert evaluate(make(model, tokenizer), model, tokenizer, runtime=runtime)["n"] == 5
     assert len(sent) == world_size
-    n_right, guesses, _ = sum(sent).tolist()
-    assert (n_right / 5, guesses / 5) == pytest.approx((whole["accuracy"], whole["chance"]))
+    n_right, n_strict, guesses, _ = sum(sent).tolist()
+    figures = [whole[key] for key in ("accuracy", "strict", "chance")]
+    assert [n_right / 5, n_strict / 5, guesses / 5] == pytest.approx(figures)
 
 
 def test_a_letter_must_be_one_token(model, tokenizer):
@@ -309,9 +321,9 @@ def test_nothing_to_evaluate(model, tokenizer):
 
 def test_chatcore_by_hand():
     tasks = {
-        "choice": {"accuracy": 0.625, "chance": 0.25},
-        "bee": {"accuracy": 0.9, "chance": 0.0},
-        "worse than guessing": {"accuracy": 0.2, "chance": 0.5},
+        "choice": {"accuracy": 0.9, "strict": 0.625, "chance": 0.25},
+        "bee": {"accuracy": 1.0, "strict": 0.9, "chance": 0.0},
+        "worse than guessing": {"accuracy": 0.2, "strict": 0.2, "chance": 0.5},
     }
     assert chatcore(tasks) == pytest.approx((0.5 + 0.9 - 0.6) / 3)
     assert chatcore(tasks, without=["bee", "not there"]) == pytest.approx((0.5 - 0.6) / 2)

@@ -89,7 +89,7 @@ def test_from_base_to_report_card(base_dir, capsys):
     result = json.loads((base_dir / "report" / "chat_eval_sft.json").read_text())
     colour = result["tasks"]["Colour"]
     assert (colour["n"], colour["chance"], result["step"]) == (20, 0.5, meta["step"])
-    assert result["chatcore"] == pytest.approx(2 * colour["accuracy"] - 1)
+    assert result["chatcore"] == pytest.approx(2 * colour["strict"] - 1)
     out = capsys.readouterr().out
     assert f"Colour: {100 * colour['accuracy']:.1f} +- " in out
     assert out.splitlines()[-1].startswith(f"chat_eval: sft step {meta['step']}, ChatCORE ")

@@ -10,7 +10,8 @@ import pytest
 from nanochat import report
 from nanochat.report.__main__ import main
 from nanochat.report.markdown import duration, fence, table
-from nanochat.report.text import STAGES, render, rewards_table, summary, wall_clock
+from nanochat.report.text import STAGES, chat_table, render, rewards_table, summary, wall_clock
+from scripts import chat_eval as scripts_chat_eval
 from tests.helpers.reports import RESULTS, generate, unpadded_lines, write_results
 
 
@@ -29,6 +30,39 @@ def test_summary_has_a_row_per_metric_and_a_column_per_stage(folder):
         "| ChatCORE | - | - | - | 0.2348 | - | - |",
         "| ChatCORE without SpellingBee | - | - | - | 0.1100 | - | - |",
     ]
+
+
+def test_published_figures_are_beside_the_same_tasks_only(folder):
+    task = {"accuracy": 0.5, "strict": 0.4, "chance": 0.25, "n": 8}
+    names = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+    result = {"tasks": dict.fromkeys(names, task), "chatcore": 0.2, "chatcore_without_spellingbee": 0.19}
+    lines = unpadded_lines(summary({"chat_eval_sft": result}))
+    assert lines[0] == "| Metric | Chance | n | BASE | MID | SFT | RL | article | nanochat |"
+    assert lines[-3:] == [
+        "| SpellingBee | 0.2500 | 8 | - | - | 0.5000 | - | - | - |",
+        "| ChatCORE | - | - | - | - | 0.2000 | - | 0.2322 | - |",
+        "| ChatCORE without SpellingBee | - | - | - | - | 0.1900 | - | 0.0817 | 0.0884 |",
+    ]
+    others = [{**result["tasks"], "Arithmetic": task}, {"SpellingBee": task}, {**result["tasks"], "MMLU": {}}]
+    for tasks in others:  # of other data, and of a version that did not judge strictly
+        assert "article" not in summary({"chat_eval_sft": {**result, "tasks": tasks}})
+    core = scripts_chat_eval.published("chatcore_without_spellingbee", result["tasks"])
+    assert core == " (article 0.0817, nanochat 0.0884)"
+    assert scripts_chat_eval.published("chatcore", others[1]) == ""
+
+
+def test_tasks_of_a_chat_evaluation(folder):
+    """With pass@k where replies were sampled, and "-" for what older versions did not write."""
+    new = {"accuracy": 0.5, "strict": 0.25, "n": 4, "chance": 0, "pass@2": 0.75, "pass@4": 1.0}
+    old = {"accuracy": 0.5, "n": 4, "chance": 0.25}
+    lines = unpadded_lines(chat_table({"tasks": {"new": new, "old": old}}))
+    assert lines[0] == "| task | accuracy | strict | chance | pass@2 | pass@4 | n |"
+    assert lines[2:] == [
+        "| new | 0.5000 | 0.2500 | 0.0000 | 0.7500 | 1.0000 | 4 |",
+        "| old | 0.5000 | - | 0.2500 | - | - | 4 |",
+    ]
+    assert chat_table({}) == ""
+    assert "| GSM8K | 0.0341 | - | 0.0000 | 1,319 |" in unpadded_lines(generate(folder))
 
 
 def test_stage_sections(folder):

@@ -15,7 +15,9 @@ from tasks.mmlu import MMLU
 from tasks.spellingbee import SimpleSpelling, SpellingBee, _answer
 from tests.helpers.vocabulary import train_tokenizer
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "prompts.jsonl").read_text("utf-8").splitlines()]
+CASES = [
+    json.loads(line) for line in (Path(__file__).parent / "prompts.jsonl").read_text("utf-8").splitlines()
+]
 LETTER = r"(?P<letter_quote>['\"]?)(?P<letter>[a-z])(?P=letter_quote)"
 WORD = r"(?P<word_quote>['\"]?)(?P<word>[a-z]{2,})(?P=word_quote)"
 WORDS = [case["row"] for case in CASES if case["task"] == "SimpleSpelling"]
@@ -27,7 +29,9 @@ def conversation_of(task, row, path):
         words = SimpleSpelling([row] * 2, 1, "train" if splits_of([row])["train"] else "test")
         return words[0]
     if task == "SpellingBee":
-        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": _answer(*row)}]}
+        return {
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": _answer(*row)}]
+        }
     path.write_text(json.dumps(row))
     makers = {"ARC": (ARC, "ARC-Easy"), "MMLU": (MMLU, "all"), "GSM8K": (GSM8K, "main")}
     make, subset = makers[task]

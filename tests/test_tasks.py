@@ -9,6 +9,7 @@ from tasks.arc import ARC
 from tasks.gsm8k import GSM8K, extract_answer
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
+from tasks.spellingbee import SpellingBee
 from tests.helpers.vocabulary import train_tokenizer
 
 
@@ -56,7 +57,12 @@ def arc_row(texts, labels, key):
         (("iron", "cork", "lead", "gold"), "ABCD", "B", "- iron=A\n- cork=B\n- lead=C\n- gold=D"),
         (("iron", "lead", "gold", "cork"), "1234", "4", "- iron=1\n- lead=2\n- gold=3\n- cork=4"),
         (("cork", "lead", "gold"), "123", "1", "- cork=1\n- lead=2\n- gold=3"),
-        (("tin", "lead", "gold", "cork", "iron"), "ABCDE", "D", "- tin=A\n- lead=B\n- gold=C\n- cork=D\n- iron=E"),
+        (
+            ("tin", "lead", "gold", "cork", "iron"),
+            "ABCDE",
+            "D",
+            "- tin=A\n- lead=B\n- gold=C\n- cork=D\n- iron=E",
+        ),
     ],
 )
 def test_arc_keeps_its_labels(tokenizer, rows, texts, labels, key, listed):
@@ -233,6 +239,14 @@ def test_gsm8k_has_no_empty_parts(tokenizer, rows, answer, types):
         ("#### 5\n/x", "5"),
         ("#### 10-", "10"),
         ("####\n18 of 20 / 4", "18"),
+        ("#### 1 080", "1080"),
+        ("#### 1\u00a0080\u202f000 yen", "1080"),
+        ("#### 1,234,567.5 in all", "1234567.5"),
+        ("#### 18, not 20", "18"),
+        ("#### **72** (8 * 9)", "72"),
+        ("#### 5 xylophones", "5"),
+        ("#### 5 kg", "5"),
+        ("#### 3: three", "3"),
     ],
 )
 def test_answers_are_numbers(text, number):
@@ -241,6 +255,16 @@ def test_answers_are_numbers(text, number):
 
 
 FRACTIONS = ["#### 3/4", "#### 1/2 and #### 4", "#### 13 / 4", "#### 1.5/2", "#### 1,000/4"]
+
+NO_NUMBERS = ["1,23", "1,0800", "10,80", "1 08", "1,080 000", "2 1/2", "1e5", "2E-3", "0x1F", "0xff", "5k"]
+SUMS = ["7 x 6 = 42", "7x6", "$7 * $6", "8+1", "8 + -1", "2**3", "2^3", "**42** = 7 * 6", "3:40", "8 - .5"]
+WORDS = ["7 times 6", r"7 \times 6", "7 \u00d7 6", "8 divided by 2", "8 - 2", "8\u20132"]
+
+
+@pytest.mark.parametrize("text", [*NO_NUMBERS, *SUMS, *WORDS])
+def test_the_start_of_something_longer_is_no_answer(text):
+    """Regression: "7 x 6 = 42" was taken for 7, "1 080" for 1 and "1,23" for 123."""
+    assert extract_answer(f"#### {text}") is None
 
 
 @pytest.mark.parametrize(
@@ -260,3 +284,37 @@ def test_gsm8k_compares_values(rows):
     assert [task.reward(task[0], text) for text in ("#### 1080", "#### 1")] == [1.0, 0.0]
     unanswered = gsm8k(rows, "Nobody knows.")
     assert not unanswered.evaluate(unanswered[0], "Nobody knows.")
+
+
+@pytest.mark.parametrize(
+    ("reply", "fair", "strict"),
+    [
+        ("#### 1080", True, True),
+        ("#### 1,080", True, True),
+        ("So it is #### 1,0,80", False, True),  # commas anywhere
+        ("##### 1080", False, True),
+        ("#### 1080 x 1", False, True),
+        ("#### $1,080", True, False),
+        ("#### **1080**", True, False),
+        ("####1080", True, False),
+        ("####\n1080", True, False),
+        ("#### 1080.00", True, False),
+        ("#### 1080.", True, False),
+        ("#### 1 080", True, False),
+        ("#### ? no, #### 1080", False, True),  # the first that is followed by a number
+        ("#### 108", False, False),
+        ("#### -1080", False, False),
+        ("1080", False, False),
+    ],
+)
+def test_fair_and_strict_judge_of_numbers(rows, reply, fair, strict):
+    task = gsm8k(rows, "It is <<500*2+80=1080>>1,080.\n#### 1,080")
+    bee = SpellingBee(["tree", "apple", "river"], 1, "train")
+    for judge in (task, bee):
+        assert judge.evaluate(task[0], reply) is fair
+        assert judge.evaluate_strict(task[0], reply) is strict
+
+
+def test_without_a_reference_nothing_is_right(rows):
+    unanswered = gsm8k(rows, "Nobody knows.")
+    assert not unanswered.evaluate_strict(unanswered[0], "Nobody knows.")

@@ -25,6 +25,9 @@ class Graded(Numbers):
     def evaluate(self, conversation, completion):
         return completion.startswith(self.name)
 
+    def evaluate_strict(self, conversation, completion):
+        return completion == self.name
+
 
 def ids(task):
     return [conversation["id"] for conversation in task]
@@ -89,6 +92,8 @@ def test_each_task_of_a_mixture_grades_its_own_conversations():
         name, part = conversation["id"][0], mixture.part(index)
         assert part.evaluate(conversation, f"{name}!")
         assert not part.evaluate(conversation, "d")
+        assert part.evaluate_strict(conversation, name)
+        assert not part.evaluate_strict(conversation, f"{name}!")
         assert part.reward(conversation, f"{name}!") == (0.5 if name == "b" else 1)
     assert [type(part).__name__ for part in mixture.parts()] == ["Graded", "Half", "Graded"]
 

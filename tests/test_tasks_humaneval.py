@@ -22,12 +22,19 @@ PROBLEM = {
 
 
 @pytest.fixture
-def humaneval(tmp_path, monkeypatch):
+def executed():
+    """The programs that the task runs."""
+    return []
+
+
+@pytest.fixture
+def humaneval(tmp_path, monkeypatch, executed):
     """The task without a sandbox, since all completions are from this file."""
 
     def execute_code(code):
+        executed.append(code)
         try:
-            exec(compile(code, "program", "exec"), {})  # noqa: S102
+            exec(compile(code, "program", "exec"), {"__name__": "__main__"})  # noqa: S102
         except Exception:  # noqa: BLE001
             return SimpleNamespace(success=False)
         return SimpleNamespace(success=True)
@@ -85,3 +92,44 @@ def test_accepts_a_body_or_a_function_bare_or_fenced(humaneval, completion):
 )
 def test_refuses_wrong_completions(humaneval, completion):
     assert not humaneval.evaluate(humaneval[0], completion)
+
+
+RIGHT = "def double_floor(x):\n    return floor(double(x))\n"
+WRONG = "def double_floor(x):\n    return 0\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "fair", "strict"),
+    [
+        (f"```python\n{RIGHT}```", True, True),
+        (f"```\n{RIGHT}```", True, True),
+        (f"Here it is:\n```python\n{RIGHT}```\nIt works.", True, True),
+        (RIGHT, True, True),
+        (f"```python\n{RIGHT}```\nTo use it:\n```python\nprint(double_floor(1))\n```", True, True),
+        (f"```py\n{RIGHT}```", True, False),
+        (f"```python\n{RIGHT}", True, False),
+        ("    return floor(double(x))\n", True, False),
+        ("```python\n    return floor(double(x))\n```", True, False),
+        (f"```bash\npip install numpy\n```\n```python\n{RIGHT}```", True, False),
+        (f"```python\n{WRONG}```\nBetter:\n```python\n{RIGHT}```", True, False),
+        (f"```python\n{RIGHT}```\nWorse:\n```python\n{WRONG}```", False, True),
+        (f"```python\n{RIGHT}```\nAgain:\n```python\n{RIGHT}    if", True, True),  # cut off
+        (f"Here is the function.\n\n{RIGHT}\nIt doubles and floors.", True, False),
+        ("The body is:\n    return floor(double(x))\nwhich doubles it.", True, False),
+        (f"Use this: ```python\n{RIGHT}```", True, True),
+        ('def double_floor(x):\n    """\n    ```\n    """\n    return floor(double(x))\n', True, True),
+        (
+            f'```python\n{RIGHT}\nif __name__ == "__main__":\n    print(double_floor(input()))\n```',
+            True,
+            True,
+        ),
+        (f"```python\n{WRONG}```", False, False),
+        ("def double_floor(x) return\n", False, False),
+        ("", False, False),
+    ],
+)
+def test_fair_and_strict_judge(humaneval, executed, completion, fair, strict):
+    """What both find in the same form runs once: a program that runs until its timeout takes seconds."""
+    assert humaneval.evaluate(humaneval[0], completion) is fair
+    assert humaneval.evaluate_strict(humaneval[0], completion) is strict
+    assert len(set(executed)) == len(executed)

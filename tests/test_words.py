@@ -12,7 +12,11 @@ def server(monkeypatch, base_dir):
 
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    files = {"words_alpha.txt": b"a\r\naa\r\nzoo\r\n", "mine.txt": b"tree\nleaf\n", "bad.txt": b"tree\nna\xc3\xafve\n"}
+    files = {
+        "words_alpha.txt": b"a\r\naa\r\nzoo\r\n",
+        "mine.txt": b"tree\nleaf\n",
+        "bad.txt": b"tree\nna\xc3\xafve\n",
+    }
     close_session()
     with HubServer(files) as server:
         yield server

@@ -56,6 +56,12 @@ CHATCORES = (
     ("ChatCORE", "chatcore"),
     ("ChatCORE without SpellingBee", "chatcore_without_spellingbee"),
 )
+# ChatCORE of the article and of nanochat, by the strict judges, over the six tasks of the hub.
+PUBLISHED = {
+    "chatcore": {"article": 0.2322},
+    "chatcore_without_spellingbee": {"article": 0.0817, "nanochat": 0.0884},
+}
+PUBLISHED_TASKS = {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"}
 CHAT_EVAL = (
     ("source", "source", str),
     ("step", "step", count),
@@ -117,7 +123,8 @@ def render(
         "# Saint Iberis: report",
         "## Summary",
         summary(results),
-        "Accuracy +- its standard error; n is the number of items.",
+        "Accuracy +- its standard error; n is the number of items. ChatCORE, like the published figures, is "
+        "of the strict judge (results of older versions: of accuracy).",
         figures.pop("chat_tasks.png", ""),
         "## Environment",
         environment(results["start"]) if "start" in results else f"reset: {problems['start']}",
@@ -151,8 +158,18 @@ def chance(results: dict[str, dict], task: str) -> float | None:
     return next(filter(is_number, reported), None)
 
 
+def is_comparable(tasks: Any) -> bool:
+    """Return True if tasks are those of the published ChatCORE, judged strictly too."""
+    return entries(tasks).keys() == PUBLISHED_TASKS and all(
+        is_number(dig(tasks, task, "strict")) for task in PUBLISHED_TASKS
+    )
+
+
 def summary(results: dict[str, dict]) -> str:
-    """Return a table with a row for each metric and a column for each stage of the model."""
+    """Return a table with a row for each metric and a column for each stage of the model.
+
+    Beside a ChatCORE of the same tasks are the published ones.
+    """
 
     def score(stage: str, task: str) -> str:
         accuracy, error = (dig(results, stage, "tasks", task, key) for key in ("accuracy", "standard_error"))
@@ -164,10 +181,15 @@ def summary(results: dict[str, dict]) -> str:
         sizes = dict.fromkeys(size for size in sizes if size != "-")
         scores = [score(stage, task) for stage in CHAT_EVALS.values()]
         rows.append([task, show(chance(results, task), fixed4), " / ".join(sizes) or "-", "-", *scores])
+    is_published = any(is_comparable(dig(results, stage, "tasks")) for stage in CHAT_EVALS.values())
+    others = ("article", "nanochat") if is_published else ()
+    rows = [[*row, *("-" for _ in others)] for row in rows]
     for label, key in CHATCORES:
         scores = [show(dig(results, stage, key), fixed4) for stage in CHAT_EVALS.values()]
-        rows.append([label, "-", "-", "-", *scores])
-    return table(["Metric", "Chance", "n", "BASE", *CHAT_EVALS], rows)
+        rows.append(
+            [label, "-", "-", "-", *scores, *(show(PUBLISHED[key].get(who), fixed4) for who in others)]
+        )
+    return table(["Metric", "Chance", "n", "BASE", *CHAT_EVALS, *others], rows)
 
 
 def environment(start: dict[str, Any]) -> str:
@@ -280,6 +302,18 @@ def core_table(result: dict[str, Any]) -> str:
     return table(("task", "accuracy", "chance", "centered", "n"), rows) + note
 
 
+def chat_table(result: dict[str, Any]) -> str:
+    """Return a table of the chat tasks, with pass@k where several replies were sampled; "" without tasks."""
+    tasks = entries(result, "tasks")
+    passed = dict.fromkeys(key for task in tasks for key in entries(tasks, task) if key.startswith("pass@"))
+    keys = ("accuracy", "strict", "chance", *passed)
+    rows = [
+        (task, *(show(dig(tasks, task, key), fixed4) for key in keys), show(dig(tasks, task, "n"), count))
+        for task in tasks
+    ]
+    return table(("task", *keys, "n"), rows) if rows else ""
+
+
 def _percent_to_fraction(value: float) -> str:
     return fixed4(value / 100)  # the CORE bundle gives baselines in percent
 
@@ -306,4 +340,5 @@ DETAILS = {
     "base_eval": core_table,
     "base_loss": samples,
     "chat_rl": rewards_table,
+    **dict.fromkeys(CHAT_EVALS.values(), chat_table),
 }
