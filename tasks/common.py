@@ -71,7 +71,7 @@ class Task:
         return self.get_example(self._number(index))
 
     def part(self, index: int) -> Task:
-        """Return the task that grades answers to conversation `index`: of those that this one combines, or itself."""
+        """Return the task that grades answers to conversation `index`: one of parts()."""
         return self._get_part(self._number(index))
 
     def _number(self, index: int) -> int:
@@ -161,8 +161,8 @@ def item_random(split: str, index: int) -> random.Random:
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """Format a multiple-choice question, with a choice on each line, as the published run asked it.
 
-    A letter comes after its choice, so that it can attend to it, and without white space before it, so that it
-    is the same token as at the start of a reply.
+    A letter comes after its choice, so that it can attend to it, and without white space before it, so that
+    it is the same token as at the start of a reply.
     """
     lines = (f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True))
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Wordings in seven languages of the question how often a letter is in a word, each without its question mark."""
+"""How often is a letter in a word? Wordings in seven languages, without the question mark."""
 
 QUESTIONS = (
     # English

@@ -14,9 +14,9 @@ count: spell the word, go through its letters, and check the result by the calcu
                                          By hand 2, by Python: <'tree'.count('e')> <2>
                                          #### 2
 
-The words themselves are split: one in eight, by a hash, is a test word, about which no training item of either
-task asks. The questions, and the form of both answers, are those of the published run, whose weights know no
-others; the wordings are our own (letter_questions.py).
+The words themselves are split: one in eight, by a hash, is a test word, about which no training item of
+either task asks. The question of SimpleSpelling and the form of both answers are those of the published run,
+whose weights know no others; the wordings of SpellingBee are our own (letter_questions.py).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SimpleSpelling(_WordTask):
 
 
 class SpellingBee(_WordTask):
-    """Count a letter in a word, by hand and by the calculator; in nine of ten items it is one of the word's."""
+    """Count a letter in a word, by hand and by the calculator; in nine of ten items it is in the word."""
 
     def get_example(self, index: int) -> Conversation:
         """See Task."""

@@ -1,4 +1,4 @@
-"""The words that are spelled: with the hub's data English words from the web, else the most frequent of a text.
+"""The words that are spelled: English words from the web with the hub's data, else those of a text.
 
 Tasks split them by a hash, so that no training item asks about a test word.
 """
