@@ -201,7 +201,7 @@ class GPT(nn.Module):
         x = ops.embed(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
         states = [None] * len(self.blocks) if cache is None else cache.layers
-        *links, last = self.links(x, states)
+        *links, last = self.links(x, states, ops)
         rotary, values = self._rotary(idx.size(1), span), self.value_embeds(idx, ops)
         call = self._block_call(cache is not None)
         with self._attention_kernels(idx.size(1), cache is not None):
@@ -211,7 +211,7 @@ class GPT(nn.Module):
             cache.advance(span)
         return ops.join(x, delta, last)[1]
 
-    def links(self, x0: Tensor, states: Sequence[LayerState | None]) -> list[Link]:
+    def links(self, x0: Tensor, states: Sequence[LayerState | None], ops: Ops = PLAIN) -> list[Link]:
         """Return what joins each layer, and finally the head, to the layer before."""
         links = [Link()]
         for block, state in zip(self.blocks, states, strict=True):
@@ -220,11 +220,9 @@ class GPT(nn.Module):
         resid, embedding = self.transformer.resid_scales, self.transformer.x0_scales
         if resid is None or embedding is None:
             return links
-        mixed = [
-            link._replace(mix=(r, e, x0))
-            for link, r, e in zip(links, resid.split(1), embedding.split(1), strict=False)
-        ]
-        return [*mixed, links[-1]]
+        *links, last = links
+        mixes = zip(resid.split(1), embedding.split(1), ops.share(x0, resid, embedding), strict=True)
+        return [*(link._replace(mix=mix) for link, mix in zip(links, mixes, strict=True)), last]
 
     def value_embeds(self, idx: Tensor, ops: Ops) -> list[Tensor | None]:
         """Return the value embeddings (B,T,H_kv*D) of each layer, None where it has none."""

@@ -34,7 +34,7 @@ PARTS = (  # the first pattern that matches a kernel's name counts
     ("slc2", "^_slc2"),
     ("rope", "^_rope"),
     ("residual_conv", "^_residual_conv"),
-    ("join", "^_join"),
+    ("join", "^_join|^_share"),
     ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),
     ("mlp_product", "^_linear_relu2"),
     ("transpose", "^_transpose"),
