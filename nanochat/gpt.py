@@ -34,7 +34,7 @@ from nanochat.attention import CausalSelfAttention, rotary_tables
 from nanochat.cache import HybridCache, LayerState, Span
 from nanochat.config import GPTConfig
 from nanochat.layers import Linear, ShortConv
-from nanochat.ops import PLAIN, Link, Ops, head_logits, head_loss, relu2_mlp
+from nanochat.ops import PLAIN, Link, Ops, head_logits, relu2_mlp
 from nanochat.sampling import SamplingParams, penalize_repetition, sample
 from nanochat.slc2 import SLC2
 
@@ -160,7 +160,8 @@ class GPT(nn.Module):
         """Compile each block and what is outside of them for fixed shapes: few graphs at any depth."""
         for block in self.blocks:
             block.compile(dynamic=False)
-        names = ("embed", "look_up_values", "join") + (("loss",) if self.ops.loss is head_loss else ())
+        plain = [n for n in ("look_up_values", "loss") if getattr(self.ops, n) is getattr(PLAIN, n)]
+        names = ("embed", "join", *plain)  # the kernels of these two need nothing around them
         compiled = {name: torch.compile(getattr(self.ops, name), dynamic=False) for name in names}
         self.ops = replace(self.ops, **compiled)
 
@@ -229,8 +230,8 @@ class GPT(nn.Module):
         table, kinds = self.transformer.value_embeds, self.config.layer_kinds
         if table is None:
             return [None] * len(kinds)
-        found = ops.look_up_values(idx, table.weight, self.activation_dtype)
-        parts = iter(found.chunk(kinds.count("attention"), dim=-1))
+        n = kinds.count("attention")
+        parts = iter(ops.look_up_values(idx, table.weight, n, self.activation_dtype))
         return [next(parts) if kind == "attention" else None for kind in kinds]
 
     def _rotary(self, T: int, span: Span | None) -> tuple[Tensor, Tensor]:

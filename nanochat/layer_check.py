@@ -86,6 +86,9 @@ def check_ops(model: GPT, ops: Ops, bound: float) -> None:
             compare(f"layer {i} (join to the next)", _join(link, dy), h, dy2, [*taps, *scales])
         if c.x0_mix:
             compare("the embedding in every layer", _mixes(model, dy), h, torch.cat([dy, h], -1), [])
+        if c.value_embeds:  # two tables in place of the model's, which take too much memory in float64
+            ids = torch.arange(T, device=model.device)[None] // 2
+            compare("value embeddings", lambda o, h: _cat(o.look_up_values(ids, h[0], 2, h.dtype)), h, dy, [])
         targets = (torch.arange(T, device=model.device) * 7 % c.vocab_size)[None]
         one = torch.ones((), device=model.device)
         weight = model.lm_head.weight

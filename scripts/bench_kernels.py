@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FILES = ("test_training_kernels.py", "test_rope_kernel.py", "test_second_kernels.py")
 TESTS = [Path("tests") / name for name in FILES]
 Op = Literal[
-    "slc2", "rope", "attention_inputs", "residual_conv", "join", "share", "head_loss", "mlp",
+    "slc2", "rope", "attention_inputs", "residual_conv", "join", "share", "look_up", "head_loss", "mlp",
     "products",
 ]  # fmt: skip
 
@@ -189,6 +189,21 @@ def time_share(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     yield {"by": "kernel", **both_ways(lambda x0: share(x0, *scales), x0)}
 
 
+def time_look_up(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Time the look-up of value embeddings in all layers, of ids that are equally frequent."""
+    import torch
+
+    from nanochat import ops
+    from nanochat.kernels.train.look_up import look_up
+
+    n, width = shape.layer_kinds.count("attention"), shape.n_kv_head * shape.head_dim
+    weight = torch.randn(shape.vocab_size, n * width, device="cuda")
+    idx = torch.randint(shape.vocab_size, (config.tokens // config.seq_len, config.seq_len), device="cuda")
+    plain = torch.compile(ops.look_up_values, dynamic=False)
+    for by, function in (("kernel", look_up), ("compiled", plain)):
+        yield {"by": by, **both_ways(lambda w, f=function: tuple(f(idx, w, n, torch.bfloat16)), weight)}
+
+
 def random_stream(config: BenchKernelsConfig, shape: GPTConfig, n: int) -> list[Tensor]:
     """Return n random tensors of the size of the residual stream."""
     import torch
@@ -280,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "residual_conv": time_residual_conv,
         "join": time_join,
         "share": time_share,
+        "look_up": time_look_up,
         "head_loss": time_head_loss,
         "mlp": time_mlp,
         "products": time_products,

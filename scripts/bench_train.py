@@ -35,6 +35,7 @@ PARTS = (  # the first pattern that matches a kernel's name counts
     ("rope", "^_rope"),
     ("residual_conv", "^_residual_conv"),
     ("join", "^_join|^_share"),
+    ("look_up", "^_look_up|^_sum_(tiles|ids)"),
     ("cross_entropy", "cross_entropy|log_softmax|nll_loss"),
     ("mlp_product", "^_linear_relu2"),
     ("transpose", "^_transpose"),

@@ -9,6 +9,7 @@ import torch
 from nanochat import ops
 from nanochat.attention import CausalSelfAttention, attention_inputs, rotary_tables
 from nanochat.kernels.train import join as join_kernel
+from nanochat.kernels.train import look_up as look_up_kernel
 from nanochat.kernels.train import residual_conv as conv_kernel
 from nanochat.kernels.train.share import share
 from nanochat.layers import NORM_EPS, residual_conv
@@ -26,6 +27,7 @@ def small_tiles(monkeypatch):
     """Tiles that the interpreter can take its time with; on a GPU those of training."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(join_kernel, "BACKWARD", 4)
+        monkeypatch.setattr(look_up_kernel, "CHUNK", 4)
 
 
 def gradients(function, dys, *inputs):
@@ -129,6 +131,42 @@ def test_share_of_a_layer_without_stream(device):
     x0, rho = torch.randn(1, 2, 16, device=device), torch.tensor([1.0, 0.0], device=device)
     _, (dx0,) = gradients(lambda x0: share(x0, rho, rho + 1), [x0, 0 * x0], x0)
     assert dx0.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "V", "n", "W"),
+    [
+        (1, 1, 3, 1, 24),
+        (3, 30, 50, 3, 40),
+        on_gpu(32, 2048, 32_768, 5, 768),
+        on_gpu(2, 1000, 60_000, 7, 1280),
+    ],
+)
+@pytest.mark.parametrize("kind", ["even", "frequent", "one"])
+def test_look_up(device, dtype, B, T, V, n, W, kind):
+    """Values and the table's gradient, zeros where no token has an id; whole tiles and the ends of two."""
+    idx = torch.randint(0, V, (B, T), device=device)
+    if kind == "frequent":  # half of all tokens, in ids beside each other and apart
+        few = torch.tensor([0, 1, 2, V // 2, V - 1], device=device)
+        idx = torch.where(torch.rand(B, T, device=device) < 0.5, few[idx % 5], idx)
+    elif kind == "one":
+        idx = torch.full_like(idx, V - 1)
+    weight = torch.randn(V, n * W, device=device)
+    dys = [rounded(dtype, device, B, T, W) for _ in range(n)]
+
+    def plain(weight):
+        return ops.look_up_values(idx, weight, n, torch.float64)
+
+    def kernel(weight):
+        return look_up_kernel.look_up(idx, weight, n, dtype)
+
+    expected = gradients(plain, dys, weight.double())
+    poison(V, n * W, dtype=torch.float32, device=device)
+    found = gradients(kernel, dys, weight)
+    same(found, expected, dtype)
+    assert not found[1][0][~torch.isin(torch.arange(V, device=device), idx)].any()
+    if device == "cuda":
+        assert torch.equal(gradients(kernel, dys, weight)[1][0], found[1][0])
 
 
 @pytest.mark.parametrize(("B", "T"), [*SIZES[:-2], on_gpu(3, 300), on_gpu(4, 2048)])
