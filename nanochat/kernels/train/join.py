@@ -24,7 +24,7 @@ from torch import Tensor
 from nanochat.kernels.train.residual_conv import load_before, load_taps, shifted, transposed, zeros
 
 FORWARD, WARPS = 8, 2  # tokens of a program, in turn
-BACKWARD, WARP_CHANNELS = 32, 256  # tokens of a program; channels of a warp, eight a thread
+BACKWARD, WARP_CHANNELS = 64, 256  # tokens of a program; channels of a warp, eight a thread
 
 
 @triton.jit

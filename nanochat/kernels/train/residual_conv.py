@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_C, WARPS = 256, 1  # channels of a program, eight a thread
-FORWARD, BACKWARD = 32, 64  # tokens of a program
+FORWARD, BACKWARD = 32, 32  # tokens of a program
 
 
 @triton.jit
