@@ -34,7 +34,7 @@ from nanochat.attention import CausalSelfAttention, rotary_tables
 from nanochat.cache import HybridCache, LayerState, Span
 from nanochat.config import GPTConfig
 from nanochat.layers import Linear, ShortConv
-from nanochat.ops import PLAIN, Link, Ops, head_logits, head_loss, relu2_mlp
+from nanochat.ops import PLAIN, Link, Ops, head_logits, relu2_mlp
 from nanochat.sampling import SamplingParams, penalize_repetition, sample
 from nanochat.slc2 import SLC2
 
@@ -160,7 +160,8 @@ class GPT(nn.Module):
         """Compile each block and what is outside of them for fixed shapes: few graphs at any depth."""
         for block in self.blocks:
             block.compile(dynamic=False)
-        names = ("embed", "look_up_values", "join") + (("loss",) if self.ops.loss is head_loss else ())
+        plain = [n for n in ("look_up_values", "loss") if getattr(self.ops, n) is getattr(PLAIN, n)]
+        names = ("embed", "join", *plain)  # the kernels of these two need nothing around them
         compiled = {name: torch.compile(getattr(self.ops, name), dynamic=False) for name in names}
         self.ops = replace(self.ops, **compiled)
 
@@ -201,7 +202,7 @@ class GPT(nn.Module):
         x = ops.embed(idx, self.transformer.wte.weight, self.activation_dtype)
         delta = torch.zeros_like(x)
         states = [None] * len(self.blocks) if cache is None else cache.layers
-        *links, last = self.links(x, states)
+        *links, last = self.links(x, states, ops)
         rotary, values = self._rotary(idx.size(1), span), self.value_embeds(idx, ops)
         call = self._block_call(cache is not None)
         with self._attention_kernels(idx.size(1), cache is not None):
@@ -211,7 +212,7 @@ class GPT(nn.Module):
             cache.advance(span)
         return ops.join(x, delta, last)[1]
 
-    def links(self, x0: Tensor, states: Sequence[LayerState | None]) -> list[Link]:
+    def links(self, x0: Tensor, states: Sequence[LayerState | None], ops: Ops = PLAIN) -> list[Link]:
         """Return what joins each layer, and finally the head, to the layer before."""
         links = [Link()]
         for block, state in zip(self.blocks, states, strict=True):
@@ -220,19 +221,17 @@ class GPT(nn.Module):
         resid, embedding = self.transformer.resid_scales, self.transformer.x0_scales
         if resid is None or embedding is None:
             return links
-        mixed = [
-            link._replace(mix=(r, e, x0))
-            for link, r, e in zip(links, resid.split(1), embedding.split(1), strict=False)
-        ]
-        return [*mixed, links[-1]]
+        *links, last = links
+        mixes = zip(resid.split(1), embedding.split(1), ops.share(x0, resid, embedding), strict=True)
+        return [*(link._replace(mix=mix) for link, mix in zip(links, mixes, strict=True)), last]
 
     def value_embeds(self, idx: Tensor, ops: Ops) -> list[Tensor | None]:
         """Return the value embeddings (B,T,H_kv*D) of each layer, None where it has none."""
         table, kinds = self.transformer.value_embeds, self.config.layer_kinds
         if table is None:
             return [None] * len(kinds)
-        found = ops.look_up_values(idx, table.weight, self.activation_dtype)
-        parts = iter(found.chunk(kinds.count("attention"), dim=-1))
+        n = kinds.count("attention")
+        parts = iter(ops.look_up_values(idx, table.weight, n, self.activation_dtype))
         return [next(parts) if kind == "attention" else None for kind in kinds]
 
     def _rotary(self, T: int, span: Span | None) -> tuple[Tensor, Tensor]:

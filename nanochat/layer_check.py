@@ -84,6 +84,11 @@ def check_ops(model: GPT, ops: Ops, bound: float) -> None:
             taps, scales = [] if link.conv is None else [link.conv], link.mix[:2] if link.mix else ()
             dy2 = torch.cat([dy, h], -1)
             compare(f"layer {i} (join to the next)", _join(link, dy), h, dy2, [*taps, *scales])
+        if c.x0_mix:
+            compare("the embedding in every layer", _mixes(model, dy), h, torch.cat([dy, h], -1), [])
+        if c.value_embeds:  # two tables in place of the model's, which take too much memory in float64
+            ids = torch.arange(T, device=model.device)[None] // 2
+            compare("value embeddings", lambda o, h: _cat(o.look_up_values(ids, h[0], 2, h.dtype)), h, dy, [])
         targets = (torch.arange(T, device=model.device) * 7 % c.vocab_size)[None]
         one = torch.ones((), device=model.device)
         weight = model.lm_head.weight
@@ -99,7 +104,19 @@ def _mixer(block: Block, rotary: tuple[Tensor, ...], values: Tensor) -> Callable
 
 
 def _join(link: Link, delta: Tensor) -> Callable[[Ops, Tensor], Tensor]:
-    return lambda ops, h: torch.cat(ops.join(h, delta, link), -1)
+    return lambda ops, h: _cat(ops.join(h, delta, link))
+
+
+def _mixes(model: GPT, x: Tensor) -> Callable[[Ops, Tensor], Tensor]:
+    def mixes(ops: Ops, x0: Tensor) -> Tensor:
+        links = model.links(x0, [None] * model.config.n_layer, ops)[:-1]
+        return torch.stack([_cat(ops.join(x, x, link)) for link in links]).sum(0)
+
+    return mixes
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), -1)
 
 
 class _Comparison:

@@ -3,7 +3,7 @@
 Letters: B batch, T time, E n_embd, V vocabulary, K taps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,9 +23,15 @@ def embed(idx: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return norm(F.embedding(idx, weight).to(dtype))
 
 
-def look_up_values(idx: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the value embeddings (B,T,W), in dtype, of token ids idx (B,T); weight (V,W)."""
-    return F.embedding(idx, weight).to(dtype)
+def look_up_values(idx: Tensor, weight: Tensor, n: int, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return value embeddings, n times (B,T,W) in dtype, of token ids idx (B,T); weight (V,n*W)."""
+    # copies: of compiled views of one result the gradients would be padded with zeros and added
+    return [part.contiguous() for part in F.embedding(idx, weight).to(dtype).chunk(n, dim=-1)]
+
+
+def share(x0: Tensor, resid_scales: Tensor, x0_scales: Tensor) -> Sequence[Tensor]:
+    """Return x0 (B,T,E) for the join to each layer, whose scales are in the other two (n_layer,)."""
+    return [x0] * len(x0_scales)
 
 
 class Link(NamedTuple):
@@ -81,7 +87,8 @@ class Ops:
     """
 
     embed: Callable[..., Tensor] = embed
-    look_up_values: Callable[..., Tensor] = look_up_values
+    look_up_values: Callable[..., Sequence[Tensor]] = look_up_values
+    share: Callable[..., Sequence[Tensor]] = share  # that of the kernels needs their join, and theirs it
     join: Callable[..., tuple[Tensor, Tensor]] = join
     norm: Callable[[Tensor], Tensor] = norm
     attention_inputs: Callable[..., tuple[Tensor, ...]] = attention_inputs

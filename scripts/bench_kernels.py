@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 FILES = ("test_training_kernels.py", "test_rope_kernel.py", "test_second_kernels.py")
 TESTS = [Path("tests") / name for name in FILES]
-Op = Literal["slc2", "rope", "attention_inputs", "residual_conv", "join", "head_loss", "mlp", "products"]
+Op = Literal[
+    "slc2", "rope", "attention_inputs", "residual_conv", "join", "share", "look_up", "head_loss", "mlp",
+    "products",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +178,32 @@ def time_join(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
     yield {"by": "compiled", **both_ways(plain, *inputs)}
 
 
+def time_share(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Time the sum of the embedding's gradients from all layers, which a join leaves out."""
+    from torch import ones
+
+    from nanochat.kernels.train.share import share
+
+    (x0,) = random_stream(config, shape, 1)
+    scales = ones(2, shape.n_layer, device="cuda")
+    yield {"by": "kernel", **both_ways(lambda x0: share(x0, *scales), x0)}
+
+
+def time_look_up(config: BenchKernelsConfig, shape: GPTConfig) -> Iterator[dict]:
+    """Time the look-up of value embeddings in all layers, of ids that are equally frequent."""
+    import torch
+
+    from nanochat import ops
+    from nanochat.kernels.train.look_up import look_up
+
+    n, width = shape.layer_kinds.count("attention"), shape.n_kv_head * shape.head_dim
+    weight = torch.randn(shape.vocab_size, n * width, device="cuda")
+    idx = torch.randint(shape.vocab_size, (config.tokens // config.seq_len, config.seq_len), device="cuda")
+    plain = torch.compile(ops.look_up_values, dynamic=False)
+    for by, function in (("kernel", look_up), ("compiled", plain)):
+        yield {"by": by, **both_ways(lambda w, f=function: tuple(f(idx, w, n, torch.bfloat16)), weight)}
+
+
 def random_stream(config: BenchKernelsConfig, shape: GPTConfig, n: int) -> list[Tensor]:
     """Return n random tensors of the size of the residual stream."""
     import torch
@@ -265,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "attention_inputs": time_attention_inputs,
         "residual_conv": time_residual_conv,
         "join": time_join,
+        "share": time_share,
+        "look_up": time_look_up,
         "head_loss": time_head_loss,
         "mlp": time_mlp,
         "products": time_products,

@@ -22,7 +22,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.hub.export_check import check_exported_code
 from nanochat.hub.transformers_model.cache_saint_iberis import SaintIberisConv
 from nanochat.kernels.decode.attention import attend
-from nanochat.kernels.train import mlp
+from nanochat.kernels.train import look_up, mlp, share
 from nanochat.kernels.train import slc2 as kernels_slc2
 from nanochat.layer_check import BOUND_8_BITS, BOUNDS, check_ops, noise_for_zeros
 from nanochat.ops import PLAIN
@@ -76,21 +76,23 @@ def test_all_agree_and_nothing_is_left_behind(check, model):
 
 
 def test_the_second_generation_is_trained_as_it_is_written(model, monkeypatch):
-    """A convolution, the value embeddings and the scales, each changed in the plain functions alone."""
+    """Convolutions and gate, changed in the plain functions alone; shares and look-up, in the kernels."""
     second = GPT(replace(CONFIG, **SECOND), model.compute_dtype).to(model.device)
     second.init_weights()
     check_training(second)
 
     plain = attention.residual_conv
     changes = [
-        (attention, "residual_conv", lambda u, w, window=None: plain(u, w.flip(-1), window), "1 .attention."),
-        (attention.torch, "sigmoid", torch.tanh, "1 .attention."),
-        (ops, "residual_conv", lambda u, w, window=None: plain(u, 2 * w, window), "0 .join to the next."),
+        (attention, "residual_conv", lambda u, w, window=None: plain(u, w.flip(-1), window), "layer 1 .att"),
+        (attention.torch, "sigmoid", torch.tanh, "layer 1 .attention."),
+        (ops, "residual_conv", lambda u, w, window=None: plain(u, 2 * w, window), "layer 0 .join to"),
+        (share, "share", ops.share, "the embedding in every layer"),
+        (look_up, "look_up", values_of_the_token_before, "value embeddings"),
     ]
     for module, name, replacement, layer in changes:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, replacement)
-            with pytest.raises(ValueError, match=f"layer {layer}"):
+            with pytest.raises(ValueError, match=layer):
                 check_training(second)
 
 
@@ -197,8 +199,8 @@ class ReversedOutput(CausalSelfAttention):
         return super().forward(h, cos, sin, value_embeds, conv=flipped_residual_conv)
 
 
-def values_of_the_token_before(idx, weight, dtype, look_up=ops.look_up_values):
-    return look_up(idx.roll(1, 1), weight, dtype)
+def values_of_the_token_before(idx, *table, look_up=ops.look_up_values):
+    return look_up(idx.roll(1, 1), *table)
 
 
 CHANGES_OF_EXPORT = {

@@ -9,7 +9,9 @@ import torch
 from nanochat import ops
 from nanochat.attention import CausalSelfAttention, attention_inputs, rotary_tables
 from nanochat.kernels.train import join as join_kernel
+from nanochat.kernels.train import look_up as look_up_kernel
 from nanochat.kernels.train import residual_conv as conv_kernel
+from nanochat.kernels.train.share import share
 from nanochat.layers import NORM_EPS, residual_conv
 from nanochat.train.fused import fused_ops
 from nanochat.train.fused_layers import fused_attention_inputs
@@ -18,6 +20,14 @@ from tests.helpers.models import SECOND, random_model, small_config
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}  # relative error of values, gradients
 SIZES = [(2, 1), (3, 7), on_gpu(1, 2), on_gpu(2, 37), on_gpu(3, 300), on_gpu(32, 2048)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles that the interpreter can take its time with; on a GPU those of training."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(join_kernel, "BACKWARD", 4)
+        monkeypatch.setattr(look_up_kernel, "CHUNK", 4)
 
 
 def gradients(function, dys, *inputs):
@@ -52,6 +62,12 @@ def test_residual_conv(device, dtype, B, T, C, K):
     same(gradients(lambda u, w: [conv_kernel.residual_conv(u, w)], [dy], u, conv), expected, dtype)
 
 
+def joined(x, m, conv, rho, lam, x0):
+    """The stream and its norm by the kernels, x0 through a share."""
+    shared = x0 if x0 is None else share(x0, rho, lam)[0]
+    return join_kernel.join(x, m, conv, rho, lam, shared, NORM_EPS)[:2]
+
+
 @pytest.mark.parametrize(("B", "T"), SIZES)
 @pytest.mark.parametrize(
     ("E", "K"), [(40, 3), (24, 0), (16, 4), on_gpu(128, 2), on_gpu(768, 3), on_gpu(1280, 3)]
@@ -69,15 +85,88 @@ def test_join(device, dtype, B, T, E, K, is_mixed):
     def plain(x, m, conv, rho, lam, x0):
         return ops.join(x, m, ops.Link(conv, None, None if x0 is None else (rho, lam, x0)))
 
-    def kernel(*inputs):
-        return join_kernel.join(*inputs, NORM_EPS)[:2]
-
     expected = gradients(plain, [ds, dh], *(v if v is None else v.double() for v in inputs))
     poison(B, T, E, dtype=dtype, device=device)
-    same(gradients(kernel, [ds, dh], *inputs), expected, dtype)
+    same(gradients(joined, [ds, dh], *inputs), expected, dtype)
     # the head reads the norm alone
     expected = gradients(lambda *v: plain(*v)[1:], [dh], *(v if v is None else v.double() for v in inputs))
-    same(gradients(lambda *v: kernel(*v)[1:], [dh], *inputs), expected, dtype)
+    same(gradients(lambda *v: joined(*v)[1:], [dh], *inputs), expected, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_join_of_any_tile(device, rows, monkeypatch):
+    """Neighbours of the next tile, and of several; a last tile that is not full; other sequences' tokens."""
+    monkeypatch.setattr(join_kernel, "BACKWARD", rows)
+    test_join(device, torch.float32, 3, 7, 40, 4, True)
+
+
+@pytest.mark.parametrize(("B", "T", "E"), [(2, 3, 40), on_gpu(32, 2048, 768)])
+@pytest.mark.parametrize("rho", [(1.3, -0.2, 1e-3), (0.7,) * 12], ids=len)
+def test_share(device, dtype, B, T, E, rho):
+    """The gradient of an embedding in every layer of a stack, the first of which it also enters as stream."""
+    n = len(rho)
+    x0, *deltas, ds, dh = (rounded(dtype, device, B, T, E) for _ in range(n + 3))
+    rho, lam = torch.tensor(rho, device=device), torch.linspace(-1.5, 2.0, n, device=device)
+
+    def stack(join, share, rho, lam, x0):
+        shares, x = share(x0, rho, lam), x0
+        for delta, shared, *scales in zip(deltas, shares, rho.split(1), lam.split(1), strict=False):
+            x, h = join(x, delta.to(x.dtype), (*scales, shared))
+        return x, h
+
+    def kernel(x, delta, mix):
+        return join_kernel.join(x, delta, None, *mix, NORM_EPS)[:2]
+
+    def plain(x, delta, mix):
+        return ops.join(x, delta, ops.Link(mix=mix))
+
+    plain = partial(stack, plain, ops.share, rho.double(), lam.double())
+    expected = gradients(plain, [ds, dh], x0.double())
+    poison(B, T, E, dtype=dtype, device=device)
+    same(gradients(partial(stack, kernel, share, rho, lam), [ds, dh], x0), expected, dtype)
+
+
+def test_share_of_a_layer_without_stream(device):
+    """The stream's gradient tells nothing then: not finite, so that no update follows."""
+    x0, rho = torch.randn(1, 2, 16, device=device), torch.tensor([1.0, 0.0], device=device)
+    _, (dx0,) = gradients(lambda x0: share(x0, rho, rho + 1), [x0, 0 * x0], x0)
+    assert dx0.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "V", "n", "W"),
+    [
+        (1, 1, 3, 1, 24),
+        (3, 30, 50, 3, 40),
+        on_gpu(32, 2048, 32_768, 5, 768),
+        on_gpu(2, 1000, 60_000, 7, 1280),
+    ],
+)
+@pytest.mark.parametrize("kind", ["even", "frequent", "one"])
+def test_look_up(device, dtype, B, T, V, n, W, kind):
+    """Values and the table's gradient, zeros where no token has an id; whole tiles and the ends of two."""
+    idx = torch.randint(0, V, (B, T), device=device)
+    if kind == "frequent":  # half of all tokens, in ids beside each other and apart
+        few = torch.tensor([0, 1, 2, V // 2, V - 1], device=device)
+        idx = torch.where(torch.rand(B, T, device=device) < 0.5, few[idx % 5], idx)
+    elif kind == "one":
+        idx = torch.full_like(idx, V - 1)
+    weight = torch.randn(V, n * W, device=device)
+    dys = [rounded(dtype, device, B, T, W) for _ in range(n)]
+
+    def plain(weight):
+        return ops.look_up_values(idx, weight, n, torch.float64)
+
+    def kernel(weight):
+        return look_up_kernel.look_up(idx, weight, n, dtype)
+
+    expected = gradients(plain, dys, weight.double())
+    poison(V, n * W, dtype=torch.float32, device=device)
+    found = gradients(kernel, dys, weight)
+    same(found, expected, dtype)
+    assert not found[1][0][~torch.isin(torch.arange(V, device=device), idx)].any()
+    if device == "cuda":
+        assert torch.equal(gradients(kernel, dys, weight)[1][0], found[1][0])
 
 
 @pytest.mark.parametrize(("B", "T"), [*SIZES[:-2], on_gpu(3, 300), on_gpu(4, 2048)])

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from nanochat.kernels.train import cross_entropy, fp8, mlp
+from nanochat.kernels.train import cross_entropy, fp8, look_up, mlp, share
 from nanochat.ops import SOFTCAP, Ops
 from nanochat.train.chunked_loss import head_loss
 from nanochat.train.fused_layers import (
@@ -28,6 +28,8 @@ def fused_ops(*, large_tiles: bool = True, in_8_bits: bool = False) -> Ops:
         narrow_head=fp8.Head if in_8_bits else None,
     )
     fused = Ops(
+        look_up_values=look_up.look_up,
+        share=share.share,
         join=fused_join,
         attention_inputs=partial(fused_attention_inputs, product=product),
         residual_conv=fused_residual_conv,

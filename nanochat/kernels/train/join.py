@@ -5,12 +5,13 @@ embedding (1 and 0 in a model without them):
 
     s = rho (x + m + sum_j w_j m[t-j]) + lam x0;  k = rsqrt(mean(s^2) + eps);  h = k s
 
-    g = ds + k (dh - h mean(dh h))                 dx = rho g;  dx0 = lam g
-    dm[t] = dx[t] + sum_j w_j dx[t+j]              dlam = sum g x0;  drho = (sum g h / k - lam dlam) / rho
+    g = ds + k (dh - h mean(dh h))                 dx = rho g;  dlam = sum g x0
+    dm[t] = dx[t] + sum_j w_j dx[t+j]              drho = (sum g h / k - lam dlam) / rho
+    dw_j = sum_t m[t] dx[t+j]                      x0 is a share (share.py): dx stands for its gradient, lam g
 
-A program of the forward walks along the tokens, with the neighbours of m in registers. The backward needs h,
-which the product after the norm saves as well, and m; its part for the convolution is that of
-residual_conv.py.
+A program walks along the tokens, backwards in the backward, with its neighbours in registers. The backward
+computes dx of the K-1 tokens after its own a second time. It needs h, which the product after the norm saves
+as well, and m. Every sum has a fixed order, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -20,14 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.train.residual_conv import (
-    load_before,
-    load_taps,
-    residual_conv_backward,
-    shifted,
-)
+from nanochat.kernels.train.residual_conv import load_before, load_taps, shifted, transposed, zeros
 
-ROWS, WARPS = 8, 2  # tokens of a program, in turn
+FORWARD, WARPS = 8, 2  # tokens of a program, in turn
+BACKWARD, WARP_CHANNELS = 64, 256  # tokens of a program; channels of a warp, eight a thread
 
 
 @triton.jit
@@ -76,43 +73,85 @@ def _join_forward(
 
 
 @triton.jit
+def _load_row(ds_ptr, dh_ptr, h_ptr, k_ptr, m_ptr, x0_ptr, t, c, is_in, E: tl.constexpr):
+    """Return ds, dh, h, k, m and x0 of token t as they are in memory; something for what is None."""
+    at = t * E + c
+    mask = (c < E) & is_in
+    ds = tl.load(ds_ptr + at, mask=mask, other=0.0)
+    dh = tl.load(dh_ptr + at, mask=mask, other=0.0)
+    h = tl.load(h_ptr + at, mask=mask, other=0.0)
+    m, x0 = h, h
+    if m_ptr is not None:
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)
+    if x0_ptr is not None:
+        x0 = tl.load(x0_ptr + at, mask=mask, other=0.0)
+    return ds, dh, h, tl.load(k_ptr + t, mask=is_in, other=1.0), m, x0
+
+
+@triton.jit
+def _stream_gradient(ds, dh, h, k, E: tl.constexpr):
+    dh = dh.to(tl.float32)
+    return ds.to(tl.float32) + k * (dh - h * (tl.sum(dh * h, 0) / E))
+
+
+@triton.jit
 def _join_backward(
     ds_ptr,
     dh_ptr,
     h_ptr,
     k_ptr,
+    m_ptr,
+    conv_ptr,
     x0_ptr,
     rho_ptr,
-    lam_ptr,
     dx_ptr,
-    dx0_ptr,
+    dm_ptr,
+    dconv_ptr,
     sums_ptr,
     N,
+    T,
     E: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     c = tl.arange(0, BLOCK)
-    of_stream, of_x0 = 0.0, 0.0
-    for i in range(ROWS):
-        t = tl.program_id(0) * ROWS + i
-        at = t.to(tl.int64) * E + c
-        is_in = (c < E) & (t < N)
-        h = tl.load(h_ptr + at, mask=is_in, other=0.0).to(tl.float32)
-        dh = tl.load(dh_ptr + at, mask=is_in, other=0.0).to(tl.float32)
-        g = tl.load(ds_ptr + at, mask=is_in, other=0.0).to(tl.float32)
-        k = tl.load(k_ptr + t, mask=t < N, other=1.0)
-        g += k * (dh - h * (tl.sum(dh * h, 0) / E))
-        if x0_ptr is not None:
-            x0 = tl.load(x0_ptr + at, mask=is_in, other=0.0).to(tl.float32)
-            of_stream += tl.sum(g * h, 0) / k
-            of_x0 += tl.sum(g * x0, 0)
-            tl.store(dx0_ptr + at, tl.load(lam_ptr) * g, mask=is_in)
-            g *= tl.load(rho_ptr)
-        tl.store(dx_ptr + at, g, mask=is_in)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    end = first + ROWS
+    rho = 1.0
     if x0_ptr is not None:
-        tl.store(sums_ptr + 2 * tl.program_id(0), of_stream)
-        tl.store(sums_ptr + 2 * tl.program_id(0) + 1, of_x0)
+        rho = tl.load(rho_ptr)
+    taps, dtaps, after = load_taps(conv_ptr, c, E, TAPS), zeros(TAPS, BLOCK), ()
+    for j in tl.static_range(1, TAPS):
+        t = end + j - 1
+        row = _load_row(ds_ptr, dh_ptr, h_ptr, k_ptr, None, None, t, c, t < N, E)
+        after += (rho * _stream_gradient(row[0], row[1], row[2].to(tl.float32), row[3], E),)
+    of_stream, of_x0 = zeros(2, BLOCK)
+    row = _load_row(ds_ptr, dh_ptr, h_ptr, k_ptr, m_ptr, x0_ptr, end - 1, c, end <= N, E)
+    for i in range(ROWS):
+        t = end - 1 - i
+        ds, dh, narrow_h, k, m, x0 = row
+        is_next = (t > first) & (t <= N)  # loaded before the sum over the channels waits for all threads
+        row = _load_row(ds_ptr, dh_ptr, h_ptr, k_ptr, m_ptr, x0_ptr, t - 1, c, is_next, E)
+        h = narrow_h.to(tl.float32)
+        g = _stream_gradient(ds, dh, h, k, E)
+        if x0_ptr is not None:
+            of_stream += g * h / k
+            of_x0 += g * x0.to(tl.float32)
+        dx = rho * g
+        at = t * E + c
+        tl.store(dx_ptr + at, dx, mask=(c < E) & (t < N))
+        if TAPS > 0:
+            dm, dtaps = transposed(dx, m.to(tl.float32), after, taps, dtaps, t, T, TAPS)
+            tl.store(dm_ptr + at, dm, mask=(c < E) & (t < N))
+        if TAPS > 1:
+            after = shifted(dx, after)
+    for j in tl.static_range(TAPS):
+        row = tl.program_id(0).to(tl.int64) * TAPS + TAPS - 1 - j
+        tl.store(dconv_ptr + row * E + c, dtaps[j], mask=c < E)
+    if x0_ptr is not None:
+        tl.store(sums_ptr + 2 * tl.program_id(0), tl.sum(of_stream, 0))
+        tl.store(sums_ptr + 2 * tl.program_id(0) + 1, tl.sum(of_x0, 0))
 
 
 @torch.library.custom_op("nanochat::join", mutates_args=())
@@ -127,14 +166,15 @@ def join(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return s and h (B,T,E) in x's dtype, and k (B,T) float32, of x, m and x0 (B,T,E), contiguous.
 
-    conv (E,1,K), rho and lam (1,) are float32; without x0 there is no rho and lam.
+    conv (E,1,K), rho and lam (1,) are float32; without x0 there is no rho and lam. x0 must be a share of it:
+    the gradient given for it is that of x.
     """
     B, T, E = x.shape
     s, h = torch.empty_like(x), torch.empty_like(x)
     k = x.new_empty(B, T, dtype=torch.float32)
     taps = 0 if conv is None else conv.size(-1)
-    _join_forward[(triton.cdiv(B * T, ROWS),)](
-        x, m, conv, x0, rho, lam, s, h, k, B * T, T, eps, E, taps, triton.next_power_of_2(E), ROWS,
+    _join_forward[(triton.cdiv(B * T, FORWARD),)](
+        x, m, conv, x0, rho, lam, s, h, k, B * T, T, eps, E, taps, triton.next_power_of_2(E), FORWARD,
         num_warps=WARPS,
     )  # fmt: skip
     return s, h, k
@@ -149,48 +189,50 @@ def _(x, m, conv, rho, lam, x0, eps):
 def join_backward(
     ds: Tensor,
     dh: Tensor,
-    h: Tensor,
-    k: Tensor,
-    x0: Tensor | None,
+    m: Tensor,
+    conv: Tensor | None,
     rho: Tensor | None,
     lam: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx and dx0 (B,T,E) and the gradients (2,) of rho and lam; without x0 the last two are empty."""
+    x0: Tensor | None,
+    h: Tensor,
+    k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx and dm (B,T,E) and the gradients of conv (E,1,K) and of rho and lam (2,), float32.
+
+    Empty are: without conv, its gradient and dm, which is dx then; without x0, that of rho and lam.
+    """
     (B, T, E), dx = h.shape, torch.empty_like(h)
-    programs = triton.cdiv(B * T, ROWS)
-    dx0 = torch.empty_like(h) if x0 is not None else h.new_empty(0)
-    sums = k.new_empty(programs, 2) if x0 is not None else k.new_empty(0)
+    programs, taps = triton.cdiv(B * T, BACKWARD), 0 if conv is None else conv.size(-1)
+    block = triton.next_power_of_2(E)
+    dm = h.new_empty(0) if conv is None else torch.empty_like(h)
+    dconv, sums = k.new_empty(programs, taps, E), k.new_empty(programs, 2)
     _join_backward[(programs,)](
-        ds, dh, h, k, x0, rho, lam, dx, dx0, sums, B * T, E, triton.next_power_of_2(E), ROWS, num_warps=WARPS
-    )
+        ds, dh, h, k, None if conv is None else m, conv, x0, rho, dx, dm, dconv, sums, B * T, T, E, taps,
+        block, BACKWARD, num_warps=max(1, block // WARP_CHANNELS),
+    )  # fmt: skip
+    dconv = dconv.sum(0).T.unsqueeze(1).contiguous()
     if rho is None or lam is None:
-        return dx, dx0, sums
+        return dx, dm, dconv, k.new_empty(0)
     of_stream, of_x0 = sums.sum(0).split(1)
-    return dx, dx0, torch.cat([(of_stream - lam * of_x0) / rho, of_x0])
+    return dx, dm, dconv, torch.cat([(of_stream - lam * of_x0) / rho, of_x0])
 
 
 @join_backward.register_fake
-def _(ds, dh, h, k, x0, rho, lam):
-    is_mixed = x0 is not None
-    return (
-        torch.empty_like(h),
-        torch.empty_like(h) if is_mixed else h.new_empty(0),
-        k.new_empty(2 if is_mixed else 0),
-    )
+def _(ds, dh, m, conv, rho, lam, x0, h, k):
+    dm, dconv = (h.new_empty(0), (h.size(-1), 1, 0)) if conv is None else (torch.empty_like(h), conv.shape)
+    return torch.empty_like(h), dm, k.new_empty(dconv), k.new_empty(0 if x0 is None else 2)
 
 
 def _save(ctx, inputs, output):
-    _, m, conv, rho, lam, x0, _ = inputs
-    ctx.save_for_backward(m, conv, x0, rho, lam, *output[1:])
+    ctx.save_for_backward(*inputs[1:-1], *output[1:])
 
 
 def _differentiate(ctx, ds, dh, _):
-    m, conv, x0, rho, lam, h, k = ctx.saved_tensors
-    dx, dx0, dscales = join_backward(ds.contiguous(), dh.contiguous(), h, k, x0, rho, lam)
-    dm, dconv = (dx, None) if conv is None else residual_conv_backward(dx, m, conv)
-    if x0 is None:
-        return dx, dm, dconv, None, None, None, None
-    return dx, dm, dconv, dscales[:1], dscales[1:], dx0, None
+    _, conv, _, _, x0, *_ = saved = ctx.saved_tensors  # with checkpoints they can be read only once
+    dx, dm, dconv, dscales = join_backward(ds.contiguous(), dh.contiguous(), *saved)
+    dm, dconv = (dx, None) if conv is None else (dm, dconv)
+    drho, dlam, dshare = (None, None, None) if x0 is None else (*dscales.split(1), dx)
+    return dx, dm, dconv, drho, dlam, dshare, None
 
 
 join.register_autograd(_differentiate, setup_context=_save)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_C, WARPS = 256, 1  # channels of a program, eight a thread
-FORWARD, BACKWARD = 32, 64  # tokens of a program
+FORWARD, BACKWARD = 32, 32  # tokens of a program
 
 
 @triton.jit
@@ -49,6 +49,27 @@ def shifted(value, others):
     for j in tl.static_range(len(others) - 1):
         kept += (others[j],)
     return kept
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return sums (BLOCK,) that start at zero."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros((BLOCK,), tl.float32),)
+    return sums
+
+
+@triton.jit
+def transposed(dy, u, after, taps, dtaps, t, T, TAPS: tl.constexpr):
+    """Return du of token t, and dtaps with its part added; after: dy of the tokens after it, next first."""
+    du = dy + taps[0] * dy
+    sums = (dtaps[0] + u * dy,)
+    for j in tl.static_range(1, TAPS):
+        near = tl.where(t % T + j < T, after[j - 1], 0.0)
+        du += taps[j] * near
+        sums += (dtaps[j] + u * near,)
+    return du, sums
 
 
 @triton.jit
@@ -89,24 +110,16 @@ def _residual_conv_backward(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     end = (tl.program_id(1).to(tl.int64) + 1) * TOKENS
     taps = load_taps(conv_ptr, c, C, TAPS)
-    after, dtaps = (), ()
-    for j in tl.static_range(TAPS):
-        dtaps += (tl.zeros((BLOCK_C,), tl.float32),)
-        if j > 0:
-            is_in = (c < C) & (end + j - 1 < N)
-            after += (tl.load(dy_ptr + (end + j - 1) * C + c, mask=is_in, other=0.0).to(tl.float32),)
+    dtaps, after = zeros(TAPS, BLOCK_C), ()
+    for j in tl.static_range(1, TAPS):
+        is_in = (c < C) & (end + j - 1 < N)
+        after += (tl.load(dy_ptr + (end + j - 1) * C + c, mask=is_in, other=0.0).to(tl.float32),)
     for i in range(TOKENS):
         t = end - 1 - i
         is_in = (c < C) & (t < N)
         dy = tl.load(dy_ptr + t * C + c, mask=is_in, other=0.0).to(tl.float32)
         u = tl.load(u_ptr + t * u_row + c, mask=is_in, other=0.0).to(tl.float32)
-        du = dy + taps[0] * dy
-        sums = (dtaps[0] + u * dy,)
-        for j in tl.static_range(1, TAPS):
-            near = tl.where(t % T + j < T, after[j - 1], 0.0)
-            du += taps[j] * near
-            sums += (dtaps[j] + u * near,)
-        dtaps = sums
+        du, dtaps = transposed(dy, u, after, taps, dtaps, t, T, TAPS)
         tl.store(du_ptr + t * du_row + c, du, mask=is_in)
         if TAPS > 1:
             after = shifted(dy, after)
