@@ -57,7 +57,7 @@ else # a million tokens: small steps, whatever the model; warm starts and a risi
     sft+=(--conversations-per-step=128 "--device-batch-size=$((4 * chat_rows))")
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     sft+=(--warm-start --momentum-warmup=300)
-    rl+=(--num-steps=150 --max-new-tokens=128 --init-lr-frac=0.1 --eval-every=50 --save-every=50)
+    rl+=(--num-steps=150 --max-new-tokens=128 --init-lr-frac=0.25 --eval-every=50 --save-every=50)
     rl+=(--momentum-warmup=300 --top-k=0 --scale-lr-by-contrast)
     evals+=(--max-new-tokens=128 --batch-size=128)
     RL=${RL:-1}
