@@ -295,12 +295,21 @@ def resolve_step(directory: Path, step: int | None) -> int:
 
 
 def resolve_tag(stage: str, model_tag: str | None) -> str:
-    """Return model_tag, or if it is empty the stage's deepest dN; FileNotFoundError if there is none."""
+    """Return model_tag, or if it is empty the stage's deepest dN, or else its only model.
+
+    Raises FileNotFoundError, with the models that there are, if neither exists.
+    """
     if model_tag:
         return model_tag
     stage_dir = checkpoint_dir(stage, "")
-    depths = (re.fullmatch(r"d(\d+)", path.name) for path in stage_dir.glob("d*"))
+    tags = sorted(path.name for path in stage_dir.glob("[!.]*") if path.is_dir())
+    depths = (re.fullmatch(r"d(\d+)", tag) for tag in tags)
     found = max((int(match[1]) for match in depths if match), default=None)
+    if found is None and len(tags) == 1:
+        return tags[0]
     if found is None:
-        raise FileNotFoundError(f"no model dN in {stage_dir}; train one first or name it with --model-tag")
+        raise FileNotFoundError(
+            f"no model dN in {stage_dir}, which has {', '.join(tags) or 'no other'}; train one first or name "
+            "one with --model-tag"
+        )
     return f"d{found}"

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanochat.dataset import CLIMBMIX, FINEWEB, HubText, find_hub_text
+from nanochat.dataset import CLIMBMIX, FINEWEB, HubText, find_hub_text, source
 from nanochat.optim.schedule import OptimizerConfig
 
 
@@ -129,6 +129,18 @@ def trained_text(saved: Mapping[str, Any]) -> HubText:
     """Return the hub's data set for a checkpoint with these settings: the one they name, or its recipe's."""
     data = str(saved.get("data"))
     return find_hub_text(data) if data.startswith("hub:") else trained_recipe(saved).text
+
+
+def chat_data(data: str, saved: Mapping[str, Any]) -> str:
+    """Return the source of conversations for a model of a checkpoint with these settings: data, but for auto.
+
+    auto is the source of the model's last training, hub or embedded, and hub for a published model, which
+    says none. Otherwise (own text) it is hub if the hub's text has been downloaded, else embedded.
+    """
+    if data == "auto":
+        trained = str(saved.get("data") or "hub")
+        data = trained if trained == "embedded" or trained.startswith("hub") else "auto"
+    return source(data, trained_text(saved))
 
 
 def asked_recipe(arguments: Sequence[str]) -> str:

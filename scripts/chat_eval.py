@@ -41,7 +41,7 @@ class ChatEvalConfig:
     task_names: Annotated[str, tyro.conf.arg(aliases=["-a", "--task-name"])] = ""
     """tasks to run, separated by |; empty: all of the data"""
     data: str = "auto"
-    """source of the tasks: hub, embedded or auto"""
+    """source of the tasks: hub, embedded or auto, that of the model's training; hub for a published model"""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
     """conversations at a time on one device"""
     max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = -1
@@ -85,13 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nanochat.chat_eval import evaluate_task
     from nanochat.chat_format import limit_reply
     from nanochat.checkpoint_manager import load_for, read_settings
-    from nanochat.dataset import source
-    from nanochat.recipes import trained_text
+    from nanochat.recipes import chat_data
     from nanochat.sampling import SamplingParams
     from tasks.mixtures import eval_tasks
 
-    text = trained_text(read_settings(config.source, config.model_tag, config.step))
-    config = replace(config, data=source(config.data, text))
+    saved = read_settings(config.source, config.model_tag, config.step)
+    config = replace(config, data=chat_data(config.data, saved))
     known = eval_tasks(config.data)
     names = config.task_names.split("|") if config.task_names else list(known)
     if unknown := [name for name in names if name not in known]:

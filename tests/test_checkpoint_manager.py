@@ -175,6 +175,18 @@ def test_a_given_tag_takes_precedence_over_the_deepest_model(base_dir):
     assert tags == ["d12", "d12", "mine", "d4", "new"]
 
 
+def test_the_only_model_needs_no_tag(base_dir):
+    """A pulled model is called by its repository, and was not found without a tag."""
+    cm.checkpoint_dir("sft", "nanochat_d20_saint_iberis").mkdir(parents=True)
+    (cm.checkpoint_dir("sft", "").parent / "chatsft_checkpoints" / ".partial").mkdir()
+    assert cm.resolve_tag("sft", None) == "nanochat_d20_saint_iberis"
+    cm.checkpoint_dir("sft", "mine").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="which has mine, nanochat_d20_saint_iberis; train one first or"
+    ):
+        cm.resolve_tag("sft", None)
+
+
 @pytest.mark.parametrize("model_tag", ["../d4", "/tmp/d4", "a/b", ".."])
 def test_a_model_tag_must_not_be_a_path(model_tag):
     """Checkpoints were written, and with --overwrite deleted, outside the base directory."""

@@ -12,7 +12,7 @@ from nanochat.dataset import CLIMBMIX, FINEWEB, HUB_TEXTS
 from nanochat.gpt import GPT
 from nanochat.optim.muon_adamw import build_optimizer
 from nanochat.optim.schedule import OptimizerConfig
-from nanochat.recipes import RECIPES, asked_recipe, find_recipe, trained_text
+from nanochat.recipes import RECIPES, asked_recipe, chat_data, find_recipe, trained_text
 from nanochat.train.base import BaseTrainConfig, count_steps, make_plan, model_shape, with_recipe, with_text
 from scripts import base_train, bench_train
 from tests.helpers.models import SECOND
@@ -189,3 +189,22 @@ def test_value_embeddings_do_not_lengthen_a_run():
         steps[flag] = count_steps(config, model)
     assert abs(steps["True"] - steps["False"]) <= 1  # the gates count: 12 numbers a head
     assert model.num_parameters()["total"] * 20 / 524_288 == pytest.approx(steps["False"], abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "auto"),
+    [
+        ({}, "hub:fineweb"),
+        ({"recipe": "saint_iberis_2"}, "hub:climbmix"),
+        ({"data": "embedded"}, "embedded"),
+        ({"data": "hub:climbmix"}, "hub:climbmix"),
+        ({"data": "/my/talks.jsonl"}, "embedded"),
+        ({"data": "auto"}, "embedded"),
+    ],
+)
+def test_chat_stages_by_default_have_the_tasks_of_their_model(saved, auto, base_dir):
+    """A published model was asked the embedded questions, which it never saw, until text was downloaded."""
+    assert chat_data("auto", saved) == auto
+    assert chat_data("embedded", saved) == "embedded"
+    assert chat_data("mine.jsonl", saved) == "mine.jsonl"
+    assert chat_data("hub:fineweb", saved) == "hub:fineweb"

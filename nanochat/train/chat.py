@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from nanochat.common import DType, parse, require_at_least, require_counts
 from nanochat.decode import DecoderKind
 from nanochat.optim.schedule import Cadence, OptimizerConfig
-from nanochat.recipes import SAINT_IBERIS, find_recipe, trained_recipe, trained_text
+from nanochat.recipes import SAINT_IBERIS, chat_data, find_recipe, trained_recipe
 
 if TYPE_CHECKING:
     from nanochat.train.run import WarmStartConfig
@@ -30,7 +30,8 @@ class ChatTrainConfig:
     run: str = "dummy"
     """name of the wandb run; "dummy" keeps the numbers in metrics.jsonl alone"""
     data: str = "auto"
-    """conversations: auto, hub, embedded, or your own: a .jsonl file, a folder or a glob"""
+    """conversations: auto (those of the model's last training; hub for a published model), hub, embedded, or
+    your own: a .jsonl file, a folder or a glob"""
     add: str = ""
     """conversations of your own to learn beside those of `data`: a .jsonl file, a folder or a glob"""
     device_type: str = ""
@@ -110,10 +111,8 @@ def follow_recipe(config: StartConfig, source: str, argv: Sequence[str] | None) 
     """Parse argv again, with the optimizer's defaults by the recipe of the model that the run starts from.
 
     source is the stage of that model; config.recipe, if not empty, is the recipe to follow instead. Models of
-    before recipes, and published ones, follow saint_iberis. In data, hub and auto become the name of the
-    hub's text that the model was pretrained on.
+    before recipes, and published ones, follow saint_iberis. For data see chat_data.
     """
-    from nanochat import dataset
     from nanochat.checkpoint_manager import read_settings
 
     saved = read_settings(source, config.model_tag, config.step)
@@ -122,4 +121,4 @@ def follow_recipe(config: StartConfig, source: str, argv: Sequence[str] | None) 
     if isinstance(default, ChatTrainConfig):  # reinforcement learning never starts warm by itself
         default = replace(default, warm_start=recipe.warm_start)
     config = parse(type(config), argv, None, default)
-    return replace(config, data=dataset.source(config.data, trained_text(saved)))
+    return replace(config, data=chat_data(config.data, saved))
