@@ -11,34 +11,48 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.stdlib import DocChoice, DocQuestion
 from tasks.words import text_words
 
-MAX_LETTERS = 6  # of the words that are spelled and whose letters are counted
+MAX_LETTERS = 6  # of the words that are tested, and whose letters are counted
 
 
 def mid_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
     """Return the training and validation task of midtraining."""
-    return _mixtures(16_000, identity, alphabetical=1.0)
+    shares = {"spelling": 0.27, "counting": 0.06, "arithmetic": 0.06, "choice": 0.59}
+    return _mixtures(16_000, identity, shares, alphabetical=1.0)
 
 
 def sft_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
-    """Return the training and validation task of supervised finetuning."""
-    return _mixtures(40_000, identity, alphabetical=0.5)
+    """Return the training and validation task of supervised finetuning.
+
+    An answer of counting has 40 times the learned tokens of one of multiple choice, which more of them would
+    crowd out. Words of up to eight letters hold nearly all tokens of the shorter ones that are tested.
+    """
+    shares = {"spelling": 0.215, "counting": 0.035, "arithmetic": 0.05, "choice": 0.68}
+    return _mixtures(40_000, identity, shares, alphabetical=0.5, max_letters=8)
 
 
-def _mixtures(size: int, identity: Sequence[Task], alphabetical: float) -> tuple[Task, Task]:
+def _mixtures(
+    size: int,
+    identity: Sequence[Task],
+    shares: dict[str, float],
+    *,
+    alphabetical: float,
+    max_letters: int = MAX_LETTERS,
+) -> tuple[Task, Task]:
+    """Return mixtures of about `size` and 800 conversations; from these shares a d4 learns all (dev/LOG.md)."""
+
+    def parts(split: str, size: int, spelled: list[str]) -> list[Task]:
+        n = {name: round(share * size) for name, share in shares.items()}
+        return [
+            SimpleSpelling(spelled, n["spelling"], split),
+            SpellingBee(words, n["counting"], split),
+            Arithmetic(n["arithmetic"], split),
+            DocChoice(n["choice"], split, alphabetical=alphabetical),
+            DocQuestion(split, stop=round(0.02 * size)),
+        ]
+
     words = _short_words()
-    train = TaskMixture([*_parts(words, "train", size, alphabetical), *identity])
-    return train, TaskMixture(_parts(words, "test", 800, alphabetical))
-
-
-def _parts(words: list[str], split: str, size: int, alphabetical: float) -> list[Task]:
-    """Return tasks of about `size` conversations, in proportions from which a d4 learns all (dev/LOG.md)."""
-    return [
-        SimpleSpelling(words, round(0.27 * size), split),
-        SpellingBee(words, round(0.06 * size), split),
-        Arithmetic(round(0.06 * size), split),
-        DocChoice(round(0.59 * size), split, alphabetical=alphabetical),
-        DocQuestion(split, stop=round(0.02 * size)),
-    ]
+    train = parts("train", size, text_words("embedded", max_length=max_letters))
+    return TaskMixture([*train, *identity]), TaskMixture(parts("test", 800, words))
 
 
 def rl_tasks() -> tuple[Task, Task]:
