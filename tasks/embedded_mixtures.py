@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 from tasks.arithmetic import FORMS, NEW_FORMS, Arithmetic
@@ -14,45 +15,58 @@ from tasks.words import text_words
 MAX_LETTERS = 6  # of the words that are tested, and whose letters are counted
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """The conversations of a stage: their number, and the share of each kind from which a d4 learns all."""
+
+    size: int
+    spelling: float
+    counting: float  # an answer has 40 times the learned tokens of one of multiple choice
+    arithmetic: float
+    choice: float
+    alphabetical: float  # fraction of the choices
+    max_letters: int = MAX_LETTERS  # of the words to spell
+
+
+# dev/LOG.md says how they were found; words of eight letters hold nearly all tokens of the shorter test words
+MID = Mix(size=16_000, spelling=0.27, counting=0.06, arithmetic=0.06, choice=0.59, alphabetical=1.0)
+SFT = Mix(
+    size=40_000,
+    spelling=0.215,
+    counting=0.035,
+    arithmetic=0.05,
+    choice=0.68,
+    alphabetical=0.5,
+    max_letters=8,
+)
+
+
 def mid_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
     """Return the training and validation task of midtraining."""
-    shares = {"spelling": 0.27, "counting": 0.06, "arithmetic": 0.06, "choice": 0.59}
-    return _mixtures(16_000, identity, shares, alphabetical=1.0)
+    return _mixtures(MID, identity)
 
 
 def sft_tasks(identity: Sequence[Task]) -> tuple[Task, Task]:
-    """Return the training and validation task of supervised finetuning.
-
-    An answer of counting has 40 times the learned tokens of one of multiple choice, which more of them would
-    crowd out. Words of up to eight letters hold nearly all tokens of the shorter ones that are tested.
-    """
-    shares = {"spelling": 0.215, "counting": 0.035, "arithmetic": 0.05, "choice": 0.68}
-    return _mixtures(40_000, identity, shares, alphabetical=0.5, max_letters=8)
+    """Return the training and validation task of supervised finetuning."""
+    return _mixtures(SFT, identity)
 
 
-def _mixtures(
-    size: int,
-    identity: Sequence[Task],
-    shares: dict[str, float],
-    *,
-    alphabetical: float,
-    max_letters: int = MAX_LETTERS,
-) -> tuple[Task, Task]:
-    """Return mixtures of about `size` and 800 conversations; from these shares a d4 learns all (dev/LOG.md)."""
+def _mixtures(mix: Mix, identity: Sequence[Task]) -> tuple[Task, Task]:
+    val = replace(mix, size=800, max_letters=MAX_LETTERS)
+    return TaskMixture([*_parts(mix, "train"), *identity]), TaskMixture(_parts(val, "test"))
 
-    def parts(split: str, size: int, spelled: list[str]) -> list[Task]:
-        n = {name: round(share * size) for name, share in shares.items()}
-        return [
-            SimpleSpelling(spelled, n["spelling"], split),
-            SpellingBee(words, n["counting"], split),
-            Arithmetic(n["arithmetic"], split),
-            DocChoice(n["choice"], split, alphabetical=alphabetical),
-            DocQuestion(split, stop=round(0.02 * size)),
-        ]
 
-    words = _short_words()
-    train = parts("train", size, text_words("embedded", max_length=max_letters))
-    return TaskMixture([*train, *identity]), TaskMixture(parts("test", 800, words))
+def _parts(mix: Mix, split: str) -> list[Task]:
+    def share(fraction: float) -> int:
+        return round(fraction * mix.size)
+
+    return [
+        SimpleSpelling(text_words("embedded", mix.max_letters), share(mix.spelling), split),
+        SpellingBee(_short_words(), share(mix.counting), split),
+        Arithmetic(share(mix.arithmetic), split),
+        DocChoice(share(mix.choice), split, alphabetical=mix.alphabetical),
+        DocQuestion(split, stop=share(0.02)),
+    ]
 
 
 def rl_tasks() -> tuple[Task, Task]:

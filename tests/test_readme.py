@@ -234,7 +234,7 @@ def reader(tmp_path, monkeypatch, model_hub):
     model = echo_model(echo_config(tokenizer.get_vocab_size()))
     model_hub.repo, model_hub.files = REPO, published(model, tokenizer, tmp_path)
     parts = embedded_mixtures._parts
-    monkeypatch.setattr(embedded_mixtures, "_parts", lambda words, split, size, a: parts(words, split, 60, a))
+    monkeypatch.setattr(embedded_mixtures, "_parts", lambda mix, split: parts(replace(mix, size=60), split))
     for stage in ("tok_train", "base_train"):
         run(f"python -m scripts.{stage}")
     shutil.copytree(checkpoint_dir("base", "d4"), checkpoint_dir("sft", "d4"))

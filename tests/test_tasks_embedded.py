@@ -203,7 +203,7 @@ def test_your_own_conversations_with_others(tmp_path):
 
 
 def test_an_identity_is_learned_with_the_embedded_data(monkeypatch, base_dir):
-    monkeypatch.setattr(embedded_mixtures, "text_words", lambda data, max_length: WORDS)
+    monkeypatch.setattr(embedded_mixtures, "text_words", lambda data, max_length=0: WORDS)
     without, val = mixtures.sft_tasks("embedded")
     write_chats(base_dir / "identity_conversations.jsonl", ["Who are you?", "What is your name?"])
     train, same_val = mixtures.sft_tasks("embedded")
@@ -213,7 +213,7 @@ def test_an_identity_is_learned_with_the_embedded_data(monkeypatch, base_dir):
 
 
 def test_tasks_of_the_embedded_data(monkeypatch):
-    monkeypatch.setattr(embedded_mixtures, "text_words", lambda data, max_length: WORDS)
+    monkeypatch.setattr(embedded_mixtures, "text_words", lambda data, max_length=0: WORDS)
     tokenizer = train_tokenizer()
     for make in (mixtures.mid_tasks, mixtures.sft_tasks):
         train, val = make("embedded")
@@ -222,3 +222,15 @@ def test_tasks_of_the_embedded_data(monkeypatch):
             tokenizer.render_conversation(train[i])
     tasks = mixtures.eval_tasks("embedded")
     assert all(len(make()) >= 500 for make in tasks.values())
+
+
+def test_words_to_spell_may_be_longer_in_training_than_in_tests(monkeypatch):
+    words = [*WORDS, *(f"{word}{word}er" for word in WORDS)]  # of 3 and 8 letters
+    monkeypatch.setattr(
+        embedded_mixtures, "text_words", lambda data, max_length: [w for w in words if len(w) <= max_length]
+    )
+    for tasks, longest in ((mixtures.mid_tasks, 3), (mixtures.sft_tasks, 8)):
+        train, val = tasks("embedded")
+        spelled, counted, *_ = train.parts()
+        assert (max(map(len, spelled.words)), max(map(len, counted.words))) == (longest, 3)
+        assert {max(map(len, part.words)) for part in val.parts()[:2]} == {3}
