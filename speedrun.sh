@@ -2,7 +2,7 @@
 # From raw text to a model that you can talk to, on any machine:
 #
 #   with GPUs    the recipe's text and chat data from the hub; a d20 on eight GPUs, a d12 on fewer
-#   without      a d4 on the documentation of your own Python, in about twenty minutes on two cores
+#   without      a d4 on the documentation of your own Python, in about 35 minutes on two cores
 #
 #   bash speedrun.sh            run, or continue where the last run stopped
 #   bash speedrun.sh --fresh    run every stage again
