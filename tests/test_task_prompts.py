@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tasks.arc import ARC
 from tasks.common import TaskMixture, TaskSequence
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.letter_questions import QUESTIONS
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SimpleSpelling, SpellingBee, _answer
@@ -33,9 +35,13 @@ def conversation_of(task, row, path):
             "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": _answer(*row)}]
         }
     path.write_text(json.dumps(row))
-    makers = {"ARC": (ARC, "ARC-Easy"), "MMLU": (MMLU, "all"), "GSM8K": (GSM8K, "main")}
-    make, subset = makers[task]
-    return make(subset, "test", path=path)[0]
+    makers = {
+        "ARC": partial(ARC, "ARC-Easy", "test"),
+        "MMLU": partial(MMLU, "all", "test"),
+        "GSM8K": partial(GSM8K, "main", "test"),
+        "HumanEval": HumanEval,
+    }
+    return makers[task](path=path)[0]
 
 
 def splits_of(words):
