@@ -2,7 +2,7 @@
 # From raw text to a model that you can talk to, on any machine:
 #
 #   with GPUs    the recipe's text and chat data from the hub; a d20 on eight GPUs, a d12 on fewer
-#   without      a d4 on the documentation of your own Python, in about 35 minutes on two cores
+#   without      a d4 on the documentation of your own Python, in about 45 minutes on two cores
 #
 #   bash speedrun.sh            run, or continue where the last run stopped
 #   bash speedrun.sh --fresh    run every stage again
@@ -57,7 +57,7 @@ else # a million tokens: small steps, whatever the model; warm starts and a risi
     sft+=(--conversations-per-step=128 "--device-batch-size=$((4 * chat_rows))")
     sft+=(--init-lr-frac=1 --warmdown-ratio=0.6 --eval-every=100 --save-every=100)
     sft+=(--warm-start --momentum-warmup=300)
-    rl+=(--num-steps=150 --max-new-tokens=128 --init-lr-frac=0.25 --eval-every=50 --save-every=50)
+    rl+=(--num-steps=150 --max-new-tokens=128 --init-lr-frac=0.15 --eval-every=50 --save-every=50)
     rl+=(--momentum-warmup=300 --top-k=0 --scale-lr-by-contrast)
     evals+=(--max-new-tokens=128 --batch-size=128)
     RL=${RL:-1}
