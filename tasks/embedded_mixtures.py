@@ -60,9 +60,11 @@ def _parts(mix: Mix, split: str) -> list[Task]:
     def share(fraction: float) -> int:
         return round(fraction * mix.size)
 
+    words = text_words("embedded", mix.max_letters)
+    short_words = [word for word in words if len(word) <= MAX_LETTERS]
     return [
-        SimpleSpelling(text_words("embedded", mix.max_letters), share(mix.spelling), split),
-        SpellingBee(_short_words(), share(mix.counting), split),
+        SimpleSpelling(words, share(mix.spelling), split),
+        SpellingBee(short_words, share(mix.counting), split),
         Arithmetic(share(mix.arithmetic), split),
         DocChoice(share(mix.choice), split, alphabetical=mix.alphabetical),
         DocQuestion(split, stop=share(0.02)),
